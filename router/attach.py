@@ -1,0 +1,138 @@
+"""Adding gates to a loaded model, finding them again, and taking them off without a trace."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .attention import PREFIX, packed_implementation
+from .call import Router
+from .config import RouterConfig
+from .decoder import find_decoder
+from .errors import SkipItError, UnsupportedModelError
+from .gates import TokenGate
+from .layer import GatedLayer, gated_class
+
+
+def attach(model: nn.Module, config: RouterConfig | None = None) -> Router:
+    """Give every decoder layer of a loaded model a gate; new gates let every token run.
+
+    The model stays what it was: same class, same `state_dict` keys for its own weights (each layer gains
+    `layer_gate`), same outputs bit for bit until the gates say otherwise, and `generate()` as before.
+
+    Args:
+        model: a loaded transformers model, before PEFT is applied.
+        config: K/V policy, decoder path, thresholds.
+
+    Returns:
+        The router, which is the model's forward pre-hook.
+
+    Raises:
+        DecoderNotFoundError: no decoder layers; name them with `RouterConfig(layers=...)`.
+        UnsupportedModelError: an attention implementation that gated execution cannot wrap.
+        SkipItError: the model already has gates.
+    """
+    config = config or RouterConfig()
+    if _find(model) is not None:
+        raise SkipItError("the model already has gates; call `detach(model)` first.")
+    _, decoder, layers = find_decoder(model, config.layers)
+    if any(kind.startswith("linear") for kind in getattr(decoder.config, "layer_types", None) or []):
+        raise UnsupportedModelError(
+            f"`{type(decoder).__name__}` has linear-attention layers, whose recurrent state cannot leave tokens out."
+        )
+    implementation = packed_implementation(decoder.config._attn_implementation)  # type: ignore[union-attr, arg-type]
+    hidden_size = decoder.config.hidden_size  # type: ignore[union-attr]
+    for index, layer in enumerate(layers):
+        parameter = next(layer.parameters())
+        # A meta device is kept: gates of a model without weights have none either.
+        layer.layer_gate = TokenGate(hidden_size, index).to(parameter.device)  # type: ignore[arg-type]
+        layer.skipit_index = index  # type: ignore[assignment]
+        layer.__class__ = gated_class(type(layer))
+    for attention_config in _attention_configs(decoder):
+        attention_config._attn_implementation_internal = implementation
+    router = Router(config, len(layers))
+    model.register_forward_pre_hook(router, with_kwargs=True)
+    return router
+
+
+def detach(model: nn.Module) -> None:
+    """Take the gates off again: classes, hooks, attributes and attention implementation are as before `attach`.
+
+    Raises:
+        SkipItError: the model has no gates.
+    """
+    top, router = find_router(model)
+    _, decoder, layers = find_decoder(top, router.config.layers)
+    for layer in layers:
+        layer.__class__ = type(layer).__mro__[2]
+        del layer.layer_gate, layer.skipit_index
+    for attention_config in _attention_configs(decoder):
+        name = attention_config._attn_implementation_internal
+        attention_config._attn_implementation_internal = name.removeprefix(PREFIX)
+    for key, hook in list(top._forward_pre_hooks.items()):
+        if hook is router:
+            del top._forward_pre_hooks[key]
+            top._forward_pre_hooks_with_kwargs.pop(key, None)
+
+
+def find_router(model: nn.Module) -> tuple[nn.Module, Router]:
+    """The gated model inside `model` (itself, or what PEFT or a trainer wrapped) and its router.
+
+    Raises:
+        SkipItError: the model has no gates.
+    """
+    found = _find(model)
+    if found is None:
+        raise SkipItError(f"`{type(model).__name__}` has no gates; call `attach(model)` first.")
+    return found
+
+
+def gated_layers(model: nn.Module) -> list[GatedLayer]:
+    """The gated decoder layers, in order."""
+    top, router = find_router(model)
+    _, _, layers = find_decoder(top, router.config.layers)
+    return list(layers)  # type: ignore[arg-type]
+
+
+def gate_state(model: nn.Module) -> dict[str, Tensor]:
+    """The gates' parameters as two tensors: `weight` [layers, modalities, dim] and `bias` [layers, modalities]."""
+    gates = [_active(layer.layer_gate) for layer in gated_layers(model)]
+    return {name: torch.stack([getattr(gate, name).detach() for gate in gates]) for name in ("weight", "bias")}
+
+
+@torch.no_grad()
+def set_gates(model: nn.Module, weight: Tensor, bias: Tensor) -> None:
+    """Set all gates from `weight` [layers, modalities, dim] and `bias` [layers, modalities].
+
+    Raises:
+        SkipItError: the shapes are not this model's.
+    """
+    gates = [_active(layer.layer_gate) for layer in gated_layers(model)]
+    expected = ((len(gates), *gates[0].weight.shape), (len(gates), *gates[0].bias.shape))
+    if (got := (tuple(weight.shape), tuple(bias.shape))) != expected:
+        raise SkipItError(f"gates: got shapes {got[0]} and {got[1]}, this model needs {expected[0]} and {expected[1]}.")
+    for index, gate in enumerate(gates):
+        gate.weight.copy_(weight[index])
+        gate.bias.copy_(bias[index])
+
+
+def _active(gate: Any) -> TokenGate:
+    """The gate in use: PEFT's `modules_to_save` replaces a module by a wrapper around a trained copy."""
+    copies = getattr(gate, "modules_to_save", None)
+    if copies is None:
+        return gate  # type: ignore[no-any-return]
+    return copies[gate.active_adapters[0]]  # type: ignore[no-any-return]
+
+
+def _find(model: nn.Module) -> tuple[nn.Module, Router] | None:
+    for module in model.modules():
+        for hook in module._forward_pre_hooks.values():
+            if isinstance(hook, Router):
+                return module, hook
+    return None
+
+
+def _attention_configs(decoder: nn.Module) -> list[Any]:
+    """Every configuration object that the decoder's attention or mask code reads, once."""
+    found = {id(module.config): module.config for module in decoder.modules() if hasattr(module, "config")}
+    return list(found.values())

@@ -1,0 +1,146 @@
+"""Attention over packed tokens: every row's tokens side by side in one sequence, attention row by row.
+
+Norms, projections and MLPs work token by token, so the tokens that run a layer are packed into one sequence
+[1, tokens, dim] and the layer's own `forward` is called on it: nothing is padded and nothing is wasted.
+Only attention needs the rows back. transformers lets an attention function be registered by name; ours
+unpacks the queries into rows, calls the model's usual function and packs the result again.
+"""
+
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from .errors import UnsupportedModelError
+
+LAYOUT_KWARG = "skipit_layout"
+OBSERVER_KWARG = "skipit_attention_observer"
+PREFIX = "skipit_"
+SUPPORTED = ("sdpa", "eager")
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where packed tokens belong.
+
+    Attributes:
+        batch: rows.
+        width: tokens of the fullest row.
+        rows: int64 [tokens], the row of each packed token.
+        columns: int64 [tokens], its place among all tokens of the call.
+        slots: int64 [tokens], its place among the packed tokens of its row.
+    """
+
+    batch: int
+    width: int
+    rows: Tensor
+    columns: Tensor
+    slots: Tensor
+
+    @classmethod
+    def of(cls, chosen: Tensor) -> "Layout":
+        """The layout of the tokens where `chosen`, bool [batch, seq], is True."""
+        rows, columns = chosen.nonzero(as_tuple=True)
+        if len(chosen) == 1:
+            return cls(1, len(rows), rows, columns, torch.arange(len(rows), device=rows.device))
+        slots = (chosen.cumsum(1) - 1)[rows, columns]
+        width = int(slots.max()) + 1 if len(slots) else 0
+        return cls(len(chosen), width, rows, columns, slots)
+
+    def pack(self, tokens: Tensor) -> Tensor:
+        """[..., batch or 1, seq, dim] to [..., 1, tokens, dim]."""
+        rows = self.rows if tokens.shape[-3] != 1 else torch.zeros_like(self.rows)
+        return tokens[..., rows, self.columns, :].unsqueeze(-3)
+
+    def to_rows(self, heads: Tensor) -> Tensor:
+        """[1, heads, tokens, head_dim] to [batch, heads, width, head_dim], zeros where a row has no token."""
+        if self.batch == 1:
+            return heads
+        out = heads.new_zeros(self.batch, self.width, heads.shape[1], heads.shape[3])
+        out[self.rows, self.slots] = heads[0].transpose(0, 1)
+        return out.transpose(1, 2)
+
+    def from_rows(self, rows: Tensor) -> Tensor:
+        """[batch, width, heads, head_dim] to [1, tokens, heads, head_dim]."""
+        return rows if self.batch == 1 else rows[self.rows, self.slots][None]
+
+    def index(self, offset: int) -> Tensor:
+        """The sequence index of each slot, int64 [batch, width], -1 where a row has no token."""
+        if self.batch == 1:
+            return (self.columns + offset)[None]
+        out = torch.full((self.batch, self.width), -1, device=self.rows.device)
+        out[self.rows, self.slots] = self.columns + offset
+        return out
+
+
+def visible_keys(
+    full: Tensor | None, query: Tensor, key: Tensor, past: int, alive: Tensor | None = None
+) -> Tensor:
+    """The attention mask of some queries over some keys, from the mask over the whole sequence.
+
+    Args:
+        full: [batch or 1, 1, seq, past + seq], boolean (True attends) or additive; None is plain causal.
+        query: int64 [batch, queries], sequence index of each query (-1: none, its row is arbitrary).
+        key: int64 [batch, keys], sequence index of each key (-1: none, never attended to).
+        past: sequence index of the call's first token.
+        alive: bool [batch, keys], False for keys that only their own token may see.
+
+    Returns:
+        [batch, 1, queries, keys], boolean or additive like `full`.
+    """
+    if full is not None and full.dim() != 4:
+        raise UnsupportedModelError(
+            f"attention mask: got {full.dim()} dimensions, expected 4. Load the model with attn_implementation='sdpa'."
+        )
+    allowed = key[:, None, :] >= 0
+    if alive is not None:
+        allowed = allowed & (alive[:, None, :] | (key[:, None, :] == query[:, :, None]))
+    if full is None:
+        return (allowed & (key[:, None, :] <= query[:, :, None]))[:, None]
+    batch, keys = key.shape
+    mask = full[:, 0].expand(batch, -1, -1)
+    mask = mask.gather(1, (query - past).clamp(min=0)[:, :, None].expand(-1, -1, mask.shape[-1]))
+    mask = mask.gather(2, key.clamp(min=0)[:, None, :].expand(-1, mask.shape[1], keys))
+    blocked = False if mask.dtype == torch.bool else torch.finfo(mask.dtype).min
+    return mask.masked_fill(~allowed, blocked)[:, None]
+
+
+def _wrap(base: str) -> Callable[..., Any]:
+    def attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **kwargs: Any) -> Any:
+        layout: Layout | None = kwargs.pop(LAYOUT_KWARG, None)
+        observer = kwargs.pop(OBSERVER_KWARG, None)
+        # "eager" is no entry of the interface: every modeling file has its own, with the family's extras.
+        eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
+        function = ALL_ATTENTION_FUNCTIONS.get_interface(base, eager)
+        if observer is not None:
+            observer(module, query, key, value, mask, kwargs.get("scaling"))
+        if layout is None:
+            return function(module, query, key, value, mask, **kwargs)
+        output, weights = function(module, layout.to_rows(query), key, value, mask, **kwargs)
+        return layout.from_rows(output), weights
+
+    return attention
+
+
+def packed_implementation(base: str) -> str:
+    """The name of the packed version of an attention implementation, registered with transformers on first use.
+
+    Raises:
+        UnsupportedModelError: packed attention does not wrap this implementation.
+    """
+    if base not in SUPPORTED:
+        raise UnsupportedModelError(
+            f"attention implementation: got {base!r}, gated execution supports {', '.join(SUPPORTED)}. "
+            "Load the model with attn_implementation='sdpa'."
+        )
+    name = PREFIX + base
+    if name not in ALL_ATTENTION_FUNCTIONS:
+        AttentionInterface.register(name, _wrap(base))
+        AttentionMaskInterface.register(name, ALL_MASK_ATTENTION_FUNCTIONS[base])
+    return name

@@ -1,0 +1,147 @@
+"""A K/V cache whose layers may hold different tokens.
+
+transformers asks a cache how many tokens it has seen (`get_seq_length`, for positions and masks) and assumes
+that every layer holds them all. Here each layer counts the tokens it has seen and keeps, beside the keys and
+values, the sequence index of each slot: rows may hold different tokens, and a slot of index -1 holds none.
+"""
+
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
+
+from .errors import UnsupportedModelError
+
+
+class SkipCacheLayer(DynamicLayer):
+    """Keys and values [batch, heads, slots, head_dim] of the tokens that exist for one layer.
+
+    Attributes:
+        index: int64 [batch, slots], the sequence index of each slot or -1; None while slot i holds token i.
+        seen: tokens per row that have passed, whether or not they were kept.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.index: Tensor | None = None
+        self.seen = 0
+
+    def append(self, keys: Tensor, values: Tensor, index: Tensor | None, tokens: int) -> tuple[Tensor, Tensor]:
+        """Add slots for the next `tokens` tokens, of which some may be missing.
+
+        Args:
+            keys: [batch, heads, slots, head_dim].
+            values: the same shape.
+            index: int64 [batch, slots], sequence index of each new slot or -1; None when all tokens are there.
+            tokens: how many tokens of the sequence have passed.
+
+        Returns:
+            All keys and values of the layer.
+        """
+        if index is not None or self.index is not None:
+            if index is None:
+                index = torch.arange(self.seen, self.seen + tokens, device=keys.device).expand(len(keys), -1)
+            self.index = torch.cat([self.slots(len(keys), keys.device), index], dim=1)
+        self.seen += tokens
+        return super().update(keys, values)
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Add tokens all of which run; see `transformers.Cache`."""
+        return self.append(key_states, value_states, None, key_states.shape[-2])
+
+    def pass_over(self, tokens: int) -> None:
+        """Count tokens that leave nothing in this layer."""
+        if self.index is None:
+            held = self.seen
+            self.index = torch.arange(held)[None] if held else torch.zeros(1, 0, dtype=torch.long)
+        self.seen += tokens
+
+    def slots(self, batch: int, device: torch.device) -> Tensor:
+        """The sequence index of every slot, int64 [batch, slots]."""
+        if self.index is None:
+            return torch.arange(self.seen, device=device).expand(batch, -1)
+        return self.index.to(device).expand(batch, -1)
+
+    def get_seq_length(self) -> int:
+        """Tokens seen per row, kept or not: what positions and masks are built from."""
+        return self.seen
+
+    def reset(self) -> None:
+        """Forget everything."""
+        super().reset()
+        self.index, self.seen = None, 0
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Forget the last `-tokens_to_remove` tokens of every row; the argument is zero or negative."""
+        if tokens_to_remove > 0:
+            raise ValueError(f"`tokens_to_remove`: got {tokens_to_remove}, expected zero or a negative number.")
+        self.seen = max(0, self.seen + tokens_to_remove)
+        if not self.is_initialized:
+            return
+        if self.index is None:
+            self.keys, self.values = self.keys[..., : self.seen, :], self.values[..., : self.seen, :]
+            return
+        self.index = self.index.masked_fill(self.index >= self.seen, -1)
+        kept = int((self.index >= 0).any(0).nonzero().max()) + 1 if (self.index >= 0).any() else 0
+        self.index = self.index[:, :kept]
+        self.keys, self.values = self.keys[..., :kept, :], self.values[..., :kept, :]
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Reorder rows for beam search."""
+        if self.is_initialized:
+            self.batch_select_indices(beam_idx.to(self.keys.device))
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat every row `repeats` times."""
+        if self.is_initialized:
+            self.keys = self.keys.repeat_interleave(repeats, dim=0)
+            self.values = self.values.repeat_interleave(repeats, dim=0)
+        if self.index is not None and len(self.index) > 1:
+            self.index = self.index.repeat_interleave(repeats, dim=0)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep only the rows `indices`."""
+        if self.is_initialized:
+            self.keys, self.values = self.keys[indices], self.values[indices]
+        if self.index is not None and len(self.index) > 1:
+            self.index = self.index[indices.to(self.index.device)]
+
+
+class SkipCache(Cache):
+    """A cache for gated models; a gated model makes one by itself wherever transformers would make its own."""
+
+    def __init__(self, num_layers: int) -> None:
+        super().__init__(layers=[SkipCacheLayer() for _ in range(num_layers)])
+
+    @classmethod
+    def from_dynamic(cls, cache: Cache, num_layers: int) -> Self:
+        """Take over a `DynamicCache`, empty or filled by the dense model.
+
+        Raises:
+            UnsupportedModelError: another kind of cache, or one whose sliding window has dropped tokens.
+        """
+        if type(cache) is not DynamicCache or cache.offloading:
+            raise UnsupportedModelError(
+                f"`past_key_values`: got {type(cache).__name__}, a gated model takes `SkipCache` or `DynamicCache`. "
+                "Leave `cache_implementation` unset, or run the dense model: `with running(mode='dense')`."
+            )
+        taken = cls(num_layers)
+        for mine, theirs in zip(taken.layers, cache.layers, strict=False):
+            if theirs.get_seq_length() == 0:
+                continue
+            if theirs.keys.shape[-2] != theirs.get_seq_length():
+                raise UnsupportedModelError(
+                    "`past_key_values`: a sliding window has already dropped tokens, so the cache cannot be taken over. "
+                    "Start from an empty cache."
+                )
+            mine.update(theirs.keys, theirs.values)
+        return taken
+
+    def num_bytes(self) -> int:
+        """Memory held by keys and values, in bytes."""
+        return sum(
+            layer.keys.numel() * layer.keys.element_size() + layer.values.numel() * layer.values.element_size()
+            for layer in self.layers
+            if layer.is_initialized
+        )

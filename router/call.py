@@ -1,0 +1,140 @@
+"""What the layers of a model must know during one call, and how it reaches them.
+
+A pre-hook on the top model builds one `Call` per forward and adds it to the keyword arguments, which
+transformers hands down to every decoder layer. Nothing is kept on a module, so interleaved generations,
+threads and gradient checkpointing (which replays a layer with the same arguments) cannot mix calls up.
+What a caller wants for a stretch of code (another threshold, masked execution, a trace) is a context
+variable that the pre-hook reads: `with running(mode="masked"): ...`.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from .cache import SkipCache
+from .config import KVPolicy, RouterConfig
+from .errors import InputError
+from .modality import token_modality
+from .policies import Gated, Policy
+from .trace import Step, Trace
+
+Mode = Literal["masked", "gathered", "dense"]
+KWARG = "skipit_call"
+
+
+@dataclass(frozen=True)
+class Call:
+    """One forward call of a gated model.
+
+    Attributes:
+        policy: decides which token runs which layer.
+        kv: what becomes of the keys and values of skipped tokens.
+        mode: `masked` computes every token and discards; `gathered` computes only the tokens that run.
+        modality: int64 [batch, seq], 0 text, 1 vision.
+        real: bool [batch, seq], False at padding.
+        position: int64 [batch, seq], how many real tokens of the row come before; the same however it is padded.
+        past: tokens per row already in the cache, padding counted.
+        step: where decisions are recorded, or None.
+    """
+
+    policy: Policy
+    kv: KVPolicy
+    mode: Mode
+    modality: Tensor
+    real: Tensor
+    position: Tensor
+    past: int
+    step: Step | None
+
+
+@dataclass(frozen=True)
+class _Running:
+    policy: Policy | None = None
+    budget: float | str | None = None
+    mode: Mode | None = None
+    kv: KVPolicy | None = None
+    trace: Trace | None = None
+
+
+_running: ContextVar[_Running] = ContextVar("skipit_running", default=_Running())  # noqa: B039 - frozen
+
+
+@contextmanager
+def running(**options: Any) -> Iterator[None]:
+    """Run gated models differently within a `with` block; options not named keep their outer value.
+
+    Args:
+        **options: `policy` (instead of the gates), `budget` (a calibrated operating point), `mode` ("masked",
+            "gathered", or "dense": as if nothing were attached), `kv` ("retain", "evict"), `trace` (a `Trace`
+            that receives every step).
+
+    Example:
+        >>> with running(mode="dense"):
+        ...     pass  # model.generate(...) runs every layer for every token
+    """
+    token = _running.set(replace(_running.get(), **options))
+    try:
+        yield
+    finally:
+        _running.reset(token)
+
+
+class Router:
+    """The pre-hook of a gated model: turns the arguments of a forward call into a `Call` for its layers."""
+
+    def __init__(self, config: RouterConfig, num_layers: int) -> None:
+        self.config = config
+        self.num_layers = num_layers
+
+    def __call__(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        """Add the call to `kwargs`; see `torch.nn.Module.register_forward_pre_hook`."""
+        options = _running.get()
+        mode = options.mode or ("masked" if model.training else "gathered")
+        if mode == "dense":
+            return args, kwargs
+        if args:
+            kwargs = {**dict(zip(("input_ids", "pixel_values"), args, strict=False)), **kwargs}
+        cache = self._cache(model, kwargs)
+        if cache is not None:
+            kwargs = {**kwargs, "past_key_values": cache}
+        past = cache.get_seq_length() if cache is not None else 0
+        modality, real, position = self._tokens(model, kwargs, past)
+        step = None
+        if options.trace is not None:
+            step = Step(modality, real, past)
+            options.trace.steps.append(step)
+        policy = options.policy or Gated(self.config.threshold_at(options.budget))
+        call = Call(policy, options.kv or self.config.kv, mode, modality, real, position, past, step)
+        return (), {**kwargs, KWARG: call}
+
+    def _cache(self, model: nn.Module, kwargs: dict[str, Any]) -> SkipCache | None:
+        cache = kwargs.get("past_key_values")
+        if cache is None:
+            use_cache = kwargs.get("use_cache")
+            if use_cache is None:
+                use_cache = model.config.get_text_config().use_cache  # type: ignore[union-attr, operator]
+            return SkipCache(self.num_layers) if use_cache and not model.training else None
+        return cache if isinstance(cache, SkipCache) else SkipCache.from_dynamic(cache, self.num_layers)
+
+    @staticmethod
+    def _tokens(model: nn.Module, kwargs: dict[str, Any], past: int) -> tuple[Tensor, Tensor, Tensor]:
+        ids, embeds = kwargs.get("input_ids"), kwargs.get("inputs_embeds")
+        like = ids if ids is not None else embeds
+        if like is None:
+            raise InputError("a gated model needs `input_ids` or `inputs_embeds`; got neither.")
+        batch, length = like.shape[:2]
+        modality = token_modality(model.config, ids, kwargs.get("mm_token_type_ids"), length)
+        mask = kwargs.get("attention_mask")
+        if isinstance(mask, Tensor) and mask.dim() == 2:
+            seen = mask.bool().to(modality.device)
+            position = seen.cumsum(-1)[:, -length:] - 1
+            real = seen[:, -length:]
+        else:
+            real = torch.ones(batch, length, dtype=torch.bool, device=modality.device)
+            position = torch.arange(past, past + length, device=modality.device).expand(batch, -1)
+        return modality, real, position

@@ -1,0 +1,97 @@
+"""What can be set about a router. Frozen, JSON, and an unknown key is an error."""
+
+import json
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any, Literal, Self, get_args
+
+from .errors import RouterConfigError
+
+KVPolicy = Literal["retain", "evict"]
+FORMAT_VERSION = 1
+
+
+@dataclass(frozen=True)
+class RouterConfig:
+    """Settings of the gates attached to a model.
+
+    Args:
+        kv: what happens to the keys and values of a token that skips a layer. `retain`: they are still computed
+            and others may attend to them; `evict`: the token does not exist for that layer.
+        layers: dotted path of the decoder layers, such as "model.language_model.layers"; None finds them.
+        threshold: a token runs a layer when its gate logit exceeds this; the default operating point.
+        operating_points: named thresholds, such as {"0.5": -0.3} for half of the dense compute.
+        format_version: version of this file format.
+    """
+
+    kv: KVPolicy = "retain"
+    layers: str | None = None
+    threshold: float = 0.0
+    operating_points: dict[str, float] = field(default_factory=dict)
+    format_version: int = FORMAT_VERSION
+
+    def __post_init__(self) -> None:
+        if self.format_version != FORMAT_VERSION:
+            raise RouterConfigError(
+                f"`format_version`: got {self.format_version!r}, this skipit reads {FORMAT_VERSION}. "
+                "Load the checkpoint with the skipit version that wrote it, or a newer one."
+            )
+        if self.kv not in get_args(KVPolicy):
+            raise RouterConfigError(f"`kv`: got {self.kv!r}, expected one of {', '.join(get_args(KVPolicy))}.")
+        if self.layers is not None and not isinstance(self.layers, str):
+            raise RouterConfigError(f"`layers`: got {self.layers!r}, expected a dotted path or null.")
+        if not isinstance(self.operating_points, dict):
+            raise RouterConfigError(f"`operating_points`: got {self.operating_points!r}, expected a mapping.")
+        for name, value in {"threshold": self.threshold, **self.operating_points}.items():
+            # Infinity is meaningful (never run); NaN would silently skip everything.
+            if not isinstance(value, int | float) or isinstance(value, bool) or value != value:
+                raise RouterConfigError(f"threshold {name!r}: got {value!r}, expected a number.")
+
+    def threshold_at(self, budget: float | str | None) -> float:
+        """The threshold of a named operating point; None is the default one.
+
+        Raises:
+            RouterConfigError: no operating point has this name.
+        """
+        if budget is None:
+            return self.threshold
+        name = budget if isinstance(budget, str) else f"{budget:g}"
+        if name not in self.operating_points:
+            known = ", ".join(self.operating_points) or "none"
+            raise RouterConfigError(
+                f"`budget`: got {name!r}, this router is calibrated for: {known}. "
+                "Choose one of these, or calibrate another with `skipit calibrate`."
+            )
+        return self.operating_points[name]
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Self:
+        """Build from a mapping.
+
+        Raises:
+            RouterConfigError: an unknown key or a bad value.
+        """
+        if not isinstance(values, dict):
+            raise RouterConfigError(f"router config: got {type(values).__name__}, expected a JSON object.")
+        known = {f.name for f in fields(cls)}
+        if unknown := sorted(set(values) - known):
+            raise RouterConfigError(
+                f"router config: unknown keys {', '.join(unknown)}; known keys: {', '.join(sorted(known))}."
+            )
+        return cls(**values)
+
+    @classmethod
+    def from_file(cls, path: str | Path) -> Self:
+        """Read a JSON file.
+
+        Raises:
+            RouterConfigError: the file is not JSON or not a router config; the message names the file.
+        """
+        try:
+            return cls.from_dict(json.loads(Path(path).read_text(encoding="utf-8")))
+        except (ValueError, RouterConfigError) as error:  # JSONDecodeError and UnicodeDecodeError are ValueErrors
+            raise RouterConfigError(f"{path}: {error}") from error
+
+    def to_dict(self) -> dict[str, Any]:
+        """All settings as plain JSON values."""
+        return asdict(self)

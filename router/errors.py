@@ -1,0 +1,25 @@
+"""The errors skipit raises on purpose: what was wrong, what was found, what to do."""
+
+
+class SkipItError(Exception):
+    """Base class of every error that skipit raises on purpose."""
+
+
+class DecoderNotFoundError(SkipItError):
+    """The model has no list of decoder layers where one was looked for."""
+
+
+class UnsupportedModelError(SkipItError):
+    """The model has a part that gated execution cannot handle."""
+
+
+class RouterConfigError(SkipItError):
+    """A router configuration is malformed."""
+
+
+class CheckpointError(SkipItError):
+    """A file of a checkpoint or artefact is missing, damaged or made for another model."""
+
+
+class InputError(SkipItError):
+    """The inputs of a call do not fit the model or each other."""

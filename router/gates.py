@@ -1,0 +1,35 @@
+"""The gate of one layer: a linear score per token, with weights of its own for each modality."""
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from .modality import MODALITIES
+
+
+def normalize(hidden: Float[Tensor, "*batch dim"]) -> Float[Tensor, "*batch dim"]:
+    """Scale each state to root mean square 1, in fp32: what the gates read, whatever a layer's own norm does."""
+    hidden = hidden.float()
+    return hidden * torch.rsqrt(hidden.square().mean(-1, keepdim=True) + 1e-6)
+
+
+class TokenGate(nn.Module):
+    """Scores tokens: z = w[m] . n(x) + b[m] for a token x of modality m, always in fp32.
+
+    A token runs the layer when z exceeds the threshold. A new gate lets everything run: w = 0, b = `OPEN`.
+    """
+
+    OPEN = 4.0
+
+    def __init__(self, hidden_size: int, layer: int) -> None:
+        super().__init__()
+        self.layer = layer
+        self.weight = nn.Parameter(torch.zeros(len(MODALITIES), hidden_size))
+        self.bias = nn.Parameter(torch.full((len(MODALITIES),), self.OPEN))
+
+    def forward(
+        self, hidden: Float[Tensor, "batch seq dim"], modality: Int[Tensor, "batch seq"]
+    ) -> Float[Tensor, "batch seq"]:
+        """Gate logits of every token."""
+        scores = normalize(hidden) @ self.weight.float().T + self.bias.float()
+        return scores.gather(-1, modality[..., None]).squeeze(-1)

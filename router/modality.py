@@ -1,0 +1,46 @@
+"""Which tokens are text and which are vision, read from the inputs and the model's own configuration."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .errors import InputError
+
+TEXT, VISION = 0, 1
+MODALITIES = ("text", "vision")
+
+# The names under which transformers' configurations keep the placeholder ids of image and video tokens.
+_PLACEHOLDERS = ("image_token_id", "image_token_index", "video_token_id", "video_token_index")
+
+
+def vision_token_ids(config: Any) -> list[int]:
+    """Token ids that stand for image or video features in `input_ids`, from a model's configuration."""
+    ids = {getattr(config, name, None) for name in _PLACEHOLDERS}
+    return sorted(i for i in ids if isinstance(i, int) and i >= 0)
+
+
+def token_modality(
+    config: Any, input_ids: Tensor | None, mm_token_type_ids: Tensor | None = None, length: int | None = None
+) -> Tensor:
+    """The modality of every token of a call: 0 text, 1 vision, as int64 [batch, seq].
+
+    Args:
+        config: the configuration of the whole model.
+        input_ids: [batch, seq], with image and video placeholders in place.
+        mm_token_type_ids: [batch, seq] as some processors return: 0 text, above 0 image or video; wins when it
+            covers the call's tokens.
+        length: tokens of this call, when `mm_token_type_ids` may be longer (the whole sequence, in decoding).
+
+    Raises:
+        InputError: neither is there to tell.
+    """
+    if mm_token_type_ids is not None and length in (None, mm_token_type_ids.shape[1]):
+        return (mm_token_type_ids > 0).long()
+    if input_ids is None:
+        raise InputError(
+            "cannot tell text from vision tokens: got `inputs_embeds` without `input_ids` or `mm_token_type_ids`. "
+            "Pass `mm_token_type_ids` [batch, seq] (0 text, 1 vision)."
+        )
+    ids = torch.tensor(vision_token_ids(config), device=input_ids.device, dtype=input_ids.dtype)
+    return torch.isin(input_ids, ids).long()

@@ -1,0 +1,74 @@
+"""Handwritten digits (scikit-learn's 1,797 real scans), split by scan, and 3x3 grids drawn from them.
+
+A scan belongs to exactly one split, decided before any grid is composed: a held-out grid shows digits no
+training step has seen.
+"""
+
+from dataclasses import dataclass
+from functools import cache
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+Split = Literal["train", "calibration", "test"]
+SPLITS: tuple[Split, ...] = ("train", "calibration", "test")
+
+GRID = 3  # digits per side
+CELL = 16  # pixels per digit and side: an 8x8 scan, enlarged twice
+IMAGE_SIZE = GRID * CELL
+_SPLIT_SEED = 20250925
+_HELD_OUT = 300  # scans in each of calibration and test
+
+
+@dataclass(frozen=True)
+class Scans:
+    """Digit scans of one split: `pixels` uint8 [n, 8, 8] (0 background, 255 ink) and `labels` int [n]."""
+
+    pixels: NDArray[np.uint8]
+    labels: NDArray[np.int64]
+
+
+@cache
+def load_scans(split: Split) -> Scans:
+    """The scans of one split, the same on every machine.
+
+    Raises:
+        ValueError: `split` is not one of train, calibration, test.
+    """
+    if split not in SPLITS:
+        raise ValueError(f"`split`: got {split!r}, expected one of {', '.join(SPLITS)}.")
+    from sklearn.datasets import load_digits
+
+    digits = load_digits()
+    order = np.random.default_rng(_SPLIT_SEED).permutation(len(digits.target))
+    test, calibration, train = np.split(order, [_HELD_OUT, 2 * _HELD_OUT])
+    chosen = {"train": train, "calibration": calibration, "test": test}[split]
+    pixels = np.round(digits.images[chosen] * (255 / 16)).astype(np.uint8)
+    return Scans(pixels, digits.target[chosen].astype(np.int64))
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Nine digits in reading order and the index of the scan drawn in each cell."""
+
+    digits: tuple[int, ...]
+    scans: tuple[int, ...]
+
+
+def draw_grid(scans: Scans, rng: np.random.Generator) -> Grid:
+    """Compose one grid from a random palette of 2 to 10 digits.
+
+    Small palettes repeat digits, so that counts range from 0 to 9 instead of hardly ever leaving 0 to 2.
+    """
+    palette = rng.choice(10, size=rng.integers(2, 11), replace=False)
+    digits = rng.choice(palette, size=GRID * GRID)
+    chosen = [int(rng.choice(np.flatnonzero(scans.labels == digit))) for digit in digits]
+    return Grid(tuple(int(d) for d in digits), tuple(chosen))
+
+
+def render(cells: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """Draw nine scans [9, 8, 8] as one RGB image [48, 48, 3], each pixel enlarged to 2x2."""
+    enlarged = cells.repeat(2, axis=1).repeat(2, axis=2)
+    image = enlarged.reshape(GRID, GRID, CELL, CELL).swapaxes(1, 2).reshape(IMAGE_SIZE, IMAGE_SIZE)
+    return np.repeat(image[..., None], 3, axis=2)
