@@ -7,9 +7,13 @@ import sys
 import tomllib
 import zipfile
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
+import torch
+from jaxtyping import Float, TypeCheckError, jaxtyped
+from shape_checks import check_shapes
+from torch import Tensor
 
 import skipit
 import skipit.router
@@ -107,8 +111,17 @@ def test_import_is_light(tmp_path: Path) -> None:
     assert len(imported) < 150, "the number of modules stands for the time, which no test can rely on"
 
 
-def test_shapes_are_checked_while_tests_run() -> None:
+def test_shapes_and_only_shapes_are_checked_while_tests_run() -> None:
     assert type(skipit.router.__spec__.loader).__module__.startswith("jaxtyping")
+
+    @jaxtyped(typechecker=check_shapes)
+    def count_rows(x: Float[Tensor, "rows 2"] | None, unit: Literal["row"] = "row") -> int:
+        return 0 if x is None else len(x)
+
+    assert count_rows(torch.zeros(3, 2), unit="column") == 3
+    assert count_rows(None) == 0
+    with pytest.raises(TypeCheckError, match="x"):
+        count_rows(torch.zeros(3, 4))
 
 
 @pytest.fixture(scope="module")
