@@ -611,7 +611,11 @@ def samples_to_certify(eps: float, delta: float) -> int:
     """
     _within("eps", eps, _PROBABILITY)
     _within("delta", delta, _PROBABILITY)
-    return math.ceil(math.log(delta) / math.log1p(-eps))
+    # The logarithms may round across an integer, so the last step is taken with the p-value that the test itself uses.
+    samples = max(1, math.ceil(math.log(delta) / math.log1p(-eps)) - 1)
+    while binom.cdf(0, samples, eps) > delta:
+        samples += 1
+    return samples
 
 
 @dataclass(frozen=True)
