@@ -25,7 +25,7 @@ from .questions import Kind, ask
 
 IGNORE = -100
 # Harder kinds are asked more often; one "grid" per image is the dense supervision that look-up needs.
-QUESTIONS_PER_IMAGE: dict[Kind, int] = {"grid": 1, "row": 1, "cell": 2, "compare": 2, "sum": 3, "count": 4}
+QUESTIONS_PER_IMAGE: dict[Kind, int] = {"grid": 1, "row": 1, "cell": 1, "compare": 3, "sum": 3, "count": 4}
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class PretrainConfig:
     seed: int = 0
     tower_steps: int = 400
     tower_batch: int = 64
-    steps: int = 6000
+    steps: int = 4500
     batch: int = 24
     learning_rate: float = 1e-3
     warmup: int = 300

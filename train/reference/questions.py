@@ -46,7 +46,11 @@ def ask(kind: Kind, digits: tuple[int, ...], rng: np.random.Generator) -> Questi
         case "sum":
             return Question(kind, f"what is the sum of the {ROWS[row]} row ?", str(sum(values)), in_row)
         case "compare":
+            # Two different digits where there are any, in either order: "yes" and "no" are equally likely.
             a, b = (int(c) for c in rng.choice(len(everywhere), size=2, replace=False))
+            others = [c for c in everywhere if digits[c] != digits[a]]
+            if others:
+                b = int(rng.choice(others))
             answer = "yes" if digits[a] > digits[b] else "no"
             return Question(kind, f"is {cell_name(a)} larger than {cell_name(b)} ?", answer, (a, b))
         case "count":

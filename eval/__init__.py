@@ -1,0 +1,1 @@
+"""What the learned skips cost and save, and whether they follow the theory."""

@@ -1,0 +1,93 @@
+"""Profiles and plans on disk: a folder with a JSON file to read and a safetensors file with the numbers."""
+
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from skipit.router.artefact import load_json, load_tensors, new_directory, provenance, save_json, save_tensors
+from skipit.router.errors import CheckpointError
+
+from .cost import CostModel
+from .plan import Plan
+from .profile import Profile
+
+VERSION = 1
+
+
+def save_profile(profile: Profile, out: str | Path, overwrite: bool = False) -> None:
+    """Write a profile as `profile.json` (tables one can read, costs, provenance) and `profile.safetensors`."""
+    small = {name: table for name, table in profile.tables.items() if table.dim() <= 2}
+    with new_directory(out, overwrite) as folder:
+        save_tensors(folder / "profile.safetensors", profile.tables)
+        save_json(
+            folder / "profile.json",
+            {
+                "version": VERSION,
+                "model": profile.model,
+                "about": profile.about,
+                "costs": profile.costs.to_json(),
+                "tables": small,
+                "made_by": provenance(),
+            },
+        )
+
+
+def load_profile(path: str | Path) -> Profile:
+    """Read a profile.
+
+    Raises:
+        CheckpointError: missing, damaged, or of another version.
+    """
+    values = _load(Path(path), "profile", ("model", "about", "costs"))
+    tables = load_tensors(Path(path) / "profile.safetensors")
+    return Profile(tables, CostModel.from_json(values["costs"]), values["model"], values["about"])
+
+
+def save_plan(plan: Plan, out: str | Path, overwrite: bool = False) -> None:
+    """Write a plan as `plan.json` and `plan.safetensors`."""
+    tensors = {"weight": plan.weight, "bias": plan.bias, "run_rate": plan.run_rate}
+    rest = {f.name: getattr(plan, f.name) for f in fields(plan) if f.name not in ("weight", "bias")}
+    with new_directory(out, overwrite) as folder:
+        save_tensors(folder / "plan.safetensors", tensors)
+        save_json(folder / "plan.json", {"version": VERSION, **rest, "made_by": provenance()})
+
+
+def load_plan(path: str | Path) -> Plan:
+    """Read a plan.
+
+    Raises:
+        CheckpointError: missing, damaged, or of another version.
+    """
+    keys = ("budget", "kv", "init", "model", "about")
+    values = _load(Path(path), "plan", keys)
+    tensors = load_tensors(Path(path) / "plan.safetensors")
+    return Plan(**tensors, **{key: values[key] for key in keys})
+
+
+def check_same_model(artefact: Profile | Plan, model_fingerprint: str) -> None:
+    """Refuse an artefact that was made for another model.
+
+    Raises:
+        CheckpointError: the fingerprints differ.
+    """
+    if artefact.model != model_fingerprint:
+        kind = type(artefact).__name__.lower()
+        raise CheckpointError(
+            f"the {kind} was made for a model with fingerprint {artefact.model}, this model has {model_fingerprint}. "
+            "Profile this model: `skipit profile MODEL DATA --out P`."
+        )
+
+
+def _load(folder: Path, kind: str, keys: tuple[str, ...]) -> dict[str, Any]:
+    path = folder / f"{kind}.json"
+    if not path.is_file():
+        raise CheckpointError(f"{folder} is not a {kind}: it has no {path.name}.")
+    values = load_json(path)
+    if values.get("version") != VERSION:
+        raise CheckpointError(f"{path}: got version {values.get('version')!r}, this skipit reads {VERSION}.")
+    if missing := [key for key in keys if key not in values]:
+        raise CheckpointError(f"{path}: no {', '.join(missing)}; the file is incomplete.")
+    return values
+
+
+__all__ = ["check_same_model", "load_plan", "load_profile", "save_plan", "save_profile"]

@@ -1,0 +1,85 @@
+"""Thresholds that hit a compute budget as measured in gathered execution, on data the training did not see."""
+
+from collections.abc import Iterable
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+
+from skipit.router import Gated, Trace, find_router, running
+from skipit.router.config import KVPolicy, RouterConfig
+
+from .cost import Compute, CostModel, trace_compute
+from .plan import check_budget
+
+
+@torch.no_grad()
+def measured_share(
+    model: nn.Module, batches: Iterable[dict[str, Tensor]], costs: CostModel, kv: KVPolicy, threshold: float
+) -> float:
+    """Share of the dense decoder's FLOPs that gathered execution spends at a threshold, over all batches."""
+    executed = dense = 0.0
+    device = next(model.parameters()).device
+    for batch in batches:
+        trace = Trace()
+        inputs = {key: value.to(device) for key, value in batch.items() if key != "labels"}
+        with running(policy=Gated(threshold), mode="gathered", kv=kv, trace=trace):
+            model(**inputs, use_cache=False)
+        compute: Compute = trace_compute(costs, trace.steps, kv)
+        executed, dense = executed + float(compute.executed.sum()), dense + float(compute.dense.sum())
+    return executed / dense
+
+
+def calibrate(
+    model: nn.Module,
+    batches: list[dict[str, Tensor]],
+    costs: CostModel,
+    budget: float,
+    kv: KVPolicy,
+    *,
+    tolerance: float = 0.002,
+    steps: int = 14,
+) -> tuple[float, float]:
+    """The threshold at which a gated model spends a budget.
+
+    Bisection between thresholds at which (nearly) everything and nothing runs. The share need not fall evenly with the
+    threshold, because skipping changes the states that later gates see; the best threshold met is returned.
+
+    Args:
+        model: with gates, in eval mode.
+        batches: held-out model inputs.
+        costs: of the model's layers.
+        budget: share of dense FLOPs, in (0, 1].
+        kv: K/V policy.
+        tolerance: share of dense FLOPs that is close enough.
+        steps: forward passes over the batches, at most.
+
+    Returns:
+        The threshold and the share measured at it.
+    """
+    check_budget(budget)
+    low, high = -30.0, 30.0
+    best: tuple[float, float] | None = None
+    threshold = 0.0
+    for _ in range(steps):
+        share = measured_share(model, batches, costs, kv, threshold)
+        # Of two thresholds as close, the one that stays within the budget.
+        if best is None or abs(share - budget) < abs(best[1] - budget):
+            best = (threshold, share)
+        if abs(share - budget) <= tolerance:
+            break
+        low, high = (threshold, high) if share > budget else (low, threshold)
+        threshold = (low + high) / 2 if max(abs(low), abs(high)) < 30 else threshold + (1.0 if share > budget else -1.0)
+    assert best is not None
+    return best
+
+
+def with_operating_point(config: RouterConfig, name: str, threshold: float) -> RouterConfig:
+    """The configuration with one more named threshold."""
+    return replace(config, operating_points={**config.operating_points, name: threshold})
+
+
+def default_threshold(model: nn.Module, threshold: float, name: str) -> None:
+    """Make a threshold the model's default and store it under a name too."""
+    _, router = find_router(model)
+    router.config = replace(with_operating_point(router.config, name, threshold), threshold=threshold)

@@ -1,0 +1,207 @@
+"""From a profile to gates: which units run at a budget, and closed-form gates that decide token by token.
+
+Units are (layer, modality). Every unit has a damage D (what skipping its tokens does to the answer) and a cost c
+(the FLOPs it saves). The maximum-entropy relaxation of the knapsack, min sum D s - T sum H(s) under a budget,
+gives logit P(run) = (D - lambda c) / T; T -> 0 is the greedy rule by damage per FLOP. Per token, damages spread
+over decades, so the gate predicts log D from the state and runs where it exceeds log(lambda c).
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Literal, get_args
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from skipit.router.config import KVPolicy
+from skipit.router.gates import TokenGate
+
+from .profile import Profile
+
+Init = Literal["theory", "theory-bias", "zero", "run"]
+LOGIT_LIMIT = 8.0  # keeps sigmoid gradients alive
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Gates for a model at a budget.
+
+    Attributes:
+        weight: gate weights [layers, modalities, dim].
+        bias: gate biases [layers, modalities].
+        budget: share of the decoder's FLOPs that may be spent, in (0, 1].
+        kv: K/V policy the plan is for.
+        init: how the gates were made.
+        model: fingerprint of the model profiled.
+        run_rate: expected share of tokens that run each unit [layers, modalities].
+        about: provenance.
+    """
+
+    weight: Tensor
+    bias: Tensor
+    budget: float
+    kv: KVPolicy
+    init: Init
+    model: str
+    run_rate: Tensor
+    about: dict[str, Any] = field(default_factory=dict)
+
+
+def check_budget(budget: float) -> float:
+    """Return the budget.
+
+    Raises:
+        ValueError: it is not in (0, 1].
+    """
+    if not isinstance(budget, int | float) or not 0 < budget <= 1:
+        raise ValueError(
+            f"`budget`: got {budget!r}, expected a number in (0, 1]: the share of the dense decoder's FLOPs to spend."
+        )
+    return float(budget)
+
+
+def unit_damage(profile: Profile, kv: KVPolicy) -> Float[Tensor, "layers modality"]:
+    """Damage per answer token when a whole unit is skipped under a K/V policy; NaN where a unit has no tokens."""
+    return profile.tables[f"damage_{kv}"]
+
+
+def allocate(
+    damage: Float[Tensor, "layers modality"],
+    cost: Float[Tensor, "layers modality"],
+    floor: float,
+    total: float,
+    budget: float,
+    temperature: float = 0.0,
+) -> tuple[Float[Tensor, "layers modality"], float]:
+    """Probability that each unit runs so that the expected compute meets the budget.
+
+    Args:
+        damage: D per unit; a unit without tokens (NaN) costs nothing and counts as running.
+        cost: FLOPs that skipping the unit saves.
+        floor: FLOPs spent even when everything is skipped.
+        total: FLOPs of the dense decoder.
+        budget: share of `total` to spend, in (0, 1].
+        temperature: T of the relaxation, in units of damage; 0 is greedy by damage per FLOP with one fractional unit.
+
+    Returns:
+        Run probabilities, and lambda, the price of a FLOP in damage.
+    """
+    check_budget(budget)
+    here = damage.isfinite() & (cost > 0)
+    d, c = damage.double().nan_to_num(0.0), torch.where(here, cost.double(), 0.0)
+    wanted = min(max(budget * total - floor, 0.0), float(c.sum()))
+    if temperature == 0:
+        run, price = _greedy(d, c, wanted)
+    else:
+
+        def probability(log_price: float) -> Tensor:
+            return torch.sigmoid((d - torch.tensor(log_price).exp() * c) / temperature)
+
+        log_price = bisect(lambda x: float((probability(x) * c).sum()) - wanted, -80.0, 20.0)
+        run, price = probability(log_price), float(torch.tensor(log_price).exp())
+    return torch.where(here, run, 1.0).float(), price
+
+
+def _greedy(d: Tensor, c: Tensor, wanted: float) -> tuple[Tensor, float]:
+    ratio = torch.where(c > 0, d / c.clamp(min=1e-300), -torch.inf).flatten()
+    run, spent, price = torch.zeros_like(ratio), 0.0, float(ratio.max())
+    for unit in ratio.argsort(descending=True).tolist():
+        cost = float(c.flatten()[unit])
+        if cost == 0 or spent >= wanted:
+            break
+        run[unit] = min(1.0, (wanted - spent) / cost)
+        spent, price = spent + cost, float(ratio[unit])
+    return run.view_as(d), price
+
+
+def bisect(excess: Callable[[float], float], low: float, high: float, steps: int = 100) -> float:
+    """The point where a decreasing function crosses zero, within [low, high]."""
+    for _ in range(steps):
+        middle = (low + high) / 2
+        low, high = (middle, high) if excess(middle) > 0 else (low, middle)
+    return (low + high) / 2
+
+
+def make_plan(
+    profile: Profile, budget: float, kv: KVPolicy = "retain", init: Init = "theory", sharpness: float = 1.0
+) -> Plan:
+    """Gates for a budget, in closed form from a profile.
+
+    `theory`: z = k (w . n(x) + b - log(lambda c)), with w and b the ridge prediction of a token's log damage, scaled so
+    that a unit's tokens together do the damage measured for the whole unit under this K/V policy. `theory-bias`: the same
+    without w. `zero`: w = 0, b = 0 plus what meets the budget evenly. `run`: the peers' practice, gates biased to run.
+
+    Args:
+        profile: of this model.
+        budget: share of the dense decoder's FLOPs to spend.
+        kv: K/V policy.
+        init: which gates to make.
+        sharpness: k, logits per unit of log damage.
+
+    Raises:
+        ValueError: `budget` is not in (0, 1], or an unknown `init`.
+    """
+    check_budget(budget)
+    if init not in get_args(Init):
+        raise ValueError(f"`init`: got {init!r}, expected one of {', '.join(get_args(Init))}.")
+    t = profile.tables
+    units = t["damage_retain"].shape
+    weight = torch.zeros(*units, t["ridge_weight"].shape[-1])
+    if init in ("zero", "run"):
+        bias = torch.full(units, TokenGate.OPEN if init == "run" else 0.0)
+        rate = torch.full(units, 1.0 if init == "run" else 0.5)
+        return Plan(weight, bias, float(budget), kv, init, profile.model, rate, dict(profile.about))
+    saving = profile.costs.saving(t["keys"].nan_to_num(1.0), kv)
+    tokens = t["tokens_per_row"].nan_to_num(0.0)
+    mean, std = _log_damage(profile, kv)
+    if init == "theory-bias":
+        std = torch.zeros_like(std)
+    score = mean.double() - saving.log()  # log of the damage per FLOP of a typical token
+    here = mean.isfinite()
+    score = torch.where(here, score, 50.0)
+    cost = tokens * saving
+    total = float((tokens * profile.costs.saving(t["keys"].nan_to_num(1.0), "evict")).sum())
+    wanted = max(budget * total - (total - float(cost.sum())), 0.0)
+
+    def rate_at(log_price: float) -> Tensor:
+        # A prediction is about normal over tokens. The smallest spread stands for what the prediction misses.
+        return torch.special.ndtr((score - log_price) / std.double().clamp(min=0.1))
+
+    log_price = bisect(lambda x: float((rate_at(x) * cost).sum()) - wanted, -200.0, 100.0)
+    if init == "theory":
+        weight = sharpness * t["ridge_weight"].nan_to_num(0.0)
+    base = mean
+    if init == "theory":
+        predicted = t["ridge_bias"] + mean - t["ridge_mean"]  # moved to the scale of the unit's damage
+        # Where nothing could be regressed (a unit that no answer depends on) the unit's mean stands for every token.
+        base = torch.where(predicted.isfinite(), predicted, mean)
+    bias = sharpness * (base.double() - saving.log() - log_price)
+    bias = torch.where(here, bias, LOGIT_LIMIT)
+    if init == "theory-bias":
+        bias = bias.clamp(-LOGIT_LIMIT, LOGIT_LIMIT)
+    about = {**profile.about, "log_price": log_price, "sharpness": sharpness}
+    return Plan(weight.float(), bias.float(), float(budget), kv, init, profile.model, rate_at(log_price).float(), about)
+
+
+def _log_damage(profile: Profile, kv: KVPolicy) -> tuple[Tensor, Tensor]:
+    """Mean and spread, over a unit's tokens, of the predicted log damage of skipping one token, at the unit's scale.
+
+    The ridge predicts the mean log of a noisy estimate, which lies below the log of its mean. So the prediction is
+    shifted until exp(prediction), averaged over the unit's tokens as a log-normal, is the unit's damage per token.
+    """
+    t = profile.tables
+    std = t["ridge_std"].nan_to_num(0.0)
+    per_token = unit_damage(profile, kv) / t["tokens_per_row"]
+    mean = per_token.clamp(min=1e-30).log().float() - std.square() / 2
+    return mean, std
+
+
+def skip_set(profile: Profile, budget: float, kv: KVPolicy = "retain") -> Bool[Tensor, "layers modality"]:
+    """The units a static plan runs at a budget: greedy by measured damage per FLOP. True runs."""
+    t = profile.tables
+    keys, tokens = t["keys"].nan_to_num(1.0), t["tokens_per_row"].nan_to_num(0.0)
+    cost = tokens * profile.costs.saving(keys, kv)
+    total = float((tokens * profile.costs.saving(keys, "evict")).sum())
+    run, _ = allocate(unit_damage(profile, kv), cost, total - float(cost.sum()), total, budget)
+    return run > 0.5

@@ -1,0 +1,1 @@
+"""Fine-tuning gates and LoRA for a compute budget."""

@@ -1,0 +1,75 @@
+"""What can be set about a training run: one dial, `budget`; everything else has a default."""
+
+from dataclasses import asdict, dataclass, fields
+from typing import Any, Self, get_args
+
+from skipit.router import RouterConfigError
+from skipit.router.config import KVPolicy
+from skipit.theory.plan import check_budget
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Settings of a training run.
+
+    Args:
+        budget: share of the dense decoder's FLOPs to spend, in (0, 1].
+        kv: K/V policy of skipped tokens, `retain` or `evict`.
+        steps: optimizer steps.
+        batch_size: rows per device and step.
+        accumulation: batches per optimizer step.
+        learning_rate: of LoRA.
+        gate_learning_rate: of the gates.
+        lora_rank: rank of LoRA on the decoder's linear maps; 0 trains the gates alone.
+        lora_alpha: LoRA's scale is alpha / rank.
+        distillation: weight of KL(full model || gated model).
+        multiplier_rate: step size of the dual ascent on the compute constraint.
+        damping: weight of the last step's violation beside the multiplier, which keeps the ascent from swinging.
+        collapse: share of compute, at or below which all of the last `collapse_steps` steps mean a dead router.
+        collapse_steps: see `collapse`.
+        seed: of data order, LoRA and sampling.
+        save_steps: steps between resumable checkpoints.
+    """
+
+    budget: float = 0.5
+    kv: KVPolicy = "retain"
+    steps: int = 250
+    batch_size: int = 16
+    accumulation: int = 1
+    learning_rate: float = 2e-3
+    gate_learning_rate: float = 1e-2
+    lora_rank: int = 8
+    lora_alpha: int = 16
+    distillation: float = 1.0
+    multiplier_rate: float = 0.2
+    damping: float = 2.0
+    collapse: float = 0.02
+    collapse_steps: int = 20
+    seed: int = 0
+    save_steps: int = 100
+
+    def __post_init__(self) -> None:
+        check_budget(self.budget)
+        if self.kv not in get_args(KVPolicy):
+            raise RouterConfigError(f"`kv`: got {self.kv!r}, expected one of {', '.join(get_args(KVPolicy))}.")
+        for name in ("steps", "batch_size", "accumulation", "save_steps"):
+            if getattr(self, name) < 1:
+                raise RouterConfigError(f"`{name}`: got {getattr(self, name)!r}, expected at least 1.")
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Self:
+        """Build from a mapping.
+
+        Raises:
+            RouterConfigError: an unknown key or a bad value.
+        """
+        known = {f.name for f in fields(cls)}
+        if unknown := sorted(set(values) - known):
+            raise RouterConfigError(
+                f"training config: unknown keys {', '.join(unknown)}; known keys: {', '.join(sorted(known))}."
+            )
+        return cls(**values)
+
+    def to_dict(self) -> dict[str, Any]:
+        """All settings as plain JSON values."""
+        return asdict(self)

@@ -1,0 +1,136 @@
+"""A Hugging Face `Trainer` for gates and LoRA under a compute budget."""
+
+import math
+from collections import deque
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from skipit.router import SkipItError, Trace, running
+from skipit.theory.cost import CostModel
+
+from .config import TrainConfig
+from .objective import DualAscent, answer_losses, gated_compute
+
+GATE = "layer_gate"
+
+
+class TrainingError(SkipItError):
+    """Training cannot go on; the last checkpoint is good."""
+
+
+class SkipTrainer(Trainer):
+    """Trains a gated PEFT model: straight-through gates in masked execution, distillation from the model itself.
+
+    The teacher is the same model with gates and LoRA off: no second copy in memory.
+
+    Args:
+        settings: budget and weights of the objective.
+        costs: of the model's layers.
+        dense_per_answer: dense decoder FLOPs per answer token of the data, the scale of the compute term.
+        **trainer: passed to `transformers.Trainer`.
+    """
+
+    def __init__(self, *, settings: TrainConfig, costs: CostModel, dense_per_answer: float, **trainer: Any) -> None:
+        super().__init__(**trainer)
+        self.model_accepts_loss_kwargs = True  # the loss is divided by num_items_in_batch below
+        self.settings, self.costs, self.dense_per_answer = settings, costs, dense_per_answer
+        self.ascent = DualAscent(settings.budget, settings.multiplier_rate, settings.damping)
+        self._executed = self._dense = 0.0
+        self._parts: dict[str, float] = {}
+        self.add_callback(_Ascend(self))
+
+    def compute_loss(
+        self, model: nn.Module, inputs: dict[str, Tensor], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """CE + distillation + compute, summed over this batch and divided by the answer tokens of the whole step."""
+        inputs = dict(inputs)
+        labels = inputs.pop("labels")
+        trace = Trace()
+        with running(mode="masked", kv=self.settings.kv, trace=trace):
+            outputs = model(**inputs, use_cache=False)
+        teacher = self._teacher(model, inputs) if self.settings.distillation else None
+        ce, kl = answer_losses(outputs.logits, teacher, labels)
+        compute = gated_compute(self.costs, trace.steps[-1], self.settings.kv)
+        executed, dense = compute.executed.sum(), compute.dense.sum()
+        over = (executed - self.settings.budget * dense) / self.dense_per_answer
+        items = num_items_in_batch if num_items_in_batch is not None else (labels[:, 1:] != -100).sum()
+        loss = (ce + self.settings.distillation * kl + self.ascent.price * over) / items
+        if not bool(torch.isfinite(loss)):
+            raise TrainingError(
+                f"the loss is {loss.item()} at step {self.state.global_step + 1} (CE {ce.item()}, KL {kl.item()}). "
+                "The last checkpoint is good: lower the learning rates and continue with --resume."
+            )
+        self._executed += float(executed.detach())
+        self._dense += float(dense.detach())
+        for name, value in (("ce", ce), ("kl", kl)):
+            self._parts[name] = self._parts.get(name, 0.0) + float(value.detach() / items)
+        return (loss, outputs) if return_outputs else loss
+
+    @torch.no_grad()
+    def _teacher(self, model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
+        disable = getattr(self.accelerator.unwrap_model(model), "disable_adapter", None)
+        was_training = model.training
+        model.eval()  # no dropout in the target
+        try:
+            if disable is None:
+                with running(mode="dense"):
+                    return model(**inputs, use_cache=False).logits  # type: ignore[no-any-return]
+            with disable(), running(mode="dense"):
+                return model(**inputs, use_cache=False).logits  # type: ignore[no-any-return]
+        finally:
+            model.train(was_training)
+
+    def finish_step(self) -> dict[str, float]:
+        """Sum up an optimizer step over ranks, move the price, and return the step's figures."""
+        sums = torch.tensor([self._executed, self._dense], dtype=torch.float64, device=self.args.device)
+        executed, dense = self.accelerator.reduce(sums, reduction="sum").tolist()
+        share = executed / dense
+        figures = {**self._parts, "compute": share, "price": self.ascent.price}
+        self.ascent.update(share)
+        self._executed = self._dense = 0.0
+        self._parts = {}
+        return figures
+
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        """AdamW with a learning rate of its own for the gates, which have few parameters and far to go."""
+        if self.optimizer is None:
+            named = [(n, p) for n, p in (model or self.model).named_parameters() if p.requires_grad]
+            gates = [p for n, p in named if GATE in n]
+            others = [p for n, p in named if GATE not in n]
+            groups = [{"params": gates, "lr": self.settings.gate_learning_rate, "weight_decay": 0.0}]
+            if others:
+                groups.append({"params": others, "lr": self.args.learning_rate, "weight_decay": self.args.weight_decay})
+            kind, options = self.get_optimizer_cls_and_kwargs(self.args, model)
+            self.optimizer = kind(groups, **options)
+        return self.optimizer
+
+
+class _Ascend(TrainerCallback):
+    """Moves the price after every optimizer step, logs, and stops a collapsed router."""
+
+    def __init__(self, trainer: SkipTrainer) -> None:
+        self.trainer = trainer
+        self.recent: deque[float] = deque(maxlen=trainer.settings.collapse_steps)
+        self.history: list[dict[str, float]] = []
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        figures = self.trainer.finish_step()
+        self.history.append({"step": state.global_step, **figures})
+        self.recent.append(figures["compute"])
+        full = len(self.recent) == self.recent.maxlen
+        if full and max(self.recent) <= self.trainer.settings.collapse < self.trainer.settings.budget:
+            raise TrainingError(
+                f"the router collapsed: the last {len(self.recent)} steps executed at most {max(self.recent):.1%} of the "
+                f"dense compute, the budget is {self.trainer.settings.budget:.0%}. Lower `gate_learning_rate` or raise `damping`."
+            )
+
+    def on_log(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: Any = None, **kwargs: Any
+    ) -> None:
+        if logs is not None and "loss" in logs and self.history:
+            logs.update({k: v for k, v in self.history[-1].items() if k != "step" and not math.isnan(v)})
