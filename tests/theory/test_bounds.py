@@ -201,7 +201,7 @@ def test_4_constant_is_sharp() -> None:
 @examples
 @given(thresholds, st.floats(0, 1), st.floats(0.1, 10))
 def test_4_proximal_form_is_tight(t: float, share: float, lipschitz: float) -> None:
-    """All tokens start in one direction, the loss is the chord from it; most move by almost t, the others turn round."""
+    """All tokens start in one direction, the loss is the chord from it; most move by almost t, the rest turn round."""
     near = torch.tensor([1 - t, math.sqrt(max(0.0, t * (2 - t)))], dtype=torch.float64)
     start = torch.tensor([1.0, 0.0], dtype=torch.float64)
     loss = lipschitz * torch.stack([(near - start).norm(), (-2 * start).norm()])
@@ -255,6 +255,23 @@ def test_5_is_tight_when_all_neighbourhoods_are_alike(half: int, share: float) -
     assert conditional_entropy(joint).item() == pytest.approx(fano_entropy_bound(p, symbols, *counts).item())
 
 
+def test_5_counts_the_neighbours_on_the_right_side() -> None:
+    """A star: its centre is near every symbol, a leaf only near itself and the centre; the far part needs the latter."""
+    symbols, p = 50, 0.4
+    distances = torch.full((symbols, symbols), 2.0)
+    distances[0, :] = distances[:, 0] = 1.0
+    distances.fill_diagonal_(0)
+    counts = neighbour_counts(distances, 1.5)
+    assert counts == (2, symbols)
+    joint = torch.zeros(symbols, symbols, dtype=torch.float64)
+    joint[0] = (1 - p) / symbols
+    joint[1, 2:] = p / (symbols - 2)
+    assert joint[distances >= 1.5].sum().item() == pytest.approx(p)
+    entropy_of_next = conditional_entropy(joint).item()
+    assert entropy_of_next == pytest.approx(p * math.log(48) + (1 - p) * math.log(50))
+    assert entropy_of_next <= fano_entropy_bound(p, symbols, *counts).item() + SLACK
+
+
 @examples
 @given(st.floats(0, 1), st.floats(0, 1), st.integers(2, 50), st.data())
 def test_5_accepts_an_upper_bound_of_prox(p: float, larger: float, symbols: int, data: st.DataObject) -> None:
@@ -294,6 +311,20 @@ def test_6_information_bounds_the_risk_gap(seed: int, markov: bool, loss_range: 
         assert difference.item() == pytest.approx(gained.item(), abs=1e-12)
         assert gap >= -SLACK
     assert gap <= pinsker_risk_gap(conditional_entropy(pair), loss_range) + SLACK
+
+
+def test_6_the_difference_of_informations_is_not_enough_without_the_chain() -> None:
+    """A channel that erases and one that flips carry the same information about a bit, but not the same risk."""
+    flip = 0.11
+    erase = -(flip * math.log2(flip) + (1 - flip) * math.log2(1 - flip))
+    erased = torch.tensor([[1 - erase, 0], [erase, erase], [0, 1 - erase]], dtype=torch.float64) / 2
+    flipped = torch.tensor([[1 - flip, flip], [flip, 1 - flip]], dtype=torch.float64) / 2
+    assert mutual_information(erased).item() == pytest.approx(mutual_information(flipped).item())
+    losses = 1 - torch.eye(2, dtype=torch.float64)
+    assert bayes_risk(erased, losses) - bayes_risk(flipped, losses) > 0.1
+    joint = erased[:, None, :] * flipped[None] / 0.5
+    gained = mutual_information(joint.reshape(6, 2)) - mutual_information(erased)
+    assert bayes_risk(erased, losses) - bayes_risk(flipped, losses) <= pinsker_risk_gap(gained, 1.0)
 
 
 def test_6_never_exceeds_the_range_of_the_loss() -> None:
