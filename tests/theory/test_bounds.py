@@ -256,7 +256,7 @@ def test_5_is_tight_when_all_neighbourhoods_are_alike(half: int, share: float) -
 
 
 def test_5_counts_the_neighbours_on_the_right_side() -> None:
-    """A star: its centre is near every symbol, a leaf only near itself and the centre; the far part needs the latter."""
+    """A star: its centre is near every symbol, a leaf only near itself and the centre; far needs that one."""
     symbols, p = 50, 0.4
     distances = torch.full((symbols, symbols), 2.0)
     distances[0, :] = distances[:, 0] = 1.0
