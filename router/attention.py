@@ -79,9 +79,7 @@ class Layout:
         return out
 
 
-def visible_keys(
-    full: Tensor | None, query: Tensor, key: Tensor, past: int, alive: Tensor | None = None
-) -> Tensor:
+def visible_keys(full: Tensor | None, query: Tensor, key: Tensor, past: int, alive: Tensor | None = None) -> Tensor:
     """The attention mask of some queries over some keys, from the mask over the whole sequence.
 
     Args:
@@ -112,11 +110,13 @@ def visible_keys(
 
 
 def _wrap(base: str) -> Callable[..., Any]:
-    def attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **kwargs: Any) -> Any:
+    def attention(
+        module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **kwargs: Any
+    ) -> Any:
         layout: Layout | None = kwargs.pop(LAYOUT_KWARG, None)
         observer = kwargs.pop(OBSERVER_KWARG, None)
         # "eager" is no entry of the interface: every modeling file has its own, with the family's extras.
-        eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
+        eager: Any = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
         function = ALL_ATTENTION_FUNCTIONS.get_interface(base, eager)
         if observer is not None:
             observer(module, query, key, value, mask, kwargs.get("scaling"))

@@ -22,6 +22,9 @@ class SkipCacheLayer(DynamicLayer):
         seen: tokens per row that have passed, whether or not they were kept.
     """
 
+    keys: Tensor
+    values: Tensor
+
     def __init__(self) -> None:
         super().__init__()
         self.index: Tensor | None = None
@@ -111,6 +114,8 @@ class SkipCacheLayer(DynamicLayer):
 class SkipCache(Cache):
     """A cache for gated models; a gated model makes one by itself wherever transformers would make its own."""
 
+    layers: list[SkipCacheLayer]  # type: ignore[assignment]
+
     def __init__(self, num_layers: int) -> None:
         super().__init__(layers=[SkipCacheLayer() for _ in range(num_layers)])
 
@@ -128,12 +133,12 @@ class SkipCache(Cache):
             )
         taken = cls(num_layers)
         for mine, theirs in zip(taken.layers, cache.layers, strict=False):
-            if theirs.get_seq_length() == 0:
-                continue
+            if not isinstance(theirs, DynamicLayer) or theirs.keys is None or theirs.values is None:
+                continue  # empty
             if theirs.keys.shape[-2] != theirs.get_seq_length():
                 raise UnsupportedModelError(
-                    "`past_key_values`: a sliding window has already dropped tokens, so the cache cannot be taken over. "
-                    "Start from an empty cache."
+                    "`past_key_values`: a sliding window has already dropped tokens, so the cache cannot be taken "
+                    "over. Start from an empty cache."
                 )
             mine.update(theirs.keys, theirs.values)
         return taken

@@ -43,5 +43,6 @@ def _describe(model: nn.Module, layers: str | None) -> str:
     found = ", ".join(lists) or "none"
     example = lists[-1].split(" ")[0] if lists else "model.layers"
     return (
-        f'{wanted} in `{type(model).__name__}`. Module lists found: {found}. Name one: attach(model, layers="{example}").'
+        f"{wanted} in `{type(model).__name__}`. Module lists found: {found}. "
+        f'Name one: attach(model, layers="{example}").'
     )

@@ -61,7 +61,7 @@ def load_plan(path: str | Path) -> Plan:
     keys = ("budget", "kv", "init", "model", "about")
     values = _load(Path(path), "plan", keys)
     tensors = load_tensors(Path(path) / "plan.safetensors")
-    return Plan(**tensors, **{key: values[key] for key in keys})
+    return Plan(**tensors, **{key: values[key] for key in keys})  # type: ignore[arg-type]
 
 
 def check_same_model(artefact: Profile | Plan, model_fingerprint: str) -> None:

@@ -98,7 +98,7 @@ def _layer_cost(layer: nn.Module, width: int) -> LayerCost:
 
 @dataclass
 class Compute:
-    """FLOPs by unit: `executed` and `dense` [layers, modalities], summed over tokens; with gradient if the gates had one."""
+    """FLOPs by unit, [layers, modalities], summed over tokens; `executed` has a gradient if the gates had one."""
 
     executed: Tensor
     dense: Tensor
@@ -122,7 +122,8 @@ def step_compute(
 
     Args:
         costs: of this model's layers.
-        run: 1 where a token runs a layer, 0 where it skips; may be soft, and carry a gradient.
+        run: 1 where a token runs a layer, 0 where it skips; may be soft (the FLOPs are then the expected ones of
+            independent decisions), and carry a gradient.
         modality: 0 text, 1 vision.
         real: False at padding.
         kv: what skipped tokens leave behind.
@@ -132,11 +133,9 @@ def step_compute(
     run = run * real
     tokens = real.to(run.dtype)
     everything = tokens.cumsum(-1) if seen is None else tokens.cumsum(-1) + seen[:, None]
-    if kv == "retain":
-        keys = everything.expand_as(run)
-    else:
-        # A running token sees itself in full; what a soft gate weighs is the keys of others.
-        keys = run.cumsum(-1) + (0 if held is None else held[..., None])
+    # Where keys are evicted, a token that runs sees itself in full; a soft gate weighs the keys of others.
+    others = run.cumsum(-1) - run + (0 if held is None else held[..., None])
+    keys = everything if kv == "retain" else others + 1
     linear, pair, kept, gate = (
         costs.column(name).to(run)[:, None, None] for name in ("linear", "attention", "keys_values", "gate")
     )

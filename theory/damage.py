@@ -34,9 +34,7 @@ def slopes(grad: Float[Tensor, "batch seq dim"], change: Float[Tensor, "batch se
     return (grad.float() * change.float()).sum(-1)
 
 
-def damage_by_row(
-    slope: Float[Tensor, "batch seq"], chosen: Bool[Tensor, "batch seq"]
-) -> Float[Tensor, " batch"]:
+def damage_by_row(slope: Float[Tensor, "batch seq"], chosen: Bool[Tensor, "batch seq"]) -> Float[Tensor, " batch"]:
     """Damage per row when all `chosen` tokens change together: the slopes add up before they are squared."""
     return 0.5 * (slope * chosen).sum(-1).square()
 
@@ -110,7 +108,9 @@ class CrossAttention:
         last: per layer, [batch]: the same for the last prompt token.
     """
 
-    def __init__(self, modality: Int[Tensor, "batch seq"], real: Bool[Tensor, "batch seq"], last: Int[Tensor, " batch"]):
+    def __init__(
+        self, modality: Int[Tensor, "batch seq"], real: Bool[Tensor, "batch seq"], last: Int[Tensor, " batch"]
+    ):
         self.vision = (modality == 1) & real
         sees = self.vision.cumsum(-1) > 0
         self.queries = (modality == 0) & real & sees

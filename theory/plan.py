@@ -129,8 +129,8 @@ def make_plan(
     """Gates for a budget, in closed form from a profile.
 
     `theory`: z = k (w . n(x) + b - log(lambda c)), with w and b the ridge prediction of a token's log damage, scaled so
-    that a unit's tokens together do the damage measured for the whole unit under this K/V policy. `theory-bias`: the same
-    without w. `zero`: w = 0, b = 0 plus what meets the budget evenly. `run`: the peers' practice, gates biased to run.
+    that a unit's tokens together do the damage measured for the whole unit under this K/V policy. `theory-bias`: the
+    same without w. `zero`: w = 0 and b = 0. `run`: the peers' practice, gates biased to run.
 
     Args:
         profile: of this model.

@@ -27,10 +27,11 @@ class Profile:
     """What was measured about a model. Tables are [layers, modalities], NaN where a unit has no tokens.
 
     Attributes:
-        tables: `geometric`, `update`, `damage_retain`, `damage_evict` (KL per answer token when all tokens of the unit skip
-            this layer), `damage_tokens` (sum of the damages of its tokens taken one by one), `log_damage` (its mean over
-            tokens), `keys` (keys a token sees), `count`; `var_text` and `var_last` are [layers]; `histogram` (of the cosine
-            distance) [layers, modalities, bins]; `ridge_*` the prediction of a token's log damage from its state.
+        tables: `geometric`, `update`, `damage_retain`, `damage_evict` (KL per answer token when all tokens of the unit
+            skip this layer), `damage_tokens` (sum of the damages of its tokens taken one by one), `log_damage` (its
+            mean over tokens), `keys` (keys a token sees), `count`; `var_text` and `var_last` are [layers]; `histogram`
+            (of the cosine distance) [layers, modalities, bins]; `ridge_*` the prediction of a token's log damage from
+            its state.
         costs: of the model's layers.
         model: fingerprint of the model it belongs to.
         about: samples, tokens, seed, temperature and whatever the caller wants recorded.
@@ -109,7 +110,7 @@ def _measure(
         raise InputError(f"batch {number}: every row needs `labels` with at least one answer token (not {IGNORE}).")
     inputs = {k: v.to(sums.device) for k, v in batch.items() if k != "labels"}
     answer = (labels[:, 1:] != IGNORE).to(sums.device)
-    modality = token_modality(model.config, inputs["input_ids"], inputs.get("mm_token_type_ids"))  # type: ignore[arg-type]
+    modality = token_modality(model.config, inputs["input_ids"], inputs.get("mm_token_type_ids"))
     real = inputs.get("attention_mask", torch.ones_like(modality)).bool()
     attention = CrossAttention(modality, real, answer.float().argmax(-1))
     with torch.enable_grad(), LayerStates(layers) as states:
@@ -124,7 +125,10 @@ def _measure(
     sums.attention(attention, finite)
     updates = [(left - entered).detach() for left, entered in zip(states.left, states.entered, strict=True)]
     changes = [
-        {m: eviction_change(layer, x.detach(), y.detach(), kwargs, real & (modality == m)) for m in range(len(MODALITIES))}
+        {
+            m: eviction_change(layer, x.detach(), y.detach(), kwargs, real & (modality == m))
+            for m in range(len(MODALITIES))
+        }
         for layer, x, y, kwargs in zip(layers, states.entered, states.left, states.kwargs, strict=True)
     ]
     token_damage = [torch.zeros_like(real, dtype=torch.float32) for _ in layers]

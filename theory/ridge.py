@@ -45,13 +45,8 @@ class RidgeSums:
     @classmethod
     def empty(cls, dim: int, device: torch.device) -> "RidgeSums":
         """No samples yet."""
-        options = {"dtype": torch.float64, "device": device}
-        return cls(
-            torch.zeros(2, dim + 1, dim + 1, **options),  # type: ignore[arg-type]
-            torch.zeros(2, dim + 1, **options),  # type: ignore[arg-type]
-            torch.zeros(2, **options),  # type: ignore[arg-type]
-            torch.zeros(2, **options),  # type: ignore[arg-type]
-        )
+        gram = torch.zeros(2, dim + 1, dim + 1, dtype=torch.float64, device=device)
+        return cls(gram, gram.new_zeros(2, dim + 1), gram.new_zeros(2), gram.new_zeros(2))
 
     def add(self, half: int, x: Float[Tensor, "tokens dim"], y: Float[Tensor, " tokens"]) -> None:
         """Add samples to one half."""

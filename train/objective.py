@@ -43,7 +43,7 @@ def answer_losses(
 
 
 def gated_compute(costs: CostModel, step: Step, kv: KVPolicy) -> Compute:
-    """FLOPs of a masked training step: counted from the hard decisions, differentiated through the gates' probabilities."""
+    """FLOPs of a masked training step: from the hard decisions, differentiated through the gates' probabilities."""
     probability = step.probability
     straight_through = step.run.float() + (probability - probability.detach())
     return step_compute(costs, straight_through, step.modality, step.real, kv)

@@ -141,7 +141,7 @@ def train(
     try:
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     except KeyboardInterrupt:
-        trainer._save_checkpoint(trainer.model, trial=None)
+        trainer._save_checkpoint(peft_model, trial=None)
         raise
     peft_model.eval()
     share = None
@@ -194,7 +194,13 @@ def _arguments(config: TrainConfig, out: Path, report_to: str) -> Any:
 
 
 def _finish(
-    out: Path, model: Any, config: TrainConfig, plan: Plan, base: str, history: list[dict[str, float]], share: float | None
+    out: Path,
+    model: Any,
+    config: TrainConfig,
+    plan: Plan,
+    base: str,
+    history: list[dict[str, float]],
+    share: float | None,
 ) -> None:
     """The run's results: adapter in PEFT's format, router settings and gates, and a record."""
     model.save_pretrained(out / ADAPTER)

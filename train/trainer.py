@@ -77,9 +77,9 @@ class SkipTrainer(Trainer):
         try:
             if disable is None:
                 with running(mode="dense"):
-                    return model(**inputs, use_cache=False).logits  # type: ignore[no-any-return]
+                    return model(**inputs, use_cache=False).logits
             with disable(), running(mode="dense"):
-                return model(**inputs, use_cache=False).logits  # type: ignore[no-any-return]
+                return model(**inputs, use_cache=False).logits
         finally:
             model.train(was_training)
 
@@ -97,7 +97,8 @@ class SkipTrainer(Trainer):
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         """AdamW with a learning rate of its own for the gates, which have few parameters and far to go."""
         if self.optimizer is None:
-            named = [(n, p) for n, p in (model or self.model).named_parameters() if p.requires_grad]
+            trained: Any = model or self.model
+            named = [(n, p) for n, p in trained.named_parameters() if p.requires_grad]
             gates = [p for n, p in named if GATE in n]
             others = [p for n, p in named if GATE not in n]
             groups = [{"params": gates, "lr": self.settings.gate_learning_rate, "weight_decay": 0.0}]
@@ -116,17 +117,16 @@ class _Ascend(TrainerCallback):
         self.recent: deque[float] = deque(maxlen=trainer.settings.collapse_steps)
         self.history: list[dict[str, float]] = []
 
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         figures = self.trainer.finish_step()
         self.history.append({"step": state.global_step, **figures})
         self.recent.append(figures["compute"])
         full = len(self.recent) == self.recent.maxlen
         if full and max(self.recent) <= self.trainer.settings.collapse < self.trainer.settings.budget:
             raise TrainingError(
-                f"the router collapsed: the last {len(self.recent)} steps executed at most {max(self.recent):.1%} of the "
-                f"dense compute, the budget is {self.trainer.settings.budget:.0%}. Lower `gate_learning_rate` or raise `damping`."
+                f"the router collapsed: the last {len(self.recent)} steps executed at most {max(self.recent):.1%} of "
+                f"the dense compute, the budget is {self.trainer.settings.budget:.0%}. Lower `gate_learning_rate` or "
+                "raise `damping`."
             )
 
     def on_log(
