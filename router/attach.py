@@ -11,7 +11,9 @@ from .config import RouterConfig
 from .decoder import find_decoder
 from .errors import SkipItError, UnsupportedModelError
 from .gates import TokenGate
-from .layer import GatedLayer, gated_class
+from .keys_only import unwrap_queries, wrap_queries
+from .layer import GatedLayer
+from .subclass import mix_in, take_out
 
 
 def attach(model: nn.Module, config: RouterConfig | None = None) -> Router:
@@ -47,7 +49,8 @@ def attach(model: nn.Module, config: RouterConfig | None = None) -> Router:
         # A meta device is kept: gates of a model without weights have none either.
         layer.layer_gate = TokenGate(hidden_size, index).to(parameter.device)  # type: ignore[arg-type]
         layer.skipit_index = index  # type: ignore[assignment]
-        layer.__class__ = gated_class(type(layer))
+        mix_in(layer, GatedLayer)
+        wrap_queries(layer)
     for attention_config in _attention_configs(decoder):
         attention_config._attn_implementation_internal = implementation
     router = Router(config, len(layers))
@@ -64,7 +67,8 @@ def detach(model: nn.Module) -> None:
     top, router = find_router(model)
     _, decoder, layers = find_decoder(top, router.config.layers)
     for layer in layers:
-        layer.__class__ = type(layer).__mro__[2]
+        unwrap_queries(layer)
+        take_out(layer)
         del layer.layer_gate, layer.skipit_index
     for attention_config in _attention_configs(decoder):
         name = attention_config._attn_implementation_internal
@@ -120,8 +124,8 @@ def _active(gate: Any) -> TokenGate:
     """The gate in use: PEFT's `modules_to_save` replaces a module by a wrapper around a trained copy."""
     copies = getattr(gate, "modules_to_save", None)
     if copies is None:
-        return gate  # type: ignore[no-any-return]
-    return copies[gate.active_adapters[0]]  # type: ignore[no-any-return]
+        return gate
+    return copies[gate.active_adapters[0]]
 
 
 def _find(model: nn.Module) -> tuple[nn.Module, Router] | None:

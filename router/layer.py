@@ -17,7 +17,9 @@ from .attention import LAYOUT_KWARG, Layout, visible_keys
 from .cache import SkipCache, SkipCacheLayer
 from .call import KWARG, Call
 from .gates import TokenGate
+from .keys_only import keys_only
 from .policies import Decision
+from .subclass import Mixin, own_class
 
 if TYPE_CHECKING:
     _Layer = nn.Module
@@ -25,7 +27,7 @@ else:
     _Layer = object
 
 
-class _KeysAndValues(Exception):  # noqa: N818 - not an error
+class _KeysAndValues(Exception):
     """Carries keys and values out of a layer that is left before its attention is computed."""
 
     def __init__(self, keys: Tensor, values: Tensor) -> None:
@@ -81,8 +83,8 @@ class _MarkedCache:
         return self.store.append(keys, values, self.index, keys.shape[-2])
 
 
-class GatedLayer(_Layer):
-    """Mixin put before a decoder layer's own class; see `gated_class`."""
+class GatedLayer(Mixin, _Layer):
+    """Mixin put before a decoder layer's own class."""
 
     layer_gate: TokenGate
     skipit_index: int
@@ -90,15 +92,15 @@ class GatedLayer(_Layer):
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         """Run the layer for the tokens that the call's policy chooses; the whole layer when there is no call."""
         if args:
-            kwargs |= dict(zip(_parameters(type(self)), args, strict=False))
+            kwargs |= dict(zip(_parameters(own_class(type(self))), args, strict=False))
         call: Call | None = kwargs.pop(KWARG, None)
         if call is None:
             return super().forward(hidden_states, **kwargs)
         decision = call.policy.decide(self.skipit_index, hidden_states, call, self.layer_gate)
         if call.step is not None:
             call.step.decisions.setdefault(self.skipit_index, decision)
-        cache: SkipCache | None = kwargs.get("past_key_values")
-        store = cache.layers[self.skipit_index] if cache is not None else None
+        held: SkipCache | None = kwargs.get("past_key_values")
+        store = held.layers[self.skipit_index] if held is not None else None
         execute = self._masked if call.mode == "masked" else self._gathered
         return execute(hidden_states, decision, call, store, kwargs)
 
@@ -151,36 +153,23 @@ class GatedLayer(_Layer):
         """Keys and values of tokens that skip the layer, without their attention or MLP.
 
         The layer itself computes them, up to the point where it would store them: so norms, biases, position
-        embeddings and whatever else a family does to its keys need no code here. The query projection, which
-        comes before, is computed in vain.
+        embeddings and whatever else a family does to its keys need no code here.
         """
         kwargs = _pack(kwargs, layout) | {"attention_mask": None, "past_key_values": _Capture()}
         try:
-            super().forward(layout.pack(hidden), **kwargs)
+            with keys_only():
+                super().forward(layout.pack(hidden), **kwargs)
         except _KeysAndValues as taken:
             return taken.keys, taken.values
-        raise RuntimeError(f"`{type(self).__name__}` does not store its keys and values through `past_key_values.update`.")
-
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        """Pickle and deepcopy by the base class: a class made at run time cannot be found by its name."""
-        return _rebuild, (type(self).__mro__[2],), self.__dict__
-
-
-def _rebuild(base: type[nn.Module]) -> nn.Module:
-    made = gated_class(base)
-    return made.__new__(made)
-
-
-@cache
-def gated_class(base: type[nn.Module]) -> type[nn.Module]:
-    """The gated version of a decoder layer class: same name, same modules, `isinstance` of its base."""
-    return type(base.__name__, (GatedLayer, base), {"__module__": base.__module__, "__doc__": base.__doc__})
+        raise RuntimeError(
+            f"`{type(self).__name__}` does not store its keys and values through `past_key_values.update`."
+        )
 
 
 @cache
 def _parameters(layer: type) -> tuple[str, ...]:
-    """Names of the arguments after `hidden_states` in the base class's own forward."""
-    return tuple(signature(layer.__mro__[2].forward).parameters)[2:]  # type: ignore[attr-defined]
+    """Names of the arguments after `hidden_states` in a layer class's own forward."""
+    return tuple(signature(layer.forward).parameters)[2:]  # type: ignore[attr-defined]
 
 
 def _states(output: Any) -> Tensor:
