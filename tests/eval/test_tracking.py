@@ -153,10 +153,10 @@ def test_a_known_correlation_is_recovered_inside_its_interval(correlation: float
     rng = np.random.default_rng(6)
     truth = 6 / math.pi * math.asin(correlation / 2)
     estimates = []
-    for _ in range(150):
+    for _ in range(120):
         table = noise(rng)
         rates = rates_from(correlation * table + math.sqrt(1 - correlation**2) * noise(rng))
-        estimates.append(spearman(rates, table, resampling=Resampling(confidence=0.9, resamples=399)))
+        estimates.append(spearman(rates, table, resampling=Resampling(confidence=0.9, resamples=299)))
     assert np.mean([estimate.value for estimate in estimates]) == pytest.approx(truth, abs=0.05)
     assert 0.83 <= np.mean([estimate.low <= truth <= estimate.high for estimate in estimates]) <= 0.98
 
@@ -164,10 +164,10 @@ def test_a_known_correlation_is_recovered_inside_its_interval(correlation: float
 def rejections(
     make: Callable[[np.random.Generator], tuple[Table, Table]], p: str, control: Given | None = None
 ) -> float:
-    """How often a p-value is at most 0.05 over 200 random pairs of tables, over the vision units."""
+    """How often a p-value is at most 0.05 over 150 random pairs of tables, over the vision units."""
     rng = np.random.default_rng(7)
-    resampling = Resampling(resamples=199)
-    pairs = (make(rng) for _ in range(200))
+    resampling = Resampling(resamples=99)
+    pairs = (make(rng) for _ in range(150))
     estimates = [spearman(rates_from(a), b, "vision", given=control, resampling=resampling) for a, b in pairs]
     return float(np.mean([getattr(estimate, p) <= 0.05 for estimate in estimates]))
 
