@@ -1,0 +1,57 @@
+"""skipit: learn which decoder layers a vision-language model may skip for which token, and really skip them."""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from skipit.router import Gated as Gated
+    from skipit.router import RouterConfig as RouterConfig
+    from skipit.router import SkipItError as SkipItError
+    from skipit.router import Trace as Trace
+    from skipit.router import attach as attach
+    from skipit.router import detach as detach
+    from skipit.router import running as running
+    from skipit.router import set_gates as set_gates
+    from skipit.router.checkpoint import load as load
+    from skipit.router.checkpoint import save_gated as save_gated
+    from skipit.theory.calibrate import calibrate as calibrate
+    from skipit.theory.plan import make_plan as make_plan
+    from skipit.theory.profile import profile as profile
+    from skipit.train.collate import Collator as Collator
+    from skipit.train.collate import batches as batches
+    from skipit.train.config import TrainConfig as TrainConfig
+    from skipit.train.run import train as train
+
+# Where each public name lives. They are imported when first used: `import skipit` itself loads neither torch
+# nor transformers.
+_PUBLIC = {
+    "Collator": "skipit.train.collate",
+    "Gated": "skipit.router",
+    "RouterConfig": "skipit.router",
+    "SkipItError": "skipit.router",
+    "Trace": "skipit.router",
+    "TrainConfig": "skipit.train.config",
+    "attach": "skipit.router",
+    "batches": "skipit.train.collate",
+    "calibrate": "skipit.theory.calibrate",
+    "detach": "skipit.router",
+    "load": "skipit.router.checkpoint",
+    "make_plan": "skipit.theory.plan",
+    "profile": "skipit.theory.profile",
+    "running": "skipit.router",
+    "save_gated": "skipit.router.checkpoint",
+    "set_gates": "skipit.router",
+    "train": "skipit.train.run",
+}
+__all__ = list(_PUBLIC)
+__version__ = "0.1.0"
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _PUBLIC:
+        raise AttributeError(f"module 'skipit' has no attribute {name!r}")
+    return getattr(import_module(_PUBLIC[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

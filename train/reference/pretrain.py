@@ -35,7 +35,7 @@ class PretrainConfig:
     seed: int = 0
     tower_steps: int = 400
     tower_batch: int = 64
-    steps: int = 4500
+    steps: int = 3200
     batch: int = 24
     learning_rate: float = 1e-3
     warmup: int = 300

@@ -1,0 +1,97 @@
+"""One question about some images, answered by a gated model, with what it executed."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from skipit.router import InputError, Trace, find_router, running
+from skipit.router.config import RouterConfig
+from skipit.theory.cost import CostModel, trace_compute
+
+
+def open_images(paths: list[Path]) -> list[Any]:
+    """Open image files as RGB.
+
+    Raises:
+        InputError: a file is missing or no image; the message names it.
+    """
+    from PIL import Image, UnidentifiedImageError
+
+    images = []
+    for path in paths:
+        try:
+            images.append(Image.open(path).convert("RGB"))
+        except (OSError, UnidentifiedImageError) as error:
+            raise InputError(f"image {path} cannot be read: {error}") from error
+    return images
+
+
+@dataclass(frozen=True)
+class Reply:
+    """An answer.
+
+    Attributes:
+        text: what was generated.
+        compute: share of the dense decoder's FLOPs executed; None for a dense run.
+        depth: layers executed per token; None for a dense run.
+        images: that were asked about.
+    """
+
+    text: str
+    compute: float | None
+    depth: Any
+    images: list[Any]
+
+    def draw(self, path: Path) -> None:
+        """Save the depth map of the first image and the text.
+
+        Raises:
+            InputError: a dense run has no depth map.
+        """
+        from skipit.eval.plots import plot_depth_map
+
+        if self.depth is None:
+            raise InputError("a dense run executes every layer for every token: it has no depth map.")
+        depth = self.depth
+        plot_depth_map(
+            path, self.images[0], depth.patches.numpy(), depth.tokens, depth.token_depth, depth.layers, title=self.text
+        )
+
+
+def answer(
+    model: Any,
+    processor: Any,
+    images: list[Any],
+    prompt: str,
+    *,
+    budget: float | None = None,
+    dense: bool = False,
+    max_new_tokens: int = 64,
+) -> Reply:
+    """Ask a gated model about images.
+
+    Args:
+        model: gated.
+        processor: with a chat template.
+        images: pictures, in the order of the conversation.
+        prompt: the question.
+        budget: a calibrated operating point; None is the default one.
+        dense: run every layer for every token.
+        max_new_tokens: longest answer.
+    """
+    from skipit.eval.depth import answer_depth
+
+    config: RouterConfig = find_router(model)[1].config
+    config.threshold_at(budget)  # an unknown budget is refused before anything runs
+    content = [*({"type": "image"} for _ in images), {"type": "text", "text": prompt}]
+    text = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True, tokenize=False)
+    inputs = processor(images=images or None, text=text, add_special_tokens=False, return_tensors="pt").to(model.device)
+    trace = Trace()
+    mode = {"mode": "dense"} if dense else {"budget": budget}
+    with running(trace=trace, **mode):
+        ids = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
+    reply = processor.decode(ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
+    if dense:
+        return Reply(reply, None, None, images)
+    compute = float(trace_compute(CostModel.of(model), trace.steps, config.kv).share)
+    return Reply(reply, compute, answer_depth(trace.steps, ids[0], processor.tokenizer), images)

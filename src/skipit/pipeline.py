@@ -1,0 +1,147 @@
+"""One function per arrow of the data flow; the command line's verbs are thin over these."""
+
+from pathlib import Path
+from typing import Any
+
+from skipit.router import find_router, running
+from skipit.router.artefact import load_json, new_directory, provenance, save_json
+from skipit.router.attach import attach, set_gates
+from skipit.router.checkpoint import load_dense, load_router, save_gated
+from skipit.router.config import KVPolicy, RouterConfig
+from skipit.router.errors import CheckpointError
+from skipit.theory.artefact import check_same_model, load_plan, load_profile
+from skipit.theory.calibrate import calibrate, default_threshold
+from skipit.theory.cost import CostModel
+from skipit.theory.identity import fingerprint
+from skipit.theory.plan import Plan
+from skipit.theory.profile import Profile, profile
+from skipit.train.collate import Collator, batches
+
+from .sources import resolve_model
+
+
+def profile_model(model: Any, processor: Any, rows: Any, *, batch_size: int = 16, seed: int = 0, draws: int = 2) -> Profile:
+    """Measure a dense model on rows in the conversational vision format."""
+    return profile(model, batches(rows, Collator(processor), batch_size), draws=draws, seed=seed)
+
+
+def gate_by_plan(model: Any, processor: Any, plan: Plan, calibration: Any, *, batch_size: int = 16) -> float:
+    """Attach a plan's gates to a dense model and set the threshold that meets its budget on held-out rows.
+
+    Returns:
+        The share of dense FLOPs measured there.
+
+    Raises:
+        CheckpointError: the plan was made for another model.
+    """
+    check_same_model(plan, fingerprint(model))
+    attach(model, RouterConfig(kv=plan.kv))
+    set_gates(model, plan.weight, plan.bias)
+    held_out = list(batches(calibration, Collator(processor), batch_size))
+    threshold, share = calibrate(model, held_out, CostModel.of(model), plan.budget, plan.kv)
+    default_threshold(model, threshold, f"{plan.budget:g}")
+    return share
+
+
+def add_operating_point(model: Any, processor: Any, calibration: Any, budget: float, *, batch_size: int = 16) -> float:
+    """Find the threshold of one more budget on held-out rows and store it in the model's router under its name.
+
+    Returns:
+        The share of dense FLOPs measured at it.
+    """
+    _, router = find_router(model)
+    held_out = list(batches(calibration, Collator(processor), batch_size))
+    threshold, share = calibrate(model, held_out, CostModel.of(model), budget, router.config.kv)
+    keep = router.config.threshold
+    default_threshold(model, threshold, f"{budget:g}")
+    router.config = RouterConfig(**{**router.config.to_dict(), "threshold": keep})
+    return share
+
+
+def merge_run(run: str | Path) -> tuple[Any, Any]:
+    """The gated model of a run: LoRA merged into the weights, gates attached.
+
+    Raises:
+        CheckpointError: not a finished run.
+    """
+    from peft import PeftModel
+
+    run = Path(run)
+    if not (run / "run.json").is_file():
+        raise CheckpointError(f"{run} is not a finished run: it has no run.json. Finish it with `skipit train ... --resume`.")
+    record = load_json(run / "run.json")
+    config, gates = load_router(run)
+    model, processor = load_dense(resolve_model(record["base"]))
+    if (found := fingerprint(model)) != record["model"]:
+        raise CheckpointError(
+            f"{run} was trained from a model with fingerprint {record['model']}; {record['base']} now has {found}."
+        )
+    attach(model, config)
+    merged = PeftModel.from_pretrained(model, run / "adapter").merge_and_unload()
+    set_gates(merged, **gates)
+    return merged.eval(), processor
+
+
+def export(run: str | Path, out: str | Path, *, overwrite: bool = False) -> None:
+    """Turn a run into a gated checkpoint.
+
+    Raises:
+        CheckpointError: not a finished run, or `out` exists.
+    """
+    if Path(out).exists() and not overwrite:
+        raise CheckpointError(f"{out} exists. Choose another --out, or pass --overwrite to replace it.")
+    model, processor = merge_run(run)
+    record = load_json(Path(run) / "run.json")
+    save_gated(model, processor, out, card=_card(record, find_router(model)[1].config), overwrite=overwrite)
+
+
+def _card(record: dict[str, Any], config: RouterConfig) -> str:
+    settings, share = record["config"], record["calibrated_share"]
+    points = "\n".join(f"| {name} | {value:.4f} |" for name, value in config.operating_points.items())
+    measured = "not calibrated" if share is None else f"{share:.1%} on the calibration rows, in gathered execution"
+    return f"""---
+library_name: transformers
+pipeline_tag: image-text-to-text
+base_model: {record["base"]}
+tags: [skipit, layer-skipping]
+---
+# Gated checkpoint
+
+`{record["base"]}` with one gate per decoder layer, fine-tuned by skipit {record["made_by"]["versions"].get("skipit")} to spend
+{settings["budget"]:.0%} of the dense decoder's FLOPs (measured: {measured}). K/V policy of skipped tokens: `{config.kv}`.
+
+```python
+import skipit
+
+model, processor = skipit.load("this folder")  # gated; generate() as usual
+```
+
+`from_pretrained` without skipit gives the dense model with the fine-tuned weights, which runs every layer.
+
+| operating point (share of FLOPs) | threshold |
+|---|---|
+{points}
+
+Trained {settings["steps"]} steps of {settings["batch_size"] * settings["accumulation"]} rows, LoRA rank {settings["lora_rank"]},
+gates initialized by `{record["init"]}`, seed {settings["seed"]}, with `{record["made_by"]["command"]}`.
+"""
+
+
+def save_evaluation(out: Path, values: dict[str, Any], overwrite: bool) -> None:
+    """Write `eval.json` into a new folder."""
+    with new_directory(out, overwrite) as folder:
+        save_json(folder / "eval.json", {**values, "made_by": provenance()})
+
+
+__all__ = [
+    "KVPolicy",
+    "add_operating_point",
+    "export",
+    "gate_by_plan",
+    "load_plan",
+    "load_profile",
+    "merge_run",
+    "profile_model",
+    "running",
+    "save_evaluation",
+]

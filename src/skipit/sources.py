@@ -1,0 +1,72 @@
+"""What the command line's MODEL and DATA may be."""
+
+from pathlib import Path
+from typing import Any
+
+from skipit.router import InputError
+from skipit.router.checkpoint import load_dense
+
+REFERENCE = "reference"
+_FILES = {".json": "json", ".jsonl": "json", ".parquet": "parquet"}
+
+
+def load_model(source: str) -> tuple[Any, Any]:
+    """A dense model and its processor: `reference`, a folder, or a Hub id.
+
+    Raises:
+        CheckpointError: it cannot be loaded.
+    """
+    return load_dense(resolve_model(source))
+
+
+def resolve_model(source: str) -> str:
+    """The folder of `reference`, or the source itself."""
+    if source != REFERENCE:
+        return source
+    from skipit.train.reference.model import WEIGHTS
+
+    return str(WEIGHTS)
+
+
+def load_data(source: str, split: str, samples: int | None = None, seed: int = 0) -> Any:
+    """Rows in the conversational vision format.
+
+    Args:
+        source: `reference`, a folder made by `Dataset.save_to_disk`, a .jsonl, .json or .parquet file, or a Hub id.
+        split: of the data set; the reference has train, calibration and test.
+        samples: at most this many rows; None is all (1,000 for the reference).
+        seed: of the reference's random grids.
+
+    Raises:
+        InputError: it cannot be read, or has no rows.
+    """
+    if source == REFERENCE:
+        from skipit.train.reference.data import reference_dataset
+
+        try:
+            return reference_dataset(split, samples or 1000, seed)  # type: ignore[arg-type]
+        except ValueError as error:
+            raise InputError(str(error)) from error
+    rows = _read(source, split)
+    if len(rows) == 0:
+        raise InputError(f"data {source!r}, split {split!r}: no rows.")
+    return rows.select(range(min(samples, len(rows)))) if samples else rows
+
+
+def _read(source: str, split: str) -> Any:
+    import datasets
+
+    path = Path(source)
+    try:
+        if path.is_dir() and ((path / "dataset_info.json").exists() or (path / "dataset_dict.json").exists()):
+            loaded = datasets.load_from_disk(source)
+            return loaded[split] if isinstance(loaded, datasets.DatasetDict) else loaded
+        if path.suffix in _FILES and path.exists():
+            # A file is one split, whatever one wants to call it.
+            return datasets.load_dataset(_FILES[path.suffix], data_files=source, split="train")
+        return datasets.load_dataset(source, split=split)
+    except Exception as error:  # noqa: BLE001 - `datasets` raises errors of many libraries
+        raise InputError(
+            f"data {source!r}, split {split!r}, cannot be read: {type(error).__name__}: {error}\n"
+            "Give `reference`, a folder made by save_to_disk, a .jsonl or .parquet file, or a Hub id."
+        ) from error
