@@ -23,7 +23,7 @@ from .model import WEIGHTS, build_processor
 from .pretrain import PretrainConfig, exact_match, pretrain
 from .questions import KINDS
 
-IMAGES = 320
+IMAGES = 1000
 
 
 def main() -> None:
