@@ -51,6 +51,13 @@ class Call:
     past: int
     step: Step | None
 
+    def to(self, device: torch.device) -> "Call":
+        """The call with its tensors on a device: the layers of a model may be spread over several."""
+        if self.real.device == device:
+            return self
+        moved = {name: getattr(self, name).to(device) for name in ("modality", "real", "position")}
+        return replace(self, **moved)
+
 
 @dataclass(frozen=True)
 class _Running:
@@ -118,7 +125,7 @@ class Router:
             use_cache = kwargs.get("use_cache")
             if use_cache is None:
                 use_cache = model.config.get_text_config().use_cache  # type: ignore[union-attr, operator]
-            return SkipCache(self.num_layers) if use_cache and not model.training else None
+            return SkipCache(self.num_layers) if use_cache else None
         return cache if isinstance(cache, SkipCache) else SkipCache.from_dynamic(cache, self.num_layers)
 
     @staticmethod

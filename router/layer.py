@@ -96,6 +96,7 @@ class GatedLayer(Mixin, _Layer):
         call: Call | None = kwargs.pop(KWARG, None)
         if call is None:
             return super().forward(hidden_states, **kwargs)
+        call = call.to(hidden_states.device)
         decision = call.policy.decide(self.skipit_index, hidden_states, call, self.layer_gate)
         if call.step is not None:
             call.step.decisions.setdefault(self.skipit_index, decision)
@@ -212,8 +213,8 @@ def _packed_mask(full: Tensor | None, packed: _PackedCache, device: torch.device
     key = query
     if packed.skipped is not None:
         key = torch.arange(past, past + packed.tokens, device=device).expand(layout.batch, -1)
-    elif full is None and layout.batch == 1 and (past == 0 or layout.width == 1):
-        return None  # plain causal among the tokens there are, or one query that sees them all
+    elif full is None and layout.batch == 1 and past == 0:
+        return None  # plain causal among the tokens there are
     if store is not None:
         key = torch.cat([store.slots(layout.batch, device), key], dim=1)
     return visible_keys(full, query, key, past)

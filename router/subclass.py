@@ -4,6 +4,7 @@ Parameters, `state_dict` keys, hooks, `isinstance` and the class name stay as th
 """
 
 from functools import cache
+from types import MethodType
 from typing import Any
 
 from torch import nn
@@ -20,18 +21,25 @@ class Mixin:
 def mix_in(module: nn.Module, mixin: type) -> None:
     """Let `mixin` come before the module's own class."""
     own: type = type(module)
-    module.__class__ = _combined(mixin, own)
+    _become(module, _combined(mixin, own))
 
 
 def take_out(module: nn.Module) -> None:
     """Undo `mix_in`."""
-    module.__class__ = own_class(type(module))
+    _become(module, own_class(type(module)))
 
 
 def own_class(combined: type) -> type:
     """The class a module had before `mix_in`."""
     own: type = combined.__bases__[1]
     return own
+
+
+def _become(module: nn.Module, kind: type) -> None:
+    module.__class__ = kind
+    if "_old_forward" in vars(module):
+        # accelerate (`device_map`) put a forward of its own on the instance, around the class's.
+        module._old_forward = MethodType(kind.forward, module)  # type: ignore[attr-defined]
 
 
 @cache

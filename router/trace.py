@@ -27,12 +27,13 @@ class Step:
     @property
     def run(self) -> Tensor:
         """Bool [layers, batch, seq]: which token ran which layer; False at padding."""
-        return torch.stack([decision.run for decision in self._ordered()]) & self.real
+        return torch.stack([decision.run.to(self.real.device) for decision in self._ordered()]) & self.real
 
     @property
     def probability(self) -> Tensor:
         """fp32 [layers, batch, seq] with gradient: the gates' run probabilities; a fixed decision counts as 0 or 1."""
-        return torch.stack([d.run.float() if d.probability is None else d.probability for d in self._ordered()])
+        every = [d.run.float() if d.probability is None else d.probability for d in self._ordered()]
+        return torch.stack([probability.to(self.real.device) for probability in every])
 
     def _ordered(self) -> list[Decision]:
         return [self.decisions[layer] for layer in sorted(self.decisions)]
