@@ -19,7 +19,11 @@ from transformers import (
     SiglipVisionConfig,
 )
 
-VOCABULARY = 50
+from skipit.router import Decision, FixedUnits, Gated, Policy, set_gates
+from skipit.router.call import Call
+from skipit.router.gates import TokenGate
+
+VOCABULARY, WIDTH, LAYERS = 50, 32, 4
 PAD, IMAGE = 0, 40
 
 
@@ -35,19 +39,22 @@ class Family:
 
 
 def _text(**changes: Any) -> dict[str, Any]:
-    return dict(
-        vocab_size=VOCABULARY,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=256,
-        initializer_range=0.3,
-        pad_token_id=PAD,
-        bos_token_id=1,
-        eos_token_id=2,
-    ) | changes
+    return (
+        dict(
+            vocab_size=VOCABULARY,
+            hidden_size=WIDTH,
+            intermediate_size=48,
+            num_hidden_layers=LAYERS,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            max_position_embeddings=256,
+            initializer_range=0.3,
+            pad_token_id=PAD,
+            bos_token_id=1,
+            eos_token_id=2,
+        )
+        | changes
+    )
 
 
 def _llava() -> Any:
@@ -62,10 +69,20 @@ def _qwen() -> Any:
     config = Qwen2_5_VLConfig(
         text_config=_text(rope_parameters={"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 1e4}),
         vision_config=dict(
-            depth=2, hidden_size=16, num_heads=2, intermediate_size=16, out_hidden_size=32, patch_size=4,
-            spatial_merge_size=2, window_size=16, fullatt_block_indexes=[1],
+            depth=2,
+            hidden_size=16,
+            num_heads=2,
+            intermediate_size=16,
+            out_hidden_size=WIDTH,
+            patch_size=4,
+            spatial_merge_size=2,
+            window_size=16,
+            fullatt_block_indexes=[1],
         ),
-        image_token_id=IMAGE, video_token_id=41, vision_start_token_id=42, vision_end_token_id=43,
+        image_token_id=IMAGE,
+        video_token_id=41,
+        vision_start_token_id=42,
+        vision_end_token_id=43,
     )
     return Qwen2_5_VLForConditionalGeneration(config)
 
@@ -74,12 +91,20 @@ def _gemma() -> Any:
     vision = SiglipVisionConfig(
         hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2, image_size=8, patch_size=4
     )
-    text = Gemma3TextConfig(**_text(head_dim=8, sliding_window=6, layer_types=["sliding_attention", "full_attention"] * 2))
+    text = Gemma3TextConfig(
+        **_text(head_dim=8, sliding_window=6, layer_types=["sliding_attention", "full_attention"] * 2)
+    )
     config = Gemma3Config(
-        text_config=text, vision_config=vision, mm_tokens_per_image=4, image_token_index=IMAGE, boi_token_index=42,
+        text_config=text,
+        vision_config=vision,
+        mm_tokens_per_image=4,
+        image_token_index=IMAGE,
+        boi_token_index=42,
         eoi_token_index=43,
     )
-    return Gemma3ForConditionalGeneration(config)
+    model = Gemma3ForConditionalGeneration(config)
+    torch.nn.init.normal_(model.model.multi_modal_projector.mm_input_projection_weight)  # zeros, until it is loaded
+    return model
 
 
 def _square(images: int) -> dict[str, Tensor]:
@@ -101,12 +126,22 @@ FAMILIES: dict[str, Family] = {
 }
 
 
-def build(family: str, seed: int = 0) -> Any:
+# Text only, one image, two images; every row ends with at least four text tokens, which can be decoded one by one.
+ROWS: list[list[int | str]] = [
+    [5, "image", 6, 7, 8, 9],
+    [10, 11, 12, 13, 14],
+    [15, "image", 16, "image", 17, 18, 19, 20, 21, 22],
+]
+
+
+def build(family: str, seed: int = 0, attention: str = "sdpa") -> Any:
     """A tiny random model in eval mode."""
     torch.manual_seed(seed)
     model = FAMILIES[family].build().eval()
+    model.set_attn_implementation(attention)
     model.generation_config.pad_token_id = PAD
     model.generation_config.eos_token_id = None
+    model.generation_config.suppress_tokens = [IMAGE, 41, 42, 43]  # no pixels come with what is generated
     return model
 
 
@@ -138,3 +173,41 @@ def inputs(family: str, rows: list[list[int | str]], padding: str = "left", seed
         if family == "gemma3":
             batch["token_type_ids"] = batch.pop("mm_token_type_ids")
     return batch
+
+
+@dataclass(frozen=True)
+class TokenTable:
+    """Whether a token runs depends on the layer, its place among the row's tokens and its modality; on no gate."""
+
+    run: Tensor  # bool [layers, places, modalities]
+
+    def decide(self, layer: int, hidden: Tensor, call: Call, gate: TokenGate) -> Decision:
+        return Decision(self.run[layer, call.position.clamp(min=0) % self.run.shape[1], call.modality])
+
+
+def _units(*run: tuple[int, int]) -> Callable[[Any], Policy]:
+    """A fixed set of units: per layer, whether text and whether vision runs."""
+    return lambda model: FixedUnits(torch.tensor(run, dtype=torch.bool))
+
+
+def _random_table(model: Any) -> Policy:
+    return TokenTable(torch.rand(LAYERS, 11, 2, generator=torch.Generator().manual_seed(3)) < 0.5)
+
+
+def _random_gates(model: Any) -> Policy:
+    """Real gates that run about half of the tokens, for reasons of the tokens' own."""
+    generator = torch.Generator().manual_seed(4)
+    weight = torch.randn(LAYERS, 2, WIDTH, generator=generator)
+    set_gates(model, weight, torch.randn(LAYERS, 2, generator=generator))
+    return Gated(0.0)
+
+
+# What a gated model may be asked to skip; each makes a policy for a gated model.
+PATTERNS: dict[str, Callable[[Any], Policy]] = {
+    "first": _units((0, 0), (1, 1), (1, 1), (1, 1)),
+    "last": _units((1, 1), (1, 1), (1, 1), (0, 0)),
+    "all": _units((0, 0), (0, 0), (0, 0), (0, 0)),
+    "units": _units((1, 0), (0, 1), (1, 1), (0, 0)),
+    "tokens": _random_table,
+    "gates": _random_gates,
+}
