@@ -39,7 +39,7 @@ def _become(module: nn.Module, kind: type) -> None:
     module.__class__ = kind
     if "_old_forward" in vars(module):
         # accelerate (`device_map`) put a forward of its own on the instance, around the class's.
-        module._old_forward = MethodType(kind.forward, module)  # type: ignore[attr-defined]
+        module._old_forward = MethodType(kind.forward, module)  # type: ignore[attr-defined, assignment]
 
 
 @cache
