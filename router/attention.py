@@ -119,7 +119,7 @@ def _wrap(base: str) -> Callable[..., Any]:
         eager: Any = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
         function = ALL_ATTENTION_FUNCTIONS.get_interface(base, eager)
         if observer is not None:
-            observer(module, query, key, value, mask, kwargs.get("scaling"))
+            mask = observer(module, query, key, value, mask, kwargs.get("scaling"))
         if layout is None:
             return function(module, query, key, value, mask, **kwargs)
         output, weights = function(module, layout.to_rows(query), key, value, mask, **kwargs)

@@ -18,15 +18,15 @@ from skipit.router.attention import visible_keys
 def sample_log_likelihood(
     logits: Float[Tensor, "answers vocabulary"], temperature: float, generator: torch.Generator
 ) -> Float[Tensor, ""]:
-    """Sum of log p(y) over answer positions, with each y drawn from p at a temperature.
+    """Sum of log p_T(y) over answer positions, with each y drawn from p_T, the model's distribution at a temperature.
 
-    A trained model is often so sure that draws from p itself all give the same token, whose gradient is near
-    zero; drawing at a temperature above 1 shows the alternatives.
+    The scores of different positions are then independent with mean zero, so their squares add up without bias, and the
+    damage is that of KL(p_T || q_T). A trained model is often so sure that draws at T = 1 all give the same token,
+    whose gradient is near zero; a temperature above 1 shows the alternatives.
     """
-    with torch.no_grad():
-        probability = torch.softmax(logits.float() / temperature, dim=-1)
-        drawn = torch.multinomial(probability.cpu(), 1, generator=generator).to(logits.device)
-    return torch.log_softmax(logits.float(), dim=-1).gather(-1, drawn).sum()
+    log_probability = torch.log_softmax(logits.float() / temperature, dim=-1)
+    drawn = torch.multinomial(log_probability.detach().exp().cpu(), 1, generator=generator).to(logits.device)
+    return log_probability.gather(-1, drawn).sum()
 
 
 def slopes(grad: Float[Tensor, "batch seq dim"], change: Float[Tensor, "batch seq dim"]) -> Float[Tensor, "batch seq"]:
@@ -98,12 +98,16 @@ class LayerStates:
 
 
 class CrossAttention:
-    """Measures how much text attends to vision, layer by layer, while a gated model runs (VAR).
+    """Measures how much text attends to vision (VAR), and prepares the damage of evicting a key, while a model runs.
 
-    Called by the packed attention function with one layer's queries and keys; keeps two numbers per row, so no
-    attention matrix outlives its layer.
+    Called by the packed attention function with one layer's queries and keys; keeps two numbers per row and one per
+    key, so no attention matrix outlives its layer. The number per key is a bias on its scores for all queries but its
+    own token's, zero, with a gradient: to lower it to minus infinity is to evict the key, so minus the gradient is the
+    first-order effect of eviction on what others see (ours; exact for a key of vanishing mass, where the derivative
+    a (v - o) of the attention output and the change a (v - o) / (1 - a) of removing the key agree).
 
     Attributes:
+        bias: per layer, [batch, 1, 1, seq].
         text: per layer, [batch]: mean attention mass on vision keys over all text queries that can see one.
         last: per layer, [batch]: the same for the last prompt token.
     """
@@ -117,12 +121,23 @@ class CrossAttention:
         self.last_query = last
         self.text: list[Tensor] = []
         self.last: list[Tensor] = []
+        self.bias: list[Tensor] = []
 
-    @torch.no_grad()
     def __call__(
         self, module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float | None
-    ) -> None:
-        """Add one layer. Shapes: query [batch, heads, seq, head_dim], key and value with fewer heads."""
+    ) -> Tensor:
+        """Add one layer and return its mask with the bias. Query is [batch, heads, seq, head_dim]."""
+        self._measure(query, key, mask, scaling)
+        batch, seq = query.shape[0], query.shape[2]
+        bias = query.new_zeros(batch, 1, 1, seq, requires_grad=True)
+        self.bias.append(bias)
+        causal = torch.ones(seq, seq, dtype=torch.bool, device=query.device).tril()[None, None] if mask is None else mask
+        if causal.dtype == torch.bool:
+            causal = torch.zeros_like(causal, dtype=query.dtype).masked_fill(~causal, torch.finfo(query.dtype).min)
+        return causal + bias * (1 - torch.eye(seq, dtype=query.dtype, device=query.device))
+
+    @torch.no_grad()
+    def _measure(self, query: Tensor, key: Tensor, mask: Tensor | None, scaling: float | None) -> None:
         groups = query.shape[1] // key.shape[1]
         key = key.repeat_interleave(groups, dim=1)
         scores = query @ key.transpose(-1, -2) * (query.shape[-1] ** -0.5 if scaling is None else scaling)

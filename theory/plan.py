@@ -128,9 +128,9 @@ def make_plan(
 ) -> Plan:
     """Gates for a budget, in closed form from a profile.
 
-    `theory`: z = k (w . n(x) + b - log(lambda c)), with w and b the ridge prediction of a token's log damage, scaled so
-    that a unit's tokens together do the damage measured for the whole unit under this K/V policy. `theory-bias`: the
-    same without w. `zero`: w = 0 and b = 0. `run`: the peers' practice, gates biased to run.
+    `theory`: z = k (w . n(x) + b - log(lambda c)), with w and b the ridge prediction of a token's log damage, on the
+    scale of the damages measured for the unit's tokens. `theory-bias`: one decision for all tokens of a unit, from the
+    damage of skipping the whole unit. `zero`: w = 0 and b = 0. `run`: the peers' practice, gates biased to run.
 
     Args:
         profile: of this model.
@@ -147,16 +147,14 @@ def make_plan(
         raise ValueError(f"`init`: got {init!r}, expected one of {', '.join(get_args(Init))}.")
     t = profile.tables
     units = t["damage_retain"].shape
-    weight = torch.zeros(*units, t["ridge_weight"].shape[-1])
+    weight = torch.zeros(*units, t[f"ridge_weight_{kv}"].shape[-1])
     if init in ("zero", "run"):
         bias = torch.full(units, TokenGate.OPEN if init == "run" else 0.0)
         rate = torch.full(units, 1.0 if init == "run" else 0.5)
         return Plan(weight, bias, float(budget), kv, init, profile.model, rate, dict(profile.about))
     saving = profile.costs.saving(t["keys"].nan_to_num(1.0), kv)
     tokens = t["tokens_per_row"].nan_to_num(0.0)
-    mean, std = _log_damage(profile, kv)
-    if init == "theory-bias":
-        std = torch.zeros_like(std)
+    mean, std = _log_damage(profile, kv, init)
     score = mean.double() - saving.log()  # log of the damage per FLOP of a typical token
     here = mean.isfinite()
     score = torch.where(here, score, 50.0)
@@ -170,10 +168,10 @@ def make_plan(
 
     log_price = bisect(lambda x: float((rate_at(x) * cost).sum()) - wanted, -200.0, 100.0)
     if init == "theory":
-        weight = sharpness * t["ridge_weight"].nan_to_num(0.0)
+        weight = sharpness * t[f"ridge_weight_{kv}"].nan_to_num(0.0)
     base = mean
     if init == "theory":
-        predicted = t["ridge_bias"] + mean - t["ridge_mean"]  # moved to the scale of the unit's damage
+        predicted = t[f"ridge_bias_{kv}"] + mean - t[f"ridge_mean_{kv}"]  # on the scale of the mean damage
         # Where nothing could be regressed (a unit that no answer depends on) the unit's mean stands for every token.
         base = torch.where(predicted.isfinite(), predicted, mean)
     bias = sharpness * (base.double() - saving.log() - log_price)
@@ -184,16 +182,21 @@ def make_plan(
     return Plan(weight.float(), bias.float(), float(budget), kv, init, profile.model, rate_at(log_price).float(), about)
 
 
-def _log_damage(profile: Profile, kv: KVPolicy) -> tuple[Tensor, Tensor]:
-    """Mean and spread, over a unit's tokens, of the predicted log damage of skipping one token, at the unit's scale.
+def _log_damage(profile: Profile, kv: KVPolicy, init: Init) -> tuple[Tensor, Tensor]:
+    """Mean and spread, over a unit's tokens, of the predicted log damage of skipping one token.
 
     The ridge predicts the mean log of a noisy estimate, which lies below the log of its mean. So the prediction is
-    shifted until exp(prediction), averaged over the unit's tokens as a log-normal, is the unit's damage per token.
+    shifted until exp(prediction), averaged over the unit's tokens as a log-normal, is their mean damage. Gates that tell
+    tokens apart use the damages of tokens taken one by one; a bias alone skips whole units, and uses theirs.
     """
     t = profile.tables
-    std = t["ridge_std"].nan_to_num(0.0)
-    per_token = unit_damage(profile, kv) / t["tokens_per_row"]
-    mean = per_token.clamp(min=1e-30).log().float() - std.square() / 2
+    if init == "theory":
+        std = t[f"ridge_std_{kv}"].nan_to_num(0.0)
+        damage = t[f"damage_tokens_{kv}"]
+    else:
+        std = torch.zeros_like(t[f"ridge_std_{kv}"])
+        damage = unit_damage(profile, kv)
+    mean = (damage / t["tokens_per_row"]).clamp(min=1e-30).log().float() - std.square() / 2
     return mean, std
 
 

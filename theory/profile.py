@@ -2,13 +2,14 @@
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
 
 from skipit.router import MODALITIES, attach, detach, find_router, running, token_modality
 from skipit.router.attention import OBSERVER_KWARG
+from skipit.router.config import KVPolicy
 from skipit.router.decoder import find_decoder
 from skipit.router.errors import InputError, SkipItError
 from skipit.router.gates import normalize
@@ -20,6 +21,7 @@ from .identity import fingerprint
 from .ridge import RidgeSums
 
 IGNORE = -100
+POLICIES: tuple[KVPolicy, ...] = get_args(KVPolicy)
 
 
 @dataclass(frozen=True)
@@ -48,7 +50,7 @@ def profile(
     batches: Iterable[dict[str, Tensor]],
     *,
     draws: int = 2,
-    temperature: float = 1.5,
+    temperature: float = 2.0,
     seed: int = 0,
     layers: str | None = None,
 ) -> Profile:
@@ -131,21 +133,26 @@ def _measure(
         }
         for layer, x, y, kwargs in zip(layers, states.entered, states.left, states.kwargs, strict=True)
     ]
-    token_damage = [torch.zeros_like(real, dtype=torch.float32) for _ in layers]
+    token_damage = {kv: [torch.zeros_like(real, dtype=torch.float32) for _ in layers] for kv in POLICIES}
     answers = answer.sum(-1).clamp(min=1)
     for draw in range(draws):
         score = sample_log_likelihood(logits[:, :-1][answer], temperature, generator)
-        grads = torch.autograd.grad(score, states.left, retain_graph=draw + 1 < draws)
-        for index, grad in enumerate(grads):
-            slope = slopes(grad, updates[index])
-            token_damage[index] += 0.5 * slope.square() / (answers[:, None] * draws)
+        grads = torch.autograd.grad(
+            score, [*states.left, *attention.bias], retain_graph=draw + 1 < draws, allow_unused=True
+        )
+        for index, grad in enumerate(grads[: len(layers)]):
+            own, others = slopes(grad, updates[index]), grads[len(layers) + index]
+            alone = {"retain": own, "evict": own if others is None else own + others[:, 0, 0].float()}
+            for kv in POLICIES:
+                token_damage[kv][index] += 0.5 * alone[kv].square() / (answers[:, None] * draws)
             for m in range(len(MODALITIES)):
                 chosen = real & (modality == m)
-                retain = damage_by_row(slope, chosen) / answers
+                retain = damage_by_row(own, chosen) / answers
                 evict = damage_by_row(slopes(grad, changes[index][m]), real) / answers
                 sums.damage(index, m, retain / draws, evict / draws, chosen.any(-1) & finite, draw == 0)
     for index, x in enumerate(states.entered):
-        sums.tokens(index, x.detach(), states.left[index].detach(), token_damage[index], modality, real)
+        damages = {kv: token_damage[kv][index] for kv in POLICIES}
+        sums.tokens(index, x.detach(), states.left[index].detach(), damages, modality, real)
 
 
 class _Sums:
@@ -156,11 +163,13 @@ class _Sums:
         units = (layers, len(MODALITIES))
         self.rows = self.bad_rows = 0
         self.redundancy = RedundancyMetric(layers).to(device)
-        self.names = ("retain", "evict", "unit_rows", "token_damage", "log_damage", "keys", "count")
+        self.names = ("retain", "evict", "unit_rows", "tokens_retain", "tokens_evict", "keys", "count")
         self.sums = {name: torch.zeros(units, dtype=torch.float64, device=device) for name in self.names}
         self.var = torch.zeros(2, layers, dtype=torch.float64, device=device)
         self.var_rows = torch.zeros(2, layers, dtype=torch.float64, device=device)
-        self.ridge = [[RidgeSums.empty(dim, device) for _ in MODALITIES] for _ in range(layers)]
+        self.ridge = {
+            kv: [[RidgeSums.empty(dim, device) for _ in MODALITIES] for _ in range(layers)] for kv in POLICIES
+        }
 
     def attention(self, measured: CrossAttention, finite: Tensor) -> None:
         for kind, values in enumerate((measured.text, measured.last)):
@@ -175,30 +184,32 @@ class _Sums:
         if first:
             self.sums["unit_rows"][layer, m] += rows.sum()
 
-    def tokens(self, layer: int, x: Tensor, y: Tensor, damage: Tensor, modality: Tensor, real: Tensor) -> None:
+    def tokens(
+        self, layer: int, x: Tensor, y: Tensor, damages: dict[KVPolicy, Tensor], modality: Tensor, real: Tensor
+    ) -> None:
         self.redundancy.update(layer, x, y, modality.masked_fill(~real, -1))
-        log = damage.clamp(min=torch.finfo(torch.float32).tiny).log()
         keys = real.cumsum(-1)
         states = normalize(x)
         for m in range(len(MODALITIES)):
             chosen = real & (modality == m)
-            self.sums["token_damage"][layer, m] += damage[chosen].double().sum()
-            self.sums["log_damage"][layer, m] += log[chosen].double().sum()
             self.sums["keys"][layer, m] += keys[chosen].sum()
             self.sums["count"][layer, m] += chosen.sum()
-            # A token after which no answer depends on this layer has no damage at all, hence no logarithm.
-            used = chosen & (damage > 0)
-            for half in (0, 1):
-                rows = used[half::2]
-                self.ridge[layer][m].add(half, states[half::2][rows], log[half::2][rows])
+            for kv, damage in damages.items():
+                self.sums[f"tokens_{kv}"][layer, m] += damage[chosen].double().sum()
+                # A token after which no answer depends on this layer has no damage at all, hence no logarithm.
+                used = chosen & (damage > 0)
+                for half in (0, 1):
+                    rows = used[half::2]
+                    self.ridge[kv][layer][m].add(half, states[half::2][rows], damage[half::2][rows].log())
 
     def tables(self) -> dict[str, Tensor]:
         s = self.sums
         redundancy = self.redundancy.compute()
-        fits = [[unit.solve() for unit in layer] for layer in self.ridge]
+        fits = {kv: [[unit.solve() for unit in layer] for layer in self.ridge[kv]] for kv in POLICIES}
         ridge = {
-            f"ridge_{name}": torch.stack([torch.stack([getattr(fit, name) for fit in layer]) for layer in fits])
+            f"ridge_{name}_{kv}": torch.stack([torch.stack([getattr(fit, name) for fit in layer]) for layer in fits[kv]])
             for name in ("weight", "bias", "mean", "std", "r2")
+            for kv in POLICIES
         }
         tables = {
             "geometric": redundancy.geometric,
@@ -207,8 +218,8 @@ class _Sums:
             "count": redundancy.count,
             "damage_retain": s["retain"] / s["unit_rows"],
             "damage_evict": s["evict"] / s["unit_rows"],
-            "damage_tokens": s["token_damage"] / s["unit_rows"],
-            "log_damage": s["log_damage"] / s["count"],
+            "damage_tokens_retain": s["tokens_retain"] / s["unit_rows"],
+            "damage_tokens_evict": s["tokens_evict"] / s["unit_rows"],
             "keys": s["keys"] / s["count"],
             "tokens_per_row": s["count"] / s["unit_rows"],
             "var_text": self.var[0] / self.var_rows[0],
