@@ -1,16 +1,18 @@
 """From rows in the conversational vision format to batches of a model, with labels on the completion only."""
 
+import io
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.data import Dataset
 
 from skipit.router import InputError
 
 IGNORE = -100
-REQUIRED = ("images", "prompt", "completion")
+FORMAT = "Rows need images, prompt and completion (TRL's conversational vision format)."
 
 
 @dataclass(frozen=True)
@@ -31,67 +33,167 @@ class Collator:
 
         Raises:
             InputError: a column is missing, an image cannot be read, or images and placeholders do not match; the
-                message names the row.
+                message names the row, by its number in the data set where `Rows` or `batches` read it.
         """
-        prompts = [self._prompt(row, number) for number, row in enumerate(rows)]
-        images = [list(row["images"]) for row in rows]
-        texts = [self._template([*p, *_turns(r["completion"])], False) for p, r in zip(prompts, rows, strict=True)]
-        starts = [self._template(prompt, True) for prompt in prompts]
+        places, prompts, images, texts = [], [], [], []
+        for number, row in enumerate(rows):
+            where = row.where if isinstance(row, Row) else f"row {number} of the batch"
+            places.append(where)
+            _check_columns(row, where, self.with_completion)
+            images.append(_images(row, where))
+            turns = _with_placeholders(_turns(row, "prompt", "user", where), len(images[-1]), where)
+            prompts.append(self._template(turns, True, where))
+            if self.with_completion:
+                reply = _turns(row, "completion", "assistant", where)
+                texts.append(self._template([*turns, *reply], False, where))
         if not self.with_completion:
-            return self._process(starts, images, "left")
-        batch = self._process(texts, images, "right")
+            return self._process(places, prompts, images, "left")
+        batch = self._process(places, texts, images, "right")
         # The prompt alone, expanded the same way, says where the completion begins.
-        lengths = self._process(starts, images, "right")["attention_mask"].sum(-1)
+        lengths = self._process(places, prompts, images, "right")["attention_mask"].sum(-1)
         place = torch.arange(batch["input_ids"].shape[1])
         inside = (place >= lengths[:, None]) & batch["attention_mask"].bool()
         batch["labels"] = batch["input_ids"].masked_fill(~inside, IGNORE)
         return batch
 
-    def _prompt(self, row: Mapping[str, Any], number: int) -> list[dict[str, Any]]:
-        if missing := [name for name in REQUIRED if name not in row]:
-            raise InputError(
-                f"row {number}: no column {', '.join(missing)}; found: {', '.join(row)}. "
-                "Rows need images, prompt and completion (TRL's conversational vision format)."
-            )
-        return _turns(row["prompt"])
-
-    def _template(self, turns: list[dict[str, Any]], generation: bool) -> str:
-        text: str = self.processor.apply_chat_template(turns, add_generation_prompt=generation, tokenize=False)
+    def _template(self, turns: list[dict[str, Any]], generation: bool, where: str) -> str:
+        try:
+            text: str = self.processor.apply_chat_template(turns, add_generation_prompt=generation, tokenize=False)
+        except Exception as error:  # a template is a program of its own, and may refuse turns in any way
+            raise InputError(f"{where}: the processor's chat template refuses its messages: {error}") from error
         return text
 
-    def _process(self, texts: list[str], images: list[list[Any]], side: str) -> dict[str, Tensor]:
-        given = images if any(images) else None
+    def _process(self, places: list[str], texts: list[str], images: list[list[Any]], side: str) -> dict[str, Tensor]:
+        token = getattr(self.processor, "image_token", None)
+        for where, text, pictures in zip(places, texts, images, strict=True):
+            if token and (found := text.count(token)) > len(pictures):
+                raise InputError(
+                    f"{where}: {found} image tokens, {len(pictures)} images. Its text must not hold `{token}` itself."
+                )
         try:
-            batch = self.processor(
-                images=given, text=texts, padding=True, padding_side=side, add_special_tokens=False, return_tensors="pt"
-            )
-        except (ValueError, TypeError, OSError) as error:
-            raise InputError(f"a batch of {len(texts)} rows cannot be processed: {error}") from error
+            return self._inputs(texts, images, side)
+        except (ValueError, TypeError, OSError, IndexError) as error:
+            for where, text, pictures in zip(places, texts, images, strict=True):
+                try:
+                    self._inputs([text], [pictures], side)
+                except (ValueError, TypeError, OSError, IndexError) as reason:
+                    raise InputError(f"{where}: the processor cannot take it: {reason}") from reason
+            raise InputError(f"{places[0]} to {places[-1]} cannot be processed together: {error}") from error
+
+    def _inputs(self, texts: list[str], images: list[list[Any]], side: str) -> dict[str, Tensor]:
+        given = images if any(images) else None
+        batch = self.processor(
+            images=given, text=texts, padding=True, padding_side=side, add_special_tokens=False, return_tensors="pt"
+        )
         return dict(batch)
 
 
-def _turns(messages: Any) -> list[dict[str, Any]]:
+def _turns(row: Mapping[str, Any], column: str, role: str, where: str) -> list[dict[str, Any]]:
     """Messages as chat templates want them: a data set fills keys a part lacks with None."""
+    messages = row[column]
     if isinstance(messages, str):
-        return [{"role": "user", "content": messages}]
+        return [{"role": role, "content": messages}]
     turns = []
-    for message in messages:
-        content = message["content"]
-        if not isinstance(content, str):
-            content = [{key: value for key, value in part.items() if value is not None} for part in content]
-        turns.append({"role": message["role"], "content": content})
+    try:
+        for message in messages:
+            content = message["content"]
+            if not isinstance(content, str):
+                content = [{key: value for key, value in part.items() if value is not None} for part in content]
+            turns.append({"role": message["role"], "content": content})
+    except (TypeError, KeyError, AttributeError) as error:
+        raise InputError(
+            f"{where}: `{column}` is not a text or a list of messages with role and content: {repr(messages)[:200]}"
+        ) from error
     return turns
+
+
+def _with_placeholders(turns: list[dict[str, Any]], images: int, where: str) -> list[dict[str, Any]]:
+    """The prompt's turns with one placeholder per image; messages that are plain text get them in front, as in TRL."""
+    parts = [part for turn in turns if not isinstance(turn["content"], str) for part in turn["content"]]
+    if images and not parts:
+        first = next((number for number, turn in enumerate(turns) if turn["role"] == "user"), 0)
+        text = {"type": "text", "text": turns[first]["content"]}
+        content = [*({"type": "image"} for _ in range(images)), text]
+        return [*turns[:first], {**turns[first], "content": content}, *turns[first + 1 :]]
+    placeholders = sum(part.get("type") == "image" for part in parts)
+    if placeholders != images:
+        raise InputError(
+            f"{where}: its prompt has {placeholders} image parts, its `images` {images}. Each image needs one part "
+            '{"type": "image"}.'
+        )
+    return turns
+
+
+def _check_columns(row: Mapping[str, Any], where: str, with_completion: bool) -> None:
+    needed = ("images", "prompt", "completion") if with_completion else ("images", "prompt")
+    if missing := [name for name in needed if name not in row]:
+        raise InputError(f"{where}: no column {', '.join(missing)}; found: {', '.join(row)}. {FORMAT}")
+
+
+def _images(row: Mapping[str, Any], where: str) -> list[Any]:
+    """A row's pictures; files and bytes are opened."""
+    pictures = []
+    for number, image in enumerate(row["images"] or []):
+        try:
+            pictures.append(_open(image))
+        except (OSError, ValueError, SyntaxError) as error:  # PIL calls a broken PNG a syntax error
+            raise InputError(f"{where}: image {number} cannot be read: {error}") from error
+    return pictures
+
+
+def _open(image: Any) -> Any:
+    from PIL import Image
+
+    if isinstance(image, Mapping):
+        image = io.BytesIO(image["bytes"]) if image.get("bytes") else image.get("path")
+    if isinstance(image, str | io.BytesIO):
+        image = Image.open(image)
+    if not isinstance(image, Image.Image):
+        return image  # an array or a tensor, which processors take
+    image.load()
+    # Processors fail on palettes, transparency and greys.
+    return image if image.mode == "RGB" else image.convert("RGB")
+
+
+class Row(dict[str, Any]):
+    """A row that knows where it comes from, so that an error about it can say so."""
+
+    def __init__(self, values: Mapping[str, Any], where: str) -> None:
+        super().__init__(values)
+        self.where = where
+
+
+class Rows(Dataset[dict[str, Any]]):
+    """A data set whose rows know their number.
+
+    Args:
+        rows: a `datasets.Dataset` or any sequence of mappings.
+    """
+
+    def __init__(self, rows: Any) -> None:
+        self.rows = rows
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> Row:
+        try:
+            return Row(self.rows[index], f"row {index}")
+        except IndexError:
+            raise
+        except Exception as error:  # reading a row decodes its images, which fails in many ways
+            raise InputError(f"row {index} cannot be read: {error}") from error
 
 
 def batches(rows: Any, collate: Collator, batch_size: int) -> Iterator[dict[str, Tensor]]:
     """Batches of consecutive rows of a data set, the last one possibly smaller.
 
     Raises:
-        InputError: the data set is empty.
+        InputError: the data set is empty, or a row cannot be read; the message names it.
     """
-    held: list[Mapping[str, Any]] = []
+    held: list[Row] = []
     empty = True
-    for row in rows:
+    for row in _readable(rows):
         empty = False
         held.append(row)
         if len(held) == batch_size:
@@ -101,3 +203,16 @@ def batches(rows: Any, collate: Collator, batch_size: int) -> Iterator[dict[str,
         yield collate(held)
     if empty:
         raise InputError("the data set is empty; expected at least one row.")
+
+
+def _readable(rows: Any) -> Iterator[Row]:
+    iterator, number = iter(rows), 0
+    while True:
+        try:
+            row = next(iterator)
+        except StopIteration:
+            return
+        except Exception as error:
+            raise InputError(f"row {number} cannot be read: {error}") from error
+        yield Row(row, f"row {number}")
+        number += 1

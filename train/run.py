@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from skipit.router import RouterConfig, attach, find_router, gate_state, set_gates
-from skipit.router.artefact import provenance, save_json
+from skipit.router.artefact import load_json, provenance, save_json
 from skipit.router.checkpoint import save_router
 from skipit.router.decoder import find_decoder
 from skipit.router.errors import CheckpointError, InputError
@@ -20,12 +21,15 @@ from skipit.theory.cost import CostModel
 from skipit.theory.identity import fingerprint
 from skipit.theory.plan import Plan
 
-from .collate import IGNORE, Collator, batches
+from .collate import IGNORE, Collator, Rows, batches
 from .config import TrainConfig
 
 CHECKPOINTS = "checkpoints"
 ADAPTER = "adapter"
 RUN_FILE = "run.json"
+CONFIG_FILE = "train_config.json"
+# A resumed run may not change these: its data, its weights or its schedule would be another run's.
+FIXED = ("budget", "kv", "steps", "batch_size", "accumulation", "lora_rank", "lora_alpha", "seed")
 
 
 def lora_targets(model: nn.Module) -> str:
@@ -92,6 +96,7 @@ def train(
     calibration: Any = None,
     base: str = "",
     resume: bool = False,
+    overwrite: bool = False,
     callbacks: list[Any] | None = None,
     report_to: str = "none",
 ) -> Any:
@@ -103,69 +108,121 @@ def train(
         dataset: rows in the conversational vision format.
         plan: initial gates.
         config: settings.
-        out: run folder; checkpoints go there while training.
+        out: run folder; checkpoints go there while training and are removed when it is done.
         calibration: held-out rows, on which the threshold for the budget is found; None keeps threshold 0.
         base: what the model was loaded from, for the record and for `skipit export`.
-        resume: continue from the last checkpoint in `out`.
-        callbacks: `transformers` trainer callbacks.
+        resume: continue from the last checkpoint in `out`; learning rates, damping and the like may change.
+        overwrite: replace a run in `out`.
+        callbacks: `transformers` trainer callbacks; a `ProgressCallback` among them replaces the printing of logs.
         report_to: where `Trainer` reports, such as "tensorboard".
 
     Returns:
         The trained PEFT model, in eval mode, calibrated.
 
     Raises:
-        CheckpointError: `out` holds a run and `resume` is False, or there is nothing to resume.
+        CheckpointError: `out` holds a run and neither `resume` nor `overwrite` is set, or there is nothing to resume,
+            or a setting that a resumed run must keep has changed.
         TrainingError: the loss is not finite or the router collapsed; checkpoints stay.
+        KeyboardInterrupt: the last whole step was saved; go on with `resume`.
     """
     from .trainer import SkipTrainer
 
     out = Path(out)
-    checkpoint = _prepare_folder(out, resume)
+    check_folder(out, resume=resume, overwrite=overwrite)
     collate = Collator(processor)
     costs = CostModel.of(model)
     sample = dataset.select(range(min(64, len(dataset)))) if hasattr(dataset, "select") else list(dataset)[:64]
     scale = dense_per_answer(model, batches(sample, collate, config.batch_size), costs)
     peft_model = prepare(model, plan, config)
-    save_json(out / "train_config.json", {**config.to_dict(), "base": base})
+    checkpoint = _prepare_folder(out, {**config.to_dict(), "base": base}, resume)
     trainer = SkipTrainer(
         settings=config,
         costs=costs,
         dense_per_answer=scale,
         model=peft_model,
         args=_arguments(config, out, report_to),
-        train_dataset=dataset,
+        train_dataset=Rows(dataset),
         data_collator=collate,
         callbacks=callbacks,
     )
-    history = next(c for c in trainer.callback_handler.callbacks if hasattr(c, "history")).history
-    try:
-        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    except KeyboardInterrupt:
-        trainer._save_checkpoint(peft_model, trial=None)
-        raise
+    _run(trainer, checkpoint)
     peft_model.eval()
     share = None
     if calibration is not None:
         held_out = list(batches(calibration, collate, config.batch_size))
         threshold, share = calibrate(peft_model, held_out, costs, config.budget, config.kv)
         default_threshold(peft_model, threshold, f"{config.budget:g}")
-    _finish(out, peft_model, config, plan, base, history, share)
+    _finish(out, peft_model, config, plan, base, trainer.progress.history, share)
     return peft_model
 
 
-def _prepare_folder(out: Path, resume: bool) -> Path | None:
-    from transformers.trainer_utils import get_last_checkpoint
+def _run(trainer: Any, checkpoint: Path | None) -> None:
+    from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
-    last = get_last_checkpoint(str(out / CHECKPOINTS)) if (out / CHECKPOINTS).is_dir() else None
-    if resume:
-        if last is None:
-            raise CheckpointError(f"{out} has no checkpoint to resume from. Start without --resume.")
-        return Path(last)
-    if out.exists() and any(out.iterdir()):
-        hint = "continue with --resume, or " if last else ""
-        raise CheckpointError(f"{out} exists and is not empty; {hint}choose another --out.")
-    out.mkdir(parents=True, exist_ok=True)
-    return None
+    callbacks = trainer.callback_handler.callbacks
+    if any(isinstance(callback, ProgressCallback) for callback in callbacks):
+        trainer.remove_callback(PrinterCallback)
+    if checkpoint is not None:
+        trainer.restore(checkpoint)
+    try:
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    except KeyboardInterrupt:
+        trainer.interrupted()
+        raise
+
+
+def check_folder(out: Path, *, resume: bool, overwrite: bool) -> None:
+    """Refuse a run folder that would lose something, or from which nothing can be resumed.
+
+    Raises:
+        CheckpointError: says which.
+    """
+    from .trainer import last_checkpoint
+
+    last = last_checkpoint(out / CHECKPOINTS)
+    if resume and (out / RUN_FILE).is_file():
+        raise CheckpointError(f"{out} is finished. Next: `skipit export {out} --out DIR`.")
+    if resume and last is None:
+        raise CheckpointError(f"{out} has no checkpoint to resume from. Start without --resume.")
+    if out.exists() and not out.is_dir():
+        raise CheckpointError(f"{out} is a file, expected a folder or nothing.")
+    if resume or not out.exists() or not any(out.iterdir()):
+        return
+    # A run that was stopped before its first checkpoint has nothing to lose.
+    ours = (out / CONFIG_FILE).is_file()
+    if ours and (overwrite or (last is None and not (out / RUN_FILE).is_file())):
+        return
+    if overwrite:
+        raise CheckpointError(
+            f"{out} is not a run: it has no {CONFIG_FILE}. Delete it yourself or choose another --out."
+        )
+    hint = "continue with --resume, " if last else ""
+    raise CheckpointError(
+        f"{out} exists and is not empty; {hint}choose another --out, or pass --overwrite to replace it."
+    )
+
+
+def _prepare_folder(out: Path, settings: dict[str, Any], resume: bool) -> Path | None:
+    """The checkpoint to continue from, or None and a fresh folder with the settings in it."""
+    from .trainer import last_checkpoint
+
+    checkpoint = last_checkpoint(out / CHECKPOINTS) if resume else None
+    if checkpoint is not None:
+        before = load_json(out / CONFIG_FILE)
+        if changed := [name for name in FIXED if before.get(name) != settings[name]]:
+            what = ", ".join(f"`{name}` was {before.get(name)!r}, now {settings[name]!r}" for name in changed)
+            raise CheckpointError(f"{out} cannot be resumed with other settings: {what}. Use the old ones.")
+        for unfinished in set((out / CHECKPOINTS).glob("checkpoint-*")):
+            if int(unfinished.name.rpartition("-")[2]) > int(checkpoint.name.rpartition("-")[2]):
+                shutil.rmtree(unfinished)  # a save that was killed; `Trainer` would count it as one to keep
+    else:
+        shutil.rmtree(out, ignore_errors=True)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        save_json(out / CONFIG_FILE, settings)
+    except OSError as error:
+        raise CheckpointError(f"{out} cannot be written: {error}") from error
+    return checkpoint
 
 
 def _arguments(config: TrainConfig, out: Path, report_to: str) -> Any:
@@ -216,3 +273,4 @@ def _finish(
         "made_by": provenance(),
     }
     save_json(out / RUN_FILE, record)
+    shutil.rmtree(out / CHECKPOINTS, ignore_errors=True)

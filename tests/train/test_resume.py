@@ -1,0 +1,204 @@
+"""A run that was stopped goes on as if it had not been: same weights, same price, same history, bit for bit."""
+
+import copy
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from datasets import Dataset
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import LlavaForConditionalGeneration, TrainerCallback
+
+from skipit.router.errors import CheckpointError
+from skipit.theory.identity import fingerprint
+from skipit.theory.plan import Plan
+from skipit.train.config import TrainConfig
+from skipit.train.reference.data import reference_dataset
+from skipit.train.reference.model import build_model, build_processor
+from skipit.train.run import train
+from skipit.train.trainer import STATE_FILE, TrainingError, last_checkpoint
+
+# Ten rows in batches of two, twice per step: an epoch ends in the middle of a step's batches.
+CONFIG = TrainConfig(steps=7, batch_size=2, accumulation=2, lora_rank=2, save_steps=3, learning_rate=1e-3)
+
+
+class At(TrainerCallback):
+    """Does something when an event of the trainer comes, at one step."""
+
+    def __init__(self, event: str, step: int, do: Callable[[Any], None]) -> None:
+        def at(args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if state.global_step == step:
+                do(kwargs.get("model"))
+
+        setattr(self, event, at)
+
+
+def interrupt(model: Any) -> None:
+    raise KeyboardInterrupt
+
+
+@pytest.fixture(scope="module")
+def rows() -> Dataset:
+    return reference_dataset("train", 10)
+
+
+@pytest.fixture(scope="module")
+def model() -> Any:
+    config = copy.deepcopy(build_model().config)
+    config.text_config.num_hidden_layers, config.vision_config.num_hidden_layers = 3, 1
+    torch.manual_seed(0)
+    return LlavaForConditionalGeneration(config).eval()
+
+
+@pytest.fixture(scope="module")
+def run(model: Any, rows: Dataset) -> Callable[..., Path]:
+    def run(folder: Path, *callbacks: TrainerCallback, config: TrainConfig = CONFIG, **options: Any) -> Path:
+        units, width = (3, 2), model.config.text_config.hidden_size
+        plan = Plan(
+            torch.zeros(*units, width), torch.zeros(units), 0.5, "retain", "zero", fingerprint(model), torch.ones(units)
+        )
+        copied = copy.deepcopy(model)
+        train(copied, build_processor(), rows, plan, config, folder, callbacks=list(callbacks), **options)
+        return folder
+
+    return run
+
+
+def weights(run: Path) -> dict[str, Tensor]:
+    return {**load_file(run / "adapter" / "adapter_model.safetensors"), **load_file(run / "gates.safetensors")}
+
+
+def same_run(one: Path, other: Path) -> bool:
+    ours, theirs = weights(one), weights(other)
+    moved = ours["bias"].abs().max() > 0
+    equal = ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+    return bool(moved) and equal and (one / "history.jsonl").read_text() == (other / "history.jsonl").read_text()
+
+
+@pytest.fixture(scope="module")
+def whole(run: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return run(tmp_path_factory.mktemp("runs") / "whole")
+
+
+@pytest.fixture
+def stopped(tmp_path: Path) -> Path:
+    return tmp_path / "stopped"
+
+
+@pytest.mark.parametrize(("event", "step"), [("on_step_end", 1), ("on_step_begin", 6), ("on_substep_end", 4)])
+def test_interrupted_and_resumed_is_uninterrupted(run: Any, whole: Path, stopped: Path, event: str, step: int) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        run(stopped, At(event, step, interrupt))
+    checkpoint = last_checkpoint(stopped / "checkpoints")
+    assert checkpoint is not None
+    assert checkpoint.name == f"checkpoint-{step}"
+    state = json.loads((checkpoint / STATE_FILE).read_text())
+    assert len(state["history"]) == step
+    assert state["multiplier"] != 0
+    assert same_run(run(stopped, resume=True), whole)
+
+
+def test_interrupted_within_an_update_goes_back_to_the_last_checkpoint(run: Any, whole: Path, stopped: Path) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        run(stopped, At("on_optimizer_step", 4, interrupt))  # weights are of step 5, everything else of step 4
+    assert last_checkpoint(stopped / "checkpoints").name == "checkpoint-3"  # type: ignore[union-attr]
+    assert same_run(run(stopped, resume=True), whole)
+
+
+def test_a_save_that_was_killed_does_not_count(run: Any, whole: Path, stopped: Path) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        run(stopped, At("on_step_end", 4, interrupt))
+    checkpoints = stopped / "checkpoints"
+    (checkpoints / "checkpoint-4" / STATE_FILE).unlink()  # it is written last
+    assert same_run(run(stopped, resume=True), whole)
+
+
+def test_a_finished_run_holds_no_pickle(whole: Path) -> None:
+    assert {path.suffix for path in whole.rglob("*") if path.is_file()} <= {".json", ".jsonl", ".safetensors", ".md"}
+
+
+def test_interrupted_before_the_first_step_can_be_started_again(run: Any, whole: Path, stopped: Path) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        run(stopped, At("on_train_begin", 0, interrupt))
+    with pytest.raises(CheckpointError, match="no checkpoint to resume from"):
+        run(stopped, resume=True)
+    assert same_run(run(stopped), whole)
+
+
+def spoil_gradients(model: Any) -> None:
+    next(p for p in model.parameters() if p.grad is not None).grad.view(-1)[0] = float("nan")
+
+
+def spoil_weights(model: Any) -> None:
+    with torch.no_grad():
+        next(p for n, p in model.named_parameters() if "lora_A" in n).view(-1)[0] = float("inf")
+
+
+@pytest.mark.parametrize(
+    ("callback", "message"),
+    [
+        (At("on_step_begin", 4, spoil_weights), r"the loss is nan at step 5 \(CE nan, KL nan\)"),
+        (At("on_substep_end", 4, spoil_gradients), "a gradient is not finite at step 5"),
+    ],
+)
+def test_not_finite_stops_and_keeps_the_last_good_state(
+    run: Any, whole: Path, stopped: Path, callback: TrainerCallback, message: str
+) -> None:
+    with pytest.raises(TrainingError, match=rf"{message}.*checkpoint-3 is good: lower .* continue with --resume\."):
+        run(stopped, callback)
+    assert last_checkpoint(stopped / "checkpoints").name == "checkpoint-3"  # type: ignore[union-attr]
+    assert same_run(run(stopped, resume=True), whole)
+
+
+def test_not_finite_before_the_first_checkpoint(run: Any, stopped: Path) -> None:
+    with pytest.raises(TrainingError, match="No checkpoint was written yet: lower the learning rates and start again"):
+        run(stopped, At("on_step_begin", 1, spoil_weights))
+    run(stopped)
+
+
+def test_learning_rates_can_be_lowered_on_resume(run: Any, stopped: Path, tmp_path: Path) -> None:
+    seen: list[float] = []
+
+    class Rates(TrainerCallback):
+        def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            seen.extend(group["lr"] for group in kwargs["optimizer"].param_groups)
+
+    with pytest.raises(KeyboardInterrupt):
+        run(stopped, At("on_step_end", 4, interrupt))
+    shutil.copytree(stopped, tmp_path / "copy")
+    run(tmp_path / "copy", Rates(), resume=True)
+    usual = seen.copy()
+    seen.clear()
+    run(stopped, Rates(), resume=True, config=replace(CONFIG, learning_rate=5e-4, gate_learning_rate=1e-3))
+    assert seen[0::2] == pytest.approx([rate / 10 for rate in usual[0::2]])
+    assert seen[1::2] == pytest.approx([rate / 2 for rate in usual[1::2]])
+
+
+def test_what_a_resumed_run_may_not_change(run: Any, stopped: Path) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        run(stopped, At("on_step_end", 4, interrupt))
+    with pytest.raises(CheckpointError, match="`steps` was 7, now 9, `lora_rank` was 2, now 4"):
+        run(stopped, resume=True, config=replace(CONFIG, steps=9, lora_rank=4))
+
+
+def test_a_run_is_not_overwritten_unasked(run: Any, whole: Path, stopped: Path, tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="exists and is not empty; choose another --out, or pass --overwrite"):
+        run(whole)
+    with pytest.raises(CheckpointError, match="is finished"):
+        run(whole, resume=True)
+    with pytest.raises(KeyboardInterrupt):
+        run(stopped, At("on_step_end", 4, interrupt))
+    with pytest.raises(CheckpointError, match="exists and is not empty; continue with --resume, choose another"):
+        run(stopped)
+    assert same_run(run(stopped, overwrite=True), whole)
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "thesis.tex").write_text("years of work")
+    with pytest.raises(CheckpointError, match="is not a run"):
+        run(tmp_path / "other", overwrite=True)
+    assert (tmp_path / "other" / "thesis.tex").exists()
