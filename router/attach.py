@@ -31,13 +31,15 @@ def attach(model: nn.Module, config: RouterConfig | None = None) -> Router:
 
     Raises:
         DecoderNotFoundError: no decoder layers; name them with `RouterConfig(layers=...)`.
-        UnsupportedModelError: an attention implementation that gated execution cannot wrap.
+        UnsupportedModelError: not a transformers decoder, or a kind of attention that gated execution cannot wrap.
         SkipItError: the model already has gates.
     """
     config = config or RouterConfig()
     if _find(model) is not None:
         raise SkipItError("the model already has gates; call `detach(model)` first.")
     _, decoder, layers = find_decoder(model, config.layers)
+    if not hasattr(decoder, "config"):
+        raise UnsupportedModelError(f"`{type(decoder).__name__}` has no `config`: gates need a transformers decoder.")
     if any(kind.startswith("linear") for kind in getattr(decoder.config, "layer_types", None) or []):
         raise UnsupportedModelError(
             f"`{type(decoder).__name__}` has linear-attention layers, whose recurrent state cannot leave tokens out."

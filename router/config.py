@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import asdict, dataclass, field, fields
+from math import isfinite
 from pathlib import Path
 from typing import Any, Literal, Self, get_args
 
@@ -43,9 +44,9 @@ class RouterConfig:
         if not isinstance(self.operating_points, dict):
             raise RouterConfigError(f"`operating_points`: got {self.operating_points!r}, expected a mapping.")
         for name, value in {"threshold": self.threshold, **self.operating_points}.items():
-            # Infinity is meaningful (never run); NaN would silently skip everything.
-            if not isinstance(value, int | float) or isinstance(value, bool) or value != value:
-                raise RouterConfigError(f"threshold {name!r}: got {value!r}, expected a number.")
+            # NaN would silently skip everything, and JSON has no infinity.
+            if not isinstance(value, int | float) or isinstance(value, bool) or not isfinite(value):
+                raise RouterConfigError(f"threshold {name!r}: got {value!r}, expected a finite number.")
 
     def threshold_at(self, budget: float | str | None) -> float:
         """The threshold of a named operating point; None is the default one.

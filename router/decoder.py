@@ -44,5 +44,5 @@ def _describe(model: nn.Module, layers: str | None) -> str:
     example = lists[-1].split(" ")[0] if lists else "model.layers"
     return (
         f"{wanted} in `{type(model).__name__}`. Module lists found: {found}. "
-        f'Name one: attach(model, layers="{example}").'
+        f'Name one: RouterConfig(layers="{example}").'
     )

@@ -1,0 +1,150 @@
+"""A cache whose layers hold different tokens keeps count of them through everything transformers does to a cache."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from transformers import DynamicCache, StaticCache
+from transformers.cache_utils import DynamicSlidingWindowLayer
+
+from skipit.router import SkipCache, UnsupportedModelError
+from skipit.router.cache import SkipCacheLayer
+
+
+def states(index: Tensor, heads: int = 2) -> Tensor:
+    """Keys or values [batch, heads, slots, 1] that say of which token they are."""
+    return index.float()[:, None, :, None].expand(-1, heads, -1, 1)
+
+
+def fill(layer: SkipCacheLayer, index: Tensor, tokens: int) -> Tensor:
+    keys, values = layer.append(states(index), -states(index), index, tokens)
+    assert torch.equal(values, -keys)
+    return keys
+
+
+def held(layer: SkipCacheLayer, batch: int) -> list[list[int]]:
+    """The tokens each row holds, from the index; where it is not -1, the keys must say the same."""
+    slots = layer.slots(batch, torch.device("cpu"))
+    if layer.is_initialized:
+        keys = layer.keys[:, 0, :, 0].long()
+        assert torch.equal(slots[slots >= 0], keys[slots >= 0])
+        assert torch.equal(layer.keys, -layer.values)
+    return [row[row >= 0].tolist() for row in slots]
+
+
+def test_a_layer_that_keeps_everything_is_a_dynamic_layer() -> None:
+    cache, dynamic = SkipCache(1), DynamicCache()
+    for tokens in (3, 1, 2):
+        keys, values = torch.randn(2, 2, tokens, 4), torch.randn(2, 2, tokens, 4)
+        for ours, theirs in zip(cache.update(keys, values, 0), dynamic.update(keys, values, 0), strict=True):
+            assert torch.equal(ours, theirs)
+        assert cache.get_seq_length() == dynamic.get_seq_length()
+    assert cache.layers[0].index is None
+    assert cache.num_bytes() == 2 * 2 * 2 * 6 * 4 * 4
+
+
+@given(
+    st.lists(st.lists(st.lists(st.booleans(), min_size=2, max_size=2), min_size=1, max_size=3), max_size=4), st.data()
+)
+@settings(max_examples=60, deadline=None)
+def test_any_history(history: list[list[list[bool]]], data: st.DataObject) -> None:
+    """Append, pass over, crop and reorder in any order: the rows hold what plain lists would."""
+    layer, expected, seen = SkipCacheLayer(), [[], []], 0
+    for block in history:
+        kind = data.draw(st.sampled_from(["append", "whole", "pass", "crop", "reorder"]))
+        tokens = len(block)
+        if kind == "append":
+            kept = [[seen + i for i in range(tokens) if block[i][row]] for row in range(2)]
+            width = max(map(len, kept))
+            fill(layer, torch.tensor([row + [-1] * (width - len(row)) for row in kept]).view(2, width), tokens)
+        elif kind == "whole":
+            kept = [list(range(seen, seen + tokens))] * 2
+            index = torch.tensor(kept)
+            layer.update(states(index), -states(index))
+        elif kind == "pass":
+            kept = [[], []]
+            layer.pass_over(tokens)
+        if kind in ("append", "whole", "pass"):
+            seen += tokens
+            expected = [old + new for old, new in zip(expected, kept, strict=True)]
+        elif kind == "crop":
+            layer.crop(-tokens)
+            seen = max(0, seen - tokens)
+            expected = [[i for i in row if i < seen] for row in expected]
+        else:
+            layer.reorder_cache(torch.tensor([1, 0]))
+            expected = expected[::-1]
+        assert layer.get_seq_length() == layer.seen == seen
+        assert held(layer, 2) == expected
+    layer.reset()
+    assert layer.get_seq_length() == 0
+    assert held(layer, 2) == [[], []]
+
+
+def test_rows_are_repeated_and_chosen() -> None:
+    layer = SkipCacheLayer()
+    fill(layer, torch.tensor([[0, 2], [1, -1]]), 3)
+    layer.batch_repeat_interleave(2)
+    assert held(layer, 4) == [[0, 2], [0, 2], [1], [1]]
+    layer.batch_select_indices(torch.tensor([3, 0]))
+    assert held(layer, 2) == [[1], [0, 2]]
+    # A layer all rows of which are alike keeps one row of index.
+    layer = SkipCacheLayer()
+    layer.pass_over(2)
+    layer.batch_repeat_interleave(3)
+    layer.batch_select_indices(torch.tensor([0]))
+    assert held(layer, 1) == [[]]
+    index = torch.tensor([[2], [2]])
+    layer.append(states(index), -states(index), None, 1)
+    assert held(layer, 2) == [[2], [2]]
+
+
+def test_crop_frees_memory() -> None:
+    layer = SkipCacheLayer()
+    fill(layer, torch.tensor([[0, 1, 2, 3], [1, 3, -1, -1]]), 4)
+    layer.crop(-2)
+    assert layer.keys.shape[-2] == 2
+    assert held(layer, 2) == [[0, 1], [1]]
+    layer.crop(0)
+    assert held(layer, 2) == [[0, 1], [1]]
+    layer.crop(-5)
+    assert layer.keys.shape[-2] == layer.seen == 0
+
+
+def test_crop_to_a_length() -> None:
+    with pytest.raises(ValueError, match="`tokens_to_remove`: got 3, expected zero or a negative number"):
+        SkipCacheLayer().crop(3)
+
+
+def test_taking_over_a_dynamic_cache() -> None:
+    dynamic = DynamicCache()
+    keys, values = torch.randn(2, 1, 1, 3, 2)
+    dynamic.update(keys, values, 0)
+    cache = SkipCache.from_dynamic(dynamic, 2)
+    assert torch.equal(cache.layers[0].keys, keys)
+    assert [layer.get_seq_length() for layer in cache.layers] == [3, 0]
+    assert SkipCache.from_dynamic(DynamicCache(), 2).get_seq_length() == 0
+
+
+def test_caches_that_cannot_be_taken_over() -> None:
+    from tiny_models import build
+
+    config = build("llava").config.get_text_config()
+    message = (
+        r"`past_key_values`: got {}, a gated model takes `SkipCache` or `DynamicCache`. "
+        r"Leave `cache_implementation` unset, or run the dense model: `with running\(mode='dense'\)`."
+    )
+    with pytest.raises(UnsupportedModelError, match=message.format("StaticCache")):
+        SkipCache.from_dynamic(StaticCache(config, max_cache_len=8), 4)
+    offloaded = DynamicCache()
+    offloaded.offloading = True
+    with pytest.raises(UnsupportedModelError, match=message.format("DynamicCache")):
+        SkipCache.from_dynamic(offloaded, 4)
+    sliding = DynamicCache()
+    sliding.layers.append(DynamicSlidingWindowLayer(sliding_window=3))
+    sliding.update(torch.randn(1, 1, 5, 2), torch.randn(1, 1, 5, 2), 0)
+    with pytest.raises(
+        UnsupportedModelError, match=r"a sliding window has already dropped tokens.*Start from an empty cache"
+    ):
+        SkipCache.from_dynamic(sliding, 1)

@@ -1,0 +1,71 @@
+"""Settings survive the disk, and a wrong one is refused with its name."""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from skipit.router import RouterConfig, RouterConfigError
+
+FULL = RouterConfig(kv="evict", layers="model.layers", threshold=-0.25, operating_points={"0.5": -0.25, "0.25": 1.5})
+
+
+@pytest.mark.parametrize("config", [RouterConfig(), FULL])
+def test_round_trip(config: RouterConfig, tmp_path: Path) -> None:
+    file = tmp_path / "router_config.json"
+    file.write_text(json.dumps(config.to_dict()))
+    assert RouterConfig.from_file(file) == RouterConfig.from_dict(config.to_dict()) == config
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        (
+            {"kvs": "retain", "budgets": 1},
+            "router config: unknown keys budgets, kvs; "
+            "known keys: format_version, kv, layers, operating_points, threshold.",
+        ),
+        ({"kv": "drop"}, "`kv`: got 'drop', expected one of retain, evict."),
+        ({"layers": 3}, "`layers`: got 3, expected a dotted path or null."),
+        ({"threshold": "low"}, "threshold 'threshold': got 'low', expected a finite number."),
+        ({"threshold": True}, "threshold 'threshold': got True, expected a finite number."),
+        ({"threshold": float("nan")}, "threshold 'threshold': got nan, expected a finite number."),
+        ({"operating_points": {"0.5": float("inf")}}, "threshold '0.5': got inf, expected a finite number."),
+        ({"operating_points": [0.5]}, "`operating_points`: got [0.5], expected a mapping."),
+        (
+            {"format_version": 2},
+            "`format_version`: got 2, this skipit reads 1. "
+            "Load the checkpoint with the skipit version that wrote it, or a newer one.",
+        ),
+        (["retain"], "router config: got list, expected a JSON object."),
+    ],
+)
+def test_bad_values(values: Any, message: str, tmp_path: Path) -> None:
+    with pytest.raises(RouterConfigError, match=f"^{re.escape(message)}$"):
+        RouterConfig.from_dict(values)
+    file = tmp_path / "router_config.json"
+    file.write_text(json.dumps(values))
+    with pytest.raises(RouterConfigError, match=f"^{re.escape(f'{file}: {message}')}$"):
+        RouterConfig.from_file(file)
+
+
+@pytest.mark.parametrize("content", [b"{", b"\xff\xfe"])
+def test_a_file_that_is_not_json(content: bytes, tmp_path: Path) -> None:
+    file = tmp_path / "router_config.json"
+    file.write_bytes(content)
+    with pytest.raises(RouterConfigError, match=re.escape(str(file))):
+        RouterConfig.from_file(file)
+
+
+def test_thresholds_by_budget() -> None:
+    assert FULL.threshold_at(None) == -0.25
+    assert FULL.threshold_at("0.25") == FULL.threshold_at(0.25) == 1.5
+    with pytest.raises(
+        RouterConfigError,
+        match=r"^`budget`: got '0.3', this router is calibrated for: 0.5, 0.25. Choose one of these, or calibrate",
+    ):
+        FULL.threshold_at(0.3)
+    with pytest.raises(RouterConfigError, match="is calibrated for: none"):
+        RouterConfig().threshold_at("0.5")
