@@ -41,8 +41,8 @@ class TrainConfig:
     lora_rank: int = 8
     lora_alpha: int = 16
     distillation: float = 1.0
-    multiplier_rate: float = 0.2
-    damping: float = 2.0
+    multiplier_rate: float = 0.1
+    damping: float = 4.0
     collapse: float = 0.02
     collapse_steps: int = 20
     seed: int = 0
