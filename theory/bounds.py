@@ -1,4 +1,4 @@
-"""What is proved about skipping a layer: statements 1 to 12 of docs/theory.md, each a pure function.
+"""What is proved about skipping a layer: statements 1 to 11 of docs/theory.md, each a pure function.
 
 The four notions of redundancy are those of Hartman et al., "Skip-It? Theoretical Conditions for Layer Skipping in
 Vision-Language Models" (arXiv 2509.25584). Constants and proofs are ours where no other source is named. Entropies and
@@ -9,13 +9,12 @@ samples) stays NaN.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from jaxtyping import Bool, Float
-from scipy.stats import binom
 from torch import Tensor
 
 Values = Float[Tensor, "..."] | float | int
@@ -538,86 +537,6 @@ def answer_kl_radius(first: Values, second: Values) -> Float[Tensor, "..."]:
     return (torch.xlogy(first, first / half) + torch.xlogy(second, second / half)).nan_to_num(nan=0.0)
 
 
-# --- 12. Risk control
-
-
-@dataclass(frozen=True)
-class RiskCertificate:
-    """What fixed-sequence testing certified."""
-
-    index: int | None
-    """The fastest certified threshold, or None if not even the safest one is."""
-    p_values: Float[Tensor, " thresholds"]
-    """Exact binomial p-values of "risk > eps", of the thresholds that were not reached too."""
-
-
-def learn_then_test(errors: Sequence[int], trials: int, eps: float, delta: float) -> RiskCertificate:
-    """Statement 12: pick the fastest threshold whose risk is at most eps, with confidence 1 - delta.
-
-    Learn-then-Test (Angelopoulos et al., arXiv 2110.01052) by fixed-sequence testing: from safe to fast, reject "risk >
-    eps" while P[Bin(n, eps) <= errors] <= delta, and stop at the first that is not rejected. No correction for many
-    tests is needed.
-
-    It assumes that the calibration samples are independent, drawn as the later data are, and that thresholds and their
-    order were fixed without looking at them. The confidence is over the draw of the calibration set; the risk is the
-    mean over new data.
-
-    Args:
-        errors: Wrong answers on the calibration set at each threshold, safest first. Zero-one losses only.
-        trials: n, the calibration samples behind every count.
-        eps: The risk to certify, in (0, 1).
-        delta: The probability with which the certificate may be wrong, in (0, 1).
-
-    Returns:
-        The index of the last rejected threshold and all p-values.
-
-    Raises:
-        ValueError: If an argument is out of range or there is no sample.
-
-    Example:
-        >>> learn_then_test([0, 2, 9, 0], trials=300, eps=0.02, delta=0.05).index
-        0
-    """
-    _within("eps", eps, _PROBABILITY)
-    _within("delta", delta, _PROBABILITY)
-    if trials < 1:
-        raise ValueError(f"`trials` is {trials}, expected 1 or more. Calibrate on at least one sample.")
-    wrong = [count for count in errors if not 0 <= count <= trials]
-    if wrong:
-        raise ValueError(
-            f"`errors` holds {wrong[0]}, expected counts from 0 to `trials` = {trials}. Pass wrong answers, not rates."
-        )
-    p_values = torch.as_tensor(binom.cdf(np.asarray(errors, dtype=np.int64), trials, eps), dtype=torch.float64)
-    certified = int((p_values <= delta).long().cumprod(0).sum())
-    return RiskCertificate(certified - 1 if certified else None, p_values)
-
-
-def samples_to_certify(eps: float, delta: float) -> int:
-    """The fewest calibration samples with which anything can be certified: the smallest n with (1 - eps)^n <= delta.
-
-    Args:
-        eps: The risk to certify, in (0, 1).
-        delta: The probability with which the certificate may be wrong, in (0, 1).
-
-    Returns:
-        n. With it, only a threshold without a single error passes.
-
-    Raises:
-        ValueError: If an argument is out of range.
-
-    Example:
-        >>> samples_to_certify(eps=0.02, delta=0.05)
-        149
-    """
-    _within("eps", eps, _PROBABILITY)
-    _within("delta", delta, _PROBABILITY)
-    # The logarithms may round across an integer, so the last step is taken with the p-value that the test itself uses.
-    samples = max(1, math.ceil(math.log(delta) / math.log1p(-eps)) - 1)
-    while binom.cdf(0, samples, eps) > delta:
-        samples += 1
-    return samples
-
-
 @dataclass(frozen=True)
 class _Range:
     low: float
@@ -625,13 +544,11 @@ class _Range:
     shown: str
     advice: str
     open_low: bool = False
-    open_high: bool = False
 
 
 _DISTANCE = _Range(0, 2, "[0, 2]", "Cosine distances are 1 - cos, never rescaled.")
 _THRESHOLD = _Range(0, 2, "(0, 2]", "Thresholds are cosine distances, 1 - cos, and not zero.", open_low=True)
 _SHARE = _Range(0, 1, "[0, 1]", "Pass a share, not a percentage or a logit.")
-_PROBABILITY = _Range(0, 1, "(0, 1)", "Pass a share strictly between 0 and 1.", open_low=True, open_high=True)
 _ANGLE = _Range(0, math.pi, "[0, pi]", "Angles are in radians.")
 _POSITIVE = _Range(0, math.inf, "(0, inf)", "Nothing is nearer than zero.", open_low=True)
 _NONNEGATIVE = _Range(0, math.inf, "[0, inf)", "Norms, damages and divergences are never negative.")
@@ -643,7 +560,7 @@ def _within(name: str, value: Values, allowed: _Range) -> Tensor:
     """The value as float64, cut to its range where only rounding left it; NaN passes."""
     wide = torch.as_tensor(value, dtype=torch.float64)
     outside = (wide < allowed.low - _ROUNDING) | (wide > allowed.high + _ROUNDING)
-    outside |= (wide <= allowed.low) & allowed.open_low | (wide >= allowed.high) & allowed.open_high
+    outside |= (wide <= allowed.low) & allowed.open_low
     if outside.any():
         found = wide[outside][0].item()
         raise ValueError(f"`{name}` is {found:g}, expected a value in {allowed.shown}. {allowed.advice}")

@@ -2,12 +2,10 @@
 
 import math
 
-import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from scipy.stats import binom
 from torch import Tensor
 
 from skipit.theory.bounds import (
@@ -22,14 +20,12 @@ from skipit.theory.bounds import (
     fisher_damage,
     fisher_damage_joint,
     geometric_from_proximal,
-    learn_then_test,
     neighbour_counts,
     path_identity,
     pinsker_risk_gap,
     probe_gap_bound,
     probe_gap_bound_from_proximal,
     proximal_from_geometric,
-    samples_to_certify,
     total_variation_from_kl,
     update_norm_from_cosine,
 )
@@ -530,53 +526,6 @@ def test_11_edge_cases() -> None:
     assert not answer_is_certain(1.0, math.inf)
 
 
-# --- Statement 12
-
-
-@pytest.mark.parametrize("trials", [20, 149, 500])
-@pytest.mark.parametrize(("eps", "delta"), [(0.02, 0.05), (0.1, 0.1), (0.3, 0.01)])
-def test_12_a_risky_threshold_is_certified_with_probability_below_delta(trials: int, eps: float, delta: float) -> None:
-    """Exact, not simulated: the sum over all outcomes of the calibration."""
-    outcomes = np.arange(trials + 1)
-    certified = [learn_then_test([k], trials, eps, delta).index == 0 for k in outcomes]
-    for risk in (eps * 1.0001, eps * 1.2, min(0.99, eps * 2)):
-        assert binom.pmf(outcomes, trials, risk)[certified].sum() <= delta
-
-
-@pytest.mark.parametrize("nested", [True, False])
-@pytest.mark.parametrize("first_risk", [0.004, 0.05001])
-def test_12_the_whole_sequence_is_wrong_with_probability_below_delta(nested: bool, first_risk: float) -> None:
-    runs, trials, eps, delta = 1500, 200, 0.05, 0.1
-    risks = np.linspace(first_risk, 0.12, 10)
-    random = np.random.default_rng(0)
-    wrong = certified = 0
-    for _ in range(runs):
-        draws = random.random((trials, 1 if nested else len(risks)))
-        index = learn_then_test((draws < risks).sum(0).tolist(), trials, eps, delta).index
-        certified += index is not None
-        wrong += index is not None and risks[index] > eps
-    assert wrong <= runs * delta + 3 * math.sqrt(runs * delta * (1 - delta))
-    if first_risk < eps:
-        assert certified > 0.99 * runs
-
-
-def test_12_stops_at_the_first_threshold_that_is_not_rejected() -> None:
-    found = learn_then_test([0, 1, 200, 0], trials=1000, eps=0.02, delta=0.05)
-    assert found.index == 1
-    assert found.p_values.shape == (4,)
-    assert learn_then_test([30], trials=1000, eps=0.02, delta=0.05).index is None
-    assert learn_then_test([], trials=1000, eps=0.02, delta=0.05).index is None
-
-
-@examples
-@given(st.floats(0.005, 0.5), st.floats(0.01, 0.5))
-def test_12_fewest_samples_are_enough_and_one_less_is_not(eps: float, delta: float) -> None:
-    needed = samples_to_certify(eps, delta)
-    assert learn_then_test([0], needed, eps, delta).index == 0
-    if needed > 1:
-        assert learn_then_test([0], needed - 1, eps, delta).index is None
-
-
 # --- Input
 
 
@@ -631,13 +580,6 @@ def test_rounding_beyond_the_range_is_cut_not_refused() -> None:
             lambda: answer_kl_radius(0.2, 0.6),
             r"`second` is above `first` somewhere, expected the two highest .* topk\(2\)",
         ),
-        (
-            lambda: learn_then_test([1], 10, 0.0, 0.1),
-            r"`eps` is 0, expected a value in \(0, 1\). Pass a share strictly",
-        ),
-        (lambda: learn_then_test([1], 10, 0.1, 1.0), r"`delta` is 1, expected a value in \(0, 1\)"),
-        (lambda: learn_then_test([1], 0, 0.1, 0.1), r"`trials` is 0, expected 1 or more. Calibrate on at least one"),
-        (lambda: learn_then_test([3, 11], 10, 0.1, 0.1), r"`errors` holds 11, expected counts from 0 to `trials` = 10"),
         (lambda: path_identity(torch.sum, torch.ones(2), torch.ones(2), nodes=0), r"`nodes` is 0, expected 1 or more"),
         (
             lambda: path_identity(lambda x: 2 * x, torch.ones(2), torch.ones(2)),
