@@ -20,6 +20,7 @@ from skipit.router.gates import TokenGate
 from .profile import Profile
 
 Init = Literal["theory", "theory-bias", "zero", "run"]
+Mode = Literal["late-entry", "early-exit", "both"]  # constant gates, see modes.py
 LOGIT_LIMIT = 8.0  # keeps sigmoid gradients alive
 
 
@@ -42,7 +43,7 @@ class Plan:
     bias: Tensor
     budget: float
     kv: KVPolicy
-    init: Init
+    init: Init | Mode
     model: str
     run_rate: Tensor
     about: dict[str, Any] = field(default_factory=dict)

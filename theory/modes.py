@@ -1,0 +1,165 @@
+"""Late entry and early exit: vision tokens skip a first or a last stretch of the layers, the same for every input.
+
+The two modes of Hartman et al., "Skip-It?" (arXiv 2509.25584). Their rule takes layers whose vision states are
+redundant and which text hardly attends to; ours takes layers whose predicted damage is small, or the pair of stretches
+that does the least damage within a compute budget.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool
+from torch import Tensor
+
+from skipit.router.config import KVPolicy
+from skipit.router.errors import InputError
+from skipit.router.modality import VISION
+
+from .bounds import combine_damages
+from .plan import LOGIT_LIMIT, Mode, Plan, check_budget, unit_damage
+from .profile import Profile
+
+
+@dataclass(frozen=True)
+class Span:
+    """The layers that vision tokens run: from `entry` up to, but without, `exit`.
+
+    Attributes:
+        entry: layers skipped at the start.
+        exit: first layer that is skipped at the end; the number of layers if there is none.
+        run: bool [layers, modalities], what `FixedUnits` takes; text runs everything.
+        damage: predicted KL per answer token, in nats: at most this, to second order (statement 10).
+        compute: expected share of the dense decoder's FLOPs, gates not counted. Under `evict` it is an upper bound,
+            because the keys that text then does not see are not subtracted.
+    """
+
+    entry: int
+    exit: int
+    run: Bool[Tensor, "layers modality"]
+    damage: float
+    compute: float
+
+    @property
+    def skipped(self) -> int:
+        """Layers that vision tokens skip."""
+        return int((~self.run).sum())
+
+
+def redundant_and_unattended(profile: Profile, eps: float, nu: float) -> Bool[Tensor, " layers"]:
+    """The paper's rule: layers with geo <= eps for vision and VAR <= nu; the thresholds are the user's.
+
+    VAR has to be low both for the last prompt token and for all text queries.
+
+    Args:
+        profile: of the model.
+        eps: largest mean cosine distance of a vision token's states before and after the layer, in [0, 2].
+        nu: largest share of text's attention that goes to vision, in [0, 1].
+
+    Raises:
+        InputError: the profile has no vision tokens.
+        ValueError: a threshold is out of range.
+    """
+    for name, value, high in (("eps", eps, 2), ("nu", nu, 1)):
+        if not 0 <= value <= high:
+            raise ValueError(f"`{name}`: got {value!r}, expected a number in [0, {high}].")
+    _check_vision(profile)
+    attention = torch.maximum(profile.tables["var_text"], profile.tables["var_last"])
+    return (profile.tables["geometric"][:, VISION] <= eps) & (attention <= nu)
+
+
+def harmless(profile: Profile, limit: float, kv: KVPolicy = "retain") -> Bool[Tensor, " layers"]:
+    """Our rule: layers which all vision tokens may skip at a damage of at most `limit`.
+
+    Args:
+        profile: of the model.
+        limit: KL per answer token, in nats, for one layer alone.
+        kv: K/V policy of skipped tokens.
+
+    Raises:
+        InputError: the profile has no vision tokens.
+        ValueError: `limit` is negative.
+    """
+    if not limit >= 0:
+        raise ValueError(f"`limit`: got {limit!r}, expected a damage in nats, at least 0.")
+    _check_vision(profile)
+    return unit_damage(profile, kv)[:, VISION] <= limit
+
+
+def span_of(
+    profile: Profile, qualifying: Bool[Tensor, " layers"], mode: Mode = "both", kv: KVPolicy = "retain"
+) -> Span:
+    """The longest stretches of qualifying layers at the start, at the end, or both.
+
+    Args:
+        profile: of the model.
+        qualifying: layers that vision tokens may skip.
+        mode: which ends to skip. Layers between the two stretches run, whether they qualify or not.
+        kv: K/V policy of skipped tokens.
+    """
+    layers = len(qualifying)
+    first = int(qualifying.long().cumprod(0).sum()) if mode != "early-exit" else 0
+    last = int(qualifying.flip(0).long().cumprod(0).sum()) if mode != "late-entry" else 0
+    return _span(profile, first, max(layers - last, first), kv)
+
+
+def span_for_budget(profile: Profile, budget: float, mode: Mode = "both", kv: KVPolicy = "retain") -> Span:
+    """The stretches that meet a budget with the least predicted damage; of equals, the cheapest.
+
+    Args:
+        profile: of the model.
+        budget: share of the dense decoder's FLOPs to spend, in (0, 1].
+        mode: which ends may be skipped.
+        kv: K/V policy of skipped tokens.
+
+    Raises:
+        InputError: skipping all vision tokens everywhere spends more than the budget, or there are no vision tokens.
+        ValueError: `budget` is not in (0, 1].
+    """
+    check_budget(budget)
+    _check_vision(profile)
+    layers = len(profile.costs.layers)
+    entries = range(layers + 1) if mode != "early-exit" else range(1)
+    spans = [
+        _span(profile, entry, end, kv)
+        for entry in entries
+        for end in (range(entry, layers + 1) if mode != "late-entry" else [layers])
+    ]
+    within = [span for span in spans if span.compute <= budget]
+    if not within:
+        raise InputError(
+            f"`budget`: got {budget:g}, but a model whose vision tokens skip every layer still spends "
+            f"{min(span.compute for span in spans):.3f} of the dense decoder's FLOPs ({kv}). Choose a larger budget, "
+            "or gates, which may skip text too."
+        )
+    return min(within, key=lambda span: (span.damage, span.compute))
+
+
+def span_plan(profile: Profile, span: Span, mode: Mode, kv: KVPolicy = "retain") -> Plan:
+    """Constant gates that do what a span says, so that every later step runs it as it runs any other plan.
+
+    Args:
+        profile: the span was made from.
+        span: which layers vision tokens run.
+        mode: recorded as the plan's `init`.
+        kv: K/V policy the span was made for.
+    """
+    bias = torch.where(span.run, LOGIT_LIMIT, -LOGIT_LIMIT)
+    weight = torch.zeros(*bias.shape, profile.tables[f"ridge_weight_{kv}"].shape[-1])
+    about = {**profile.about, "entry": span.entry, "exit": span.exit, "damage": span.damage}
+    return Plan(weight, bias, span.compute, kv, mode, profile.model, span.run.float(), about)
+
+
+def _span(profile: Profile, entry: int, end: int, kv: KVPolicy) -> Span:
+    t = profile.tables
+    run = torch.ones(t["keys"].shape, dtype=torch.bool)
+    run[:entry, VISION] = run[end:, VISION] = False
+    keys, tokens = t["keys"].nan_to_num(1.0), t["tokens_per_row"].nan_to_num(0.0)
+    dense = float((tokens * profile.costs.saving(keys, "evict")).sum())
+    saved = float((tokens * profile.costs.saving(keys, kv))[~run].sum())
+    damage = combine_damages(unit_damage(profile, kv)[~run]).item()
+    return Span(entry, end, run, damage, 1 - saved / dense)
+
+
+def _check_vision(profile: Profile) -> None:
+    if not bool(profile.tables["geometric"][:, VISION].isfinite().all()):
+        raise InputError("the profile has no vision tokens: late entry and early exit are about them. Give images.")
