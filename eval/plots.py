@@ -15,7 +15,7 @@ from matplotlib.cm import ScalarMappable
 from matplotlib.colors import LogNorm, Normalize
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
-from matplotlib.ticker import MaxNLocator, PercentFormatter
+from matplotlib.ticker import MaxNLocator, NullFormatter, PercentFormatter
 from numpy.typing import ArrayLike, NDArray
 from PIL.Image import Image
 from scipy.stats import spearmanr
@@ -47,8 +47,8 @@ def draw_layer_modality_heatmaps(
 ) -> Figure:
     """Draw tables over (layer, modality) as heat maps side by side, each with its own colour bar.
 
-    A table without negative values that spans two decades or more is coloured on a log scale, unless `ranges` has its
-    ends: give a rate the range (0, 1). Units without a value are hatched.
+    A table without negative values that spans a factor of thirty or more is coloured on a log scale, unless `ranges`
+    has its ends: give a rate the range (0, 1). Units without a value are hatched.
 
     Args:
         tables: Arrays of shape [layers, 2], columns text and vision, by title; the title says the unit.
@@ -85,6 +85,7 @@ def draw_layer_modality_heatmaps(
         axes.set_title(title, fontsize=9)
         bar = figure.colorbar(ScalarMappable(norm, VALUES), ax=axes, fraction=0.1, pad=0.04, aspect=11 * (height - 0.8))
         bar.ax.tick_params(labelsize=7)
+        bar.ax.yaxis.set_minor_formatter(NullFormatter())  # on short log scales these would be long and large
     panels[0].set_ylabel("decoder layer", fontsize=9)
     return figure
 
@@ -303,14 +304,14 @@ def _save(figure: Figure, path: str | Path) -> None:
 
 
 def _norm(array: Floats, ends: tuple[float, float] | None) -> Normalize:
-    """The colour scale of a table: logarithmic where positive values span two decades and nothing is negative."""
+    """The colour scale of a table: logarithmic where positive values span a factor of thirty, none negative."""
     if ends is not None:
         return Normalize(*ends, clip=True)
     values = array[np.isfinite(array)]
     if not values.size:
         return Normalize(0, 1)
     positive = values[values > 0]
-    if positive.size and values.min() >= 0 and positive.max() >= 100 * positive.min():
+    if positive.size and values.min() >= 0 and positive.max() >= 30 * positive.min():
         return LogNorm(positive.min(), positive.max(), clip=True)
     low, high = values.min(), values.max()
     return Normalize(low, high if high > low else low + 1, clip=True)

@@ -1,13 +1,13 @@
 """Running a model over a data set as a user would, with `generate()`, and counting what it executed."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from skipit.router import Trace, running
+from skipit.router import InputError, Trace, running
 from skipit.router.config import KVPolicy
 from skipit.theory.cost import CostModel, trace_compute
 
@@ -23,7 +23,7 @@ class Outcome:
         answers: generated text, one per row.
         accuracy: exact match over all rows, in [0, 1].
         by_kind: exact match per kind of question.
-        compute: executed share of the dense decoder's FLOPs, prefill and decoding together; 1 for the dense model.
+        compute: executed share of the dense decoder's FLOPs, prefill and decoding together; 1 without gates.
         compute_by_unit: the same per unit [layers, modalities], NaN where a unit has no tokens.
         skip_rate: share of a unit's tokens that skipped it [layers, modalities].
     """
@@ -66,7 +66,7 @@ def run_dataset(
     Args:
         model: gated; a dense run is `mode="dense"`, whose figures are those of no skipping.
         processor: decodes answers.
-        rows: with the columns the collator needs, `answer`, and optionally `kind`.
+        rows: with the columns the collator needs, `answer` or else `completion`, and optionally `kind`.
         collate: prompts only, padded on the left.
         costs: of the model's layers.
         kv: the model's K/V policy.
@@ -74,14 +74,23 @@ def run_dataset(
         max_new_tokens: longest answer.
         progress: called with the number of rows of each finished batch.
         **options: of `skipit.running`: `policy`, `budget`, `mode`.
+
+    Raises:
+        InputError: there are no rows, or a row has no answer; the message names it.
     """
+    if len(rows) == 0:
+        raise InputError("the data set is empty; expected at least one row.")
     answers: list[str] = []
+    wanted: list[str] = []
+    kinds: list[str] = []
     layers = len(costs.layers)
     rate = SkipRate(layers)
     executed, dense = torch.zeros(layers, 2, dtype=torch.float64), torch.zeros(layers, 2, dtype=torch.float64)
     device = next(model.parameters()).device
     for start in range(0, len(rows), batch_size):
         chunk = [rows[i] for i in range(start, min(start + batch_size, len(rows)))]
+        wanted += [right_answer(row, start + i) for i, row in enumerate(chunk)]
+        kinds += [str(row.get("kind", "all")) for row in chunk]
         inputs = {key: value.to(device) for key, value in collate(chunk).items()}
         trace = Trace()
         with running(**{"kv": kv, **options, "trace": trace}):
@@ -94,15 +103,31 @@ def run_dataset(
             for step in trace.steps:
                 rate.update(step.run.cpu(), step.modality.cpu(), step.real.cpu())
         progress(len(chunk))
-    wanted = [str(row["answer"]) for row in rows]
     scores = exact_match_scores(answers, wanted)
-    kinds = [str(row.get("kind", "all")) for row in rows]
-    everything = executed.sum() > 0
+    ran = bool(dense.sum() > 0)
     return Outcome(
         answers,
         float(scores.mean()),
         mean_by_group(scores, kinds),
-        float(executed.sum() / dense.sum()) if everything else 1.0,
-        executed / dense if everything else torch.ones(layers, 2),
-        rate.compute() if everything else torch.zeros(layers, 2),
+        float(executed.sum() / dense.sum()) if ran else 1.0,
+        executed / dense if ran else torch.ones(layers, 2),
+        rate.compute() if ran else torch.zeros(layers, 2),
     )
+
+
+def right_answer(row: Mapping[str, Any], number: int) -> str:
+    """A row's `answer`, or else the text of its `completion`.
+
+    Raises:
+        InputError: it has neither; the message names the row.
+    """
+    if row.get("answer") is not None:
+        return str(row["answer"])
+    completion = row.get("completion")
+    if completion is None:
+        raise InputError(f"row {number}: no column answer or completion; found: {', '.join(row)}.")
+    if isinstance(completion, str):
+        return completion.strip()
+    parts = [turn["content"] for turn in completion]
+    texts = [part if isinstance(part, str) else "".join(p.get("text") or "" for p in part) for part in parts]
+    return "\n".join(texts).strip()

@@ -1,8 +1,8 @@
-"""Does the theory's initialization help? Equal steps, equal seeds, accuracy at equal executed FLOPs: python -m skipit.ablation.
+"""Does the theory's initialization help? Accuracy at equal steps, seeds and executed FLOPs: python -m skipit.ablation.
 
-Gates are initialized in four ways and trained alike. After 0, 50, 200 and all steps the threshold is calibrated on held-out rows so
-that gathered execution spends exactly the budget, and accuracy is measured there. Results are appended to a JSONL file, one line per
-run, and finished runs are not repeated: the sweep can be interrupted.
+Gates are initialized in four ways and trained alike. After 0, 50, 200 and all steps the threshold is calibrated on
+held-out rows so that gathered execution spends exactly the budget, and accuracy is measured there. Results are appended
+to a JSONL file, one line per run, and finished runs are not repeated: the sweep can be interrupted.
 """
 
 import argparse
@@ -47,7 +47,9 @@ def exact_match_at(model: nn.Module, rows: list[dict[str, Tensor]], kv: KVPolicy
 class _Measure(TrainerCallback):
     """Calibrates and measures at given steps, without touching the training."""
 
-    def __init__(self, steps: set[int], kv: KVPolicy, budget: float, held_out: Any, test: Any, costs: CostModel) -> None:
+    def __init__(
+        self, steps: set[int], kv: KVPolicy, budget: float, held_out: Any, test: Any, costs: CostModel
+    ) -> None:
         self.steps, self.kv, self.budget = steps, kv, budget
         self.held_out, self.test, self.costs = held_out, test, costs
         self.found: dict[int, dict[str, float]] = {}
@@ -73,7 +75,9 @@ class _Measure(TrainerCallback):
             self.measure(model, state.global_step)
 
 
-def one_run(measured: Profile, init: Init, budget: float, kv: KVPolicy, seed: int, steps: int, rows: int) -> dict[str, Any]:
+def one_run(
+    measured: Profile, init: Init, budget: float, kv: KVPolicy, seed: int, steps: int, rows: int
+) -> dict[str, Any]:
     """Train once from an initialization; returns accuracy and measured compute at each milestone."""
     model, processor = load_model("reference")
     collate = Collator(processor)

@@ -2,11 +2,13 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
 
 from skipit.router import InputError, Trace, find_router, running
 from skipit.router.config import RouterConfig
 from skipit.theory.cost import CostModel, trace_compute
+from skipit.train.collate import Collator, Row
 
 
 def open_images(paths: list[Path]) -> list[Any]:
@@ -31,12 +33,14 @@ class Reply:
     """An answer.
 
     Attributes:
+        prompt: the question.
         text: what was generated.
         compute: share of the dense decoder's FLOPs executed; None for a dense run.
         depth: layers executed per token; None for a dense run.
         images: that were asked about.
     """
 
+    prompt: str
     text: str
     compute: float | None
     depth: Any
@@ -46,15 +50,19 @@ class Reply:
         """Save the depth map of the first image and the text.
 
         Raises:
-            InputError: a dense run has no depth map.
+            InputError: there was no image, or a dense run, which has no depth map.
         """
         from skipit.eval.plots import plot_depth_map
 
         if self.depth is None:
             raise InputError("a dense run executes every layer for every token: it has no depth map.")
+        if not self.images:
+            raise InputError("a depth map needs an image, and there was none.")
         depth = self.depth
+        question, reply = (shorten(part, 90, placeholder=" ...") for part in (self.prompt, self.text))
+        title = f"{question}\n\N{RIGHTWARDS ARROW} {reply}"
         plot_depth_map(
-            path, self.images[0], depth.patches.numpy(), depth.tokens, depth.token_depth, depth.layers, title=self.text
+            path, self.images[0], depth.patches.numpy(), depth.tokens, depth.token_depth, depth.layers, title
         )
 
 
@@ -78,20 +86,24 @@ def answer(
         budget: a calibrated operating point; None is the default one.
         dense: run every layer for every token.
         max_new_tokens: longest answer.
+
+    Raises:
+        RouterConfigError: not a calibrated budget.
+        InputError: the processor cannot take the question.
     """
     from skipit.eval.depth import answer_depth
 
     config: RouterConfig = find_router(model)[1].config
     config.threshold_at(budget)  # an unknown budget is refused before anything runs
-    content = [*({"type": "image"} for _ in images), {"type": "text", "text": prompt}]
-    text = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True, tokenize=False)
-    inputs = processor(images=images or None, text=text, add_special_tokens=False, return_tensors="pt").to(model.device)
+    row = Row({"images": images, "prompt": prompt}, "the question")
+    batch = Collator(processor, with_completion=False)([row])
+    inputs = {name: value.to(model.device) for name, value in batch.items()}
     trace = Trace()
     mode = {"mode": "dense"} if dense else {"budget": budget}
     with running(trace=trace, **mode):
         ids = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
     reply = processor.decode(ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
     if dense:
-        return Reply(reply, None, None, images)
+        return Reply(prompt, reply, None, None, images)
     compute = float(trace_compute(CostModel.of(model), trace.steps, config.kv).share)
-    return Reply(reply, compute, answer_depth(trace.steps, ids[0], processor.tokenizer), images)
+    return Reply(prompt, reply, compute, answer_depth(trace.steps, ids[0], processor.tokenizer), images)

@@ -1,7 +1,7 @@
-"""Accuracy, executed FLOPs and milliseconds at several budgets on the reference model: python -m skipit.bench_reference.
+"""Accuracy, executed FLOPs and milliseconds at several budgets on the reference: python -m skipit.bench_reference.
 
-Each budget is one demo-sized training from the same profile. Everything is compared with the untouched transformers model,
-in the same run, on held-out scans.
+Each budget is one demo-sized training from the same profile. Everything is compared with the untouched transformers
+model, in the same run, on held-out scans.
 """
 
 import argparse
@@ -32,7 +32,9 @@ def trained(measured: Profile, budget: float, kv: KVPolicy, init: Any, steps: in
     rows = load_data("reference", "train", steps * config.batch_size, seed)
     held_out = load_data("reference", "calibration", 192, seed)
     with training_progress(config) as callback:
-        train(model, processor, rows, plan, config, folder, calibration=held_out, base="reference", callbacks=[callback])
+        train(
+            model, processor, rows, plan, config, folder, calibration=held_out, base="reference", callbacks=[callback]
+        )
     return merge_run(folder)[0]
 
 
@@ -55,7 +57,9 @@ def main() -> None:
     """Print a table and optionally write JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--budgets", type=float, nargs="+", default=[0.5, 0.25, 0.15], help="(default %(default)s)")
-    parser.add_argument("--kv", nargs="+", choices=("retain", "evict"), default=["retain"], help="(default %(default)s)")
+    parser.add_argument(
+        "--kv", nargs="+", choices=("retain", "evict"), default=["retain"], help="(default %(default)s)"
+    )
     parser.add_argument("--steps", type=int, default=250, help="training steps per budget (default %(default)s)")
     parser.add_argument("--samples", type=int, default=1200, help="held-out rows (default %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="(default %(default)s)")

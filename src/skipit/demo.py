@@ -11,14 +11,14 @@ from skipit.router.artefact import new_directory, provenance, save_json
 from skipit.router.checkpoint import load, save_gated
 from skipit.router.config import KVPolicy
 from skipit.theory.artefact import save_plan, save_profile
-from skipit.theory.plan import make_plan
+from skipit.theory.plan import Plan, make_plan
 from skipit.theory.profile import Profile
 from skipit.train.config import TrainConfig
 from skipit.train.run import train
 
 from .answer import answer
 from .compare import Comparison, compare
-from .display import console, progress, training_progress
+from .display import loading, progress, training_progress
 from .pipeline import export, gate_by_plan, profile_model
 from .sources import load_data, load_model
 
@@ -50,76 +50,125 @@ def demo(
     Returns:
         What summary.json holds.
     """
-    seconds: dict[str, float] = {}
-    started = time.perf_counter()
-
-    def lap(name: str) -> None:
-        seconds[name] = round(time.perf_counter() - started - sum(seconds.values()), 1)
-
+    config = TrainConfig(budget=budget, kv=kv, steps=steps, seed=seed)
+    clock = _Clock()
     with new_directory(out, overwrite) as folder:
-        model, processor = load_model("reference")
-        rows = load_data("reference", "train", steps * 16, seed)
-        held_out = load_data("reference", "calibration", CALIBRATION_ROWS, seed)
-        test = load_data("reference", "test", samples, seed)
-        lap("load")
-        with progress("profile", PROFILE_ROWS) as advance:
-            measured = profile_model(model, processor, advance.over(rows.select(range(PROFILE_ROWS))), seed=seed)
-        save_profile(measured, folder / "profile")
-        lap("profile")
-        plan = make_plan(measured, budget, kv)
-        save_plan(plan, folder / "plan")
-        theory, _ = load_model("reference")
-        gate_by_plan(theory, processor, plan, held_out)
-        save_gated(theory, processor, folder / "theory")
-        lap("plan")
-        config = TrainConfig(budget=budget, kv=kv, steps=steps, seed=seed)
-        with training_progress(config) as callback:
-            train(
-                model, processor, rows, plan, config, folder / "run",
-                calibration=held_out, base="reference", callbacks=[callback],
-            )
-        lap("train")
-        export(folder / "run", folder / "checkpoint")
-        trained, _ = load(folder / "checkpoint")
-        lap("export")
+        with loading("loading"):
+            rows = load_data("reference", "train", max(PROFILE_ROWS, steps * config.batch_size), seed)
+            held_out = load_data("reference", "calibration", CALIBRATION_ROWS, seed)
+            test = load_data("reference", "test", samples, seed)
+        clock.lap("load")
+        measured, plan, theory = _theory(folder, rows.select(range(PROFILE_ROWS)), held_out, config, clock)
+        trained = _trained(folder, rows, held_out, plan, config, clock)
+        dense, processor = load_model("reference")
         example = _example(folder, trained, processor, test)
-        lap("generate")
-        dense, _ = load_model("reference")
+        clock.lap("generate")
         with progress("eval", 3 * len(test)) as advance:
-            result = compare(
-                dense, {"theory only": theory, "trained": trained}, processor, test, measured, progress=advance
-            )
-        lap("eval")
+            gated = {"theory only": theory, "trained": trained}
+            result = compare(dense, gated, processor, test, measured, progress=advance)
+        clock.lap("eval")
         _plots(folder, measured, result, kv)
-        lap("plots")
+        clock.lap("plots")
         summary = {
             "budget": budget,
             "kv": kv,
+            "steps": steps,
             "seed": seed,
             "threads": torch.get_num_threads(),
-            "seconds": {**seconds, "total": round(time.perf_counter() - started, 1)},
+            "seconds": clock.seconds(),
             "example": example,
             "results": result.to_json(),
             "made_by": provenance(),
         }
         save_json(folder / "summary.json", summary)
-    print(result.table())
-    print(f"Everything is in {out}: summary.json, redundancy.png, depth.png, profile/, plan/, run/, theory/, checkpoint/.")
+    print(_report(out, result, example))
     return summary
+
+
+class _Clock:
+    """Seconds per step."""
+
+    def __init__(self) -> None:
+        self._laps: dict[str, float] = {}
+        self._started = time.perf_counter()
+
+    def lap(self, name: str) -> None:
+        self._laps[name] = time.perf_counter() - self._started - sum(self._laps.values())
+
+    def seconds(self) -> dict[str, float]:
+        laps = {**self._laps, "total": time.perf_counter() - self._started}
+        return {name: round(value, 1) for name, value in laps.items()}
+
+
+def _theory(folder: Path, rows: Any, held_out: Any, config: TrainConfig, clock: _Clock) -> tuple[Profile, Plan, Any]:
+    """Profile and plan, and a dense model with the plan's gates: what the theory gives without training."""
+    model, processor = load_model("reference")
+    with progress("profile", len(rows)) as advance:
+        measured = profile_model(model, processor, advance.over(rows), seed=config.seed)
+    save_profile(measured, folder / "profile")
+    clock.lap("profile")
+    with loading("plan"):
+        plan = make_plan(measured, config.budget, config.kv)
+        save_plan(plan, folder / "plan")
+        gate_by_plan(model, processor, plan, held_out)
+        save_gated(model, processor, folder / "theory")
+    clock.lap("plan")
+    return measured, plan, model
+
+
+def _trained(folder: Path, rows: Any, held_out: Any, plan: Plan, config: TrainConfig, clock: _Clock) -> Any:
+    """Train, export, and load what was exported."""
+    model, processor = load_model("reference")
+    with training_progress(config) as callback:
+        train(
+            model,
+            processor,
+            rows,
+            plan,
+            config,
+            folder / "run",
+            calibration=held_out,
+            base="reference",
+            callbacks=[callback],
+        )
+    clock.lap("train")
+    with loading("export"):
+        export(folder / "run", folder / "checkpoint")
+        trained, _ = load(folder / "checkpoint")
+    clock.lap("export")
+    return trained
 
 
 def _example(folder: Path, model: Any, processor: Any, rows: Any) -> dict[str, Any]:
     """Answer one held-out question, keep its picture, and draw how deep each patch and word was computed."""
-    row = next(row for row in rows if row["kind"] == "row")
+    row = next(row for row in rows if row["kind"] == "row" or len(rows) < 2)
     row["images"][0].save(folder / "example.png")
     prompt = row["prompt"][0]["content"][-1]["text"]
     reply = answer(model, processor, list(row["images"]), prompt)
     reply.draw(folder / "depth.png")
-    console.print(f"{prompt} -> {reply.text} (right: {row['answer']})", highlight=False)
     threshold = find_router(model)[1].config.threshold
     return {
-        "prompt": prompt, "answer": reply.text, "right": row["answer"], "compute": reply.compute, "threshold": threshold
+        "prompt": prompt,
+        "answer": reply.text,
+        "right": row["answer"],
+        "compute": reply.compute,
+        "threshold": threshold,
     }
+
+
+def _report(out: Path, result: Comparison, example: dict[str, Any]) -> str:
+    """The table, an example, and where everything is."""
+    ask = f'skipit generate {out}/checkpoint --image {out}/example.png --prompt "{example["prompt"]}"'
+    return f"""{result.table()}
+
+Example: {example["prompt"]} -> {example["answer"]} (right: {example["right"]})
+
+Everything is in {out}:
+  summary.json    all figures
+  redundancy.png  what was measured and what is skipped, per layer and modality
+  depth.png       layers executed per patch and word of the example
+  profile plan theory run checkpoint: every artefact; theory and checkpoint are Hugging Face folders
+Ask it: {ask}"""
 
 
 def _plots(folder: Path, measured: Profile, result: Comparison, kv: KVPolicy) -> None:
@@ -131,7 +180,7 @@ def _plots(folder: Path, measured: Profile, result: Comparison, kv: KVPolicy) ->
     plot_layer_modality_heatmaps(
         folder / "redundancy.png",
         {
-            "geometric redundancy\n1 - cos": tables["geometric"],
+            "geometric redundancy\n1 - cos, small: redundant": tables["geometric"],
             "cross-attention\nshare of text's attention": tables["cross-attention"],
             "damage of a skip\nKL, nats per answer token": tables["damage"],
             "skip rate\ntheory only": result.outcomes["theory only"].skip_rate.numpy(),

@@ -1,12 +1,20 @@
-"""Progress on a terminal; nothing when the output is not one."""
+"""What the command line shows: progress on standard error, and nothing that other libraries have to say.
 
+On a terminal these are bars; in a file or a pipe, one line per step when it is done.
+"""
+
+import logging
+import time
+import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
+from huggingface_hub.utils import are_progress_bars_disabled, enable_progress_bars  # type: ignore[attr-defined]
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import ProgressCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.utils import logging as transformers_logging
 
 console = Console(stderr=True)
 
@@ -38,37 +46,87 @@ def loading(what: str) -> Iterator[None]:
 @contextmanager
 def progress(what: str, total: int) -> Iterator[Advance]:
     """A progress bar of `total` items."""
-    with Progress(
-        TextColumn(f"{what:<10}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn(),
-        console=console,
-    ) as bar:
-        yield Advance(bar, bar.add_task(what, total=total))
+    with _bar(what, total) as (bar, task):
+        yield Advance(bar, task)
 
 
-class _TrainingBar(TrainerCallback):
+class _TrainingBar(ProgressCallback):
     def __init__(self, bar: Progress, task: Any) -> None:
+        super().__init__()
         self._bar, self._task = bar, task
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._bar.update(self._task, completed=state.global_step)
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self._bar.update(self._task, completed=state.global_step)
 
     def on_log(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: Any = None, **kwargs: Any
     ) -> None:
         if logs and "compute" in logs:
             figures = f"CE {logs['ce']:.3f}  KL {logs['kl']:.3f}  compute {logs['compute']:.1%}"
-            self._bar.update(self._task, completed=state.global_step, figures=figures)
+            self._bar.update(self._task, figures=figures)
 
-    def on_step_end(
+    def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        self._bar.update(self._task, completed=state.global_step)
+        self._bar.update(self._task, description="calibrate")
 
 
 @contextmanager
-def training_progress(config: Any) -> Iterator[TrainerCallback]:
+def training_progress(config: Any) -> Iterator[ProgressCallback]:
     """A trainer callback that shows steps, losses and the compute executed beside its budget."""
-    with Progress(
-        TextColumn("train     "), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn(),
-        TextColumn("{task.fields[figures]}"),
-        console=console,
-    ) as bar:
-        task = bar.add_task("train", total=config.steps, figures=f"budget {config.budget:.0%}")
+    with _bar("train", config.steps, figures=f"budget {config.budget:.0%}") as (bar, task):
         yield _TrainingBar(bar, task)
+
+
+@contextmanager
+def _bar(what: str, total: int, figures: str = "") -> Iterator[tuple[Progress, Any]]:
+    columns = (
+        TextColumn("{task.description:<10}"),
+        BarColumn(bar_width=30),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[figures]}"),
+    )
+    started = time.perf_counter()
+    with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
+        task = bar.add_task(what, total=total, figures=figures)
+        yield bar, task
+    if not console.is_terminal:
+        done = bar.tasks[0]
+        seconds = time.perf_counter() - started
+        line = f"{what:<10} {done.completed:.0f}/{total}  {seconds:.0f} s  {done.fields['figures']}"
+        console.print(line.rstrip(), markup=False, highlight=False)
+
+
+def quiet() -> ExitStack:
+    """Keep other libraries from writing to the terminal, from now on; closing what is returned undoes it.
+
+    Errors still come through, and so do the bars of downloads.
+    """
+    undo = ExitStack()
+    undo.enter_context(warnings.catch_warnings())
+    # peft asks transformers for an attribute that will be renamed.
+    warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
+    undo.callback(transformers_logging.set_verbosity, transformers_logging.get_verbosity())
+    transformers_logging.set_verbosity_error()
+    downloads = not are_progress_bars_disabled()
+    if transformers_logging.is_progress_bar_enabled():
+        undo.callback(transformers_logging.enable_progress_bar)
+    transformers_logging.disable_progress_bar()
+    if downloads:
+        enable_progress_bars()  # the line before the last has switched these off too
+    # Says at import which accelerator it found.
+    deepspeed = logging.getLogger("DeepSpeed")
+    deepspeed.addFilter(_errors_only)
+    undo.callback(deepspeed.removeFilter, _errors_only)
+    return undo
+
+
+def _errors_only(record: logging.LogRecord) -> bool:
+    return record.levelno >= logging.ERROR

@@ -3,24 +3,31 @@
 from pathlib import Path
 from typing import Any
 
-from skipit.router import find_router, running
+from safetensors import SafetensorError
+
+from skipit.router import find_router
 from skipit.router.artefact import load_json, new_directory, provenance, save_json
 from skipit.router.attach import attach, set_gates
 from skipit.router.checkpoint import load_dense, load_router, save_gated
-from skipit.router.config import KVPolicy, RouterConfig
+from skipit.router.config import RouterConfig
 from skipit.router.errors import CheckpointError
-from skipit.theory.artefact import check_same_model, load_plan, load_profile
+from skipit.theory.artefact import check_same_model
 from skipit.theory.calibrate import calibrate, default_threshold
 from skipit.theory.cost import CostModel
 from skipit.theory.identity import fingerprint
 from skipit.theory.plan import Plan
 from skipit.theory.profile import Profile, profile
 from skipit.train.collate import Collator, batches
+from skipit.train.run import ADAPTER, CONFIG_FILE, RUN_FILE
 
 from .sources import resolve_model
 
+PROVENANCE_FILE = "provenance.json"
 
-def profile_model(model: Any, processor: Any, rows: Any, *, batch_size: int = 16, seed: int = 0, draws: int = 2) -> Profile:
+
+def profile_model(
+    model: Any, processor: Any, rows: Any, *, batch_size: int = 16, seed: int = 0, draws: int = 2
+) -> Profile:
     """Measure a dense model on rows in the conversational vision format."""
     return profile(model, batches(rows, Collator(processor), batch_size), draws=draws, seed=seed)
 
@@ -62,14 +69,15 @@ def merge_run(run: str | Path) -> tuple[Any, Any]:
     """The gated model of a run: LoRA merged into the weights, gates attached.
 
     Raises:
-        CheckpointError: not a finished run.
+        CheckpointError: not a finished run, or its base is not what it was.
     """
     from peft import PeftModel
 
     run = Path(run)
-    if not (run / "run.json").is_file():
-        raise CheckpointError(f"{run} is not a finished run: it has no run.json. Finish it with `skipit train ... --resume`.")
-    record = load_json(run / "run.json")
+    if not (run / RUN_FILE).is_file():
+        hint = " Finish it with `skipit train ... --resume`." if (run / CONFIG_FILE).is_file() else ""
+        raise CheckpointError(f"{run} is not a finished run: it has no {RUN_FILE}.{hint}")
+    record = load_json(run / RUN_FILE)
     config, gates = load_router(run)
     model, processor = load_dense(resolve_model(record["base"]))
     if (found := fingerprint(model)) != record["model"]:
@@ -77,7 +85,10 @@ def merge_run(run: str | Path) -> tuple[Any, Any]:
             f"{run} was trained from a model with fingerprint {record['model']}; {record['base']} now has {found}."
         )
     attach(model, config)
-    merged = PeftModel.from_pretrained(model, run / "adapter").merge_and_unload()
+    try:
+        merged: Any = PeftModel.from_pretrained(model, run / ADAPTER).merge_and_unload()
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise CheckpointError(f"{run / ADAPTER} cannot be loaded: {error}") from error
     set_gates(merged, **gates)
     return merged.eval(), processor
 
@@ -88,16 +99,30 @@ def export(run: str | Path, out: str | Path, *, overwrite: bool = False) -> None
     Raises:
         CheckpointError: not a finished run, or `out` exists.
     """
-    if Path(out).exists() and not overwrite:
-        raise CheckpointError(f"{out} exists. Choose another --out, or pass --overwrite to replace it.")
-    model, processor = merge_run(run)
-    record = load_json(Path(run) / "run.json")
-    save_gated(model, processor, out, card=_card(record, find_router(model)[1].config), overwrite=overwrite)
+    with new_directory(out, overwrite) as folder:
+        model, processor = merge_run(run)
+        record = load_json(Path(run) / RUN_FILE)
+        card = _card(record, find_router(model)[1].config)
+        save_gated(model, processor, folder, card=card, overwrite=True)
+        save_json(folder / PROVENANCE_FILE, {**record, "exported_by": provenance()})
+
+
+def check_profile(profile: Profile, checkpoint: Path, dense: Any) -> None:
+    """Refuse a profile of another model than a checkpoint was made from.
+
+    Raises:
+        CheckpointError: it is neither of the dense model nor of the one the checkpoint's run started from.
+    """
+    found = fingerprint(dense)
+    if (checkpoint / PROVENANCE_FILE).is_file() and profile.model == load_json(checkpoint / PROVENANCE_FILE)["model"]:
+        return
+    check_same_model(profile, found)
 
 
 def _card(record: dict[str, Any], config: RouterConfig) -> str:
     settings, share = record["config"], record["calibrated_share"]
     points = "\n".join(f"| {name} | {value:.4f} |" for name, value in config.operating_points.items())
+    version = record["made_by"]["versions"].get("skipit")
     measured = "not calibrated" if share is None else f"{share:.1%} on the calibration rows, in gathered execution"
     return f"""---
 library_name: transformers
@@ -107,8 +132,8 @@ tags: [skipit, layer-skipping]
 ---
 # Gated checkpoint
 
-`{record["base"]}` with one gate per decoder layer, fine-tuned by skipit {record["made_by"]["versions"].get("skipit")} to spend
-{settings["budget"]:.0%} of the dense decoder's FLOPs (measured: {measured}). K/V policy of skipped tokens: `{config.kv}`.
+`{record["base"]}` with one gate per decoder layer, fine-tuned by skipit {version} to spend {settings["budget"]:.0%} of
+the dense decoder's FLOPs (measured: {measured}). K/V policy of skipped tokens: `{config.kv}`.
 
 ```python
 import skipit
@@ -122,8 +147,9 @@ model, processor = skipit.load("this folder")  # gated; generate() as usual
 |---|---|
 {points}
 
-Trained {settings["steps"]} steps of {settings["batch_size"] * settings["accumulation"]} rows, LoRA rank {settings["lora_rank"]},
-gates initialized by `{record["init"]}`, seed {settings["seed"]}, with `{record["made_by"]["command"]}`.
+Trained {settings["steps"]} steps of {settings["batch_size"] * settings["accumulation"]} rows, LoRA rank
+{settings["lora_rank"]}, gates initialized by `{record["init"]}`, seed {settings["seed"]}, with
+`{record["made_by"]["command"]}`.
 """
 
 
@@ -131,17 +157,3 @@ def save_evaluation(out: Path, values: dict[str, Any], overwrite: bool) -> None:
     """Write `eval.json` into a new folder."""
     with new_directory(out, overwrite) as folder:
         save_json(folder / "eval.json", {**values, "made_by": provenance()})
-
-
-__all__ = [
-    "KVPolicy",
-    "add_operating_point",
-    "export",
-    "gate_by_plan",
-    "load_plan",
-    "load_profile",
-    "merge_run",
-    "profile_model",
-    "running",
-    "save_evaluation",
-]

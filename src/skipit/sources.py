@@ -28,12 +28,17 @@ def resolve_model(source: str) -> str:
     return str(WEIGHTS)
 
 
+def name_model(source: str) -> str:
+    """How a record names a model so that it is found from any folder."""
+    return str(Path(source).resolve()) if source != REFERENCE and Path(source).is_dir() else source
+
+
 def load_data(source: str, split: str, samples: int | None = None, seed: int = 0) -> Any:
     """Rows in the conversational vision format.
 
     Args:
         source: `reference`, a folder made by `Dataset.save_to_disk`, a .jsonl, .json or .parquet file, or a Hub id.
-        split: of the data set; the reference has train, calibration and test.
+        split: of the data set; the reference has train, calibration and test. A file is one split.
         samples: at most this many rows; None is all (1,000 for the reference).
         seed: of the reference's random grids.
 
@@ -53,6 +58,25 @@ def load_data(source: str, split: str, samples: int | None = None, seed: int = 0
     return rows.select(range(min(samples, len(rows)))) if samples else rows
 
 
+def load_held_out(source: str | None, data: str, split: str, samples: int, seed: int) -> Any:
+    """Rows that training does not see.
+
+    Args:
+        source: where they are; None is another split of `data`.
+        data: what is trained on.
+        split: of the source.
+        samples: at most this many rows.
+        seed: of the reference's random grids.
+
+    Raises:
+        InputError: they cannot be read, or `data` has one split only.
+    """
+    path = Path(data)
+    if source is None and data != REFERENCE and (path.is_file() or (path / "dataset_info.json").is_file()):
+        raise InputError(f"data {data!r} has one split, which is trained on. Name held-out rows: --calibration-data.")
+    return load_data(source or data, split, samples, seed)
+
+
 def _read(source: str, split: str) -> Any:
     import datasets
 
@@ -60,13 +84,18 @@ def _read(source: str, split: str) -> Any:
     try:
         if path.is_dir() and ((path / "dataset_info.json").exists() or (path / "dataset_dict.json").exists()):
             loaded = datasets.load_from_disk(source)
-            return loaded[split] if isinstance(loaded, datasets.DatasetDict) else loaded
-        if path.suffix in _FILES and path.exists():
+        elif path.suffix in _FILES and path.exists():
             # A file is one split, whatever one wants to call it.
-            return datasets.load_dataset(_FILES[path.suffix], data_files=source, split="train")
-        return datasets.load_dataset(source, split=split)
-    except Exception as error:  # noqa: BLE001 - `datasets` raises errors of many libraries
+            loaded = datasets.load_dataset(_FILES[path.suffix], data_files=source, split="train")
+        else:
+            loaded = datasets.load_dataset(source, split=split)
+    except Exception as error:  # `datasets` raises errors of many libraries
         raise InputError(
             f"data {source!r}, split {split!r}, cannot be read: {type(error).__name__}: {error}\n"
             "Give `reference`, a folder made by save_to_disk, a .jsonl or .parquet file, or a Hub id."
         ) from error
+    if not isinstance(loaded, datasets.DatasetDict):
+        return loaded
+    if split not in loaded:
+        raise InputError(f"data {source!r} has no split {split!r}; found: {', '.join(loaded)}.")
+    return loaded[split]

@@ -1,0 +1,287 @@
+"""The arguments of every verb, and their defaults from a YAML file: what is typed wins over the file."""
+
+import argparse
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NoReturn
+
+Verb = Callable[[argparse.Namespace], None]
+
+
+class Parser(argparse.ArgumentParser):
+    """An error is one line, and options are written out: a new one never changes what an abbreviation means."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**{"allow_abbrev": False, **options})
+
+    def error(self, message: str) -> NoReturn:
+        """Say what is wrong and where help is."""
+        self.exit(2, f"{self.prog}: {message}\nTry `{self.prog} --help`.\n")
+
+
+def parse(argv: list[str], runs: Mapping[str, Verb]) -> argparse.Namespace:
+    """Parse a command line; values of a `--config` file become defaults first.
+
+    Args:
+        argv: without the program's name.
+        runs: what each verb runs.
+
+    Raises:
+        SystemExit: 2 for wrong arguments, 0 after help.
+    """
+    parser = build_parser(runs)
+    early = Parser(prog=parser.prog, add_help=False)
+    early.add_argument("--config", type=Path)
+    config = early.parse_known_args(argv)[0].config
+    if config is not None:
+        verbs: Any = next(a for a in parser._actions if isinstance(a, argparse._SubParsersAction))
+        if argv[0] in verbs.choices:
+            _set_defaults(verbs.choices[argv[0]], config, argv)
+    return parser.parse_args(argv)
+
+
+def build_parser(runs: Mapping[str, Verb]) -> Parser:
+    """The parser of all verbs."""
+    from skipit import __version__
+
+    parser = Parser(prog="skipit", description="Learn which decoder layers a vision-language model may skip.")
+    parser.add_argument("--version", action="version", version=f"skipit {__version__}")
+    verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB", parser_class=Parser)
+    for name, (does, example, add) in VERBS.items():
+        verb: Parser = verbs.add_parser(
+            name,
+            help=does,
+            description=does[0].upper() + does[1:] + ".",
+            epilog=f"Example:\n  {example}",
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        verb.set_defaults(run=runs[name])
+        verb.add_argument("--config", type=Path, default=None, help="YAML file with defaults; the command line wins")
+        add(verb)
+    return parser
+
+
+def _profile(verb: Parser) -> None:
+    _model_and_data(verb)
+    _out(verb)
+    verb.add_argument("--samples", type=_positive, default=256, help="rows to measure (default %(default)s)")
+    verb.add_argument("--draws", type=_positive, default=2, help="sampled answers per row (default %(default)s)")
+
+
+def _plan(verb: Parser) -> None:
+    verb.add_argument("profile", type=Path, help="folder made by `skipit profile`")
+    _out(verb)
+    verb.add_argument("--budget", type=_budget, default=0.5, help=f"{BUDGET} (default %(default)s)")
+    verb.add_argument("--kv", choices=("retain", "evict"), default="retain", help=KV)
+    verb.add_argument(
+        "--init", choices=("theory", "theory-bias", "zero", "run"), default="theory", help="how gates are made"
+    )
+
+
+def _train(verb: Parser) -> None:
+    _model_and_data(verb)
+    _out(verb)
+    verb.add_argument("--plan", type=Path, required=True, help="folder made by `skipit plan`")
+    verb.add_argument(
+        "--samples", type=_positive, default=None, help="rows to train on (default: one per step and row)"
+    )
+    verb.add_argument("--calibration-data", default=None, help="held-out rows (default: another split of the data)")
+    verb.add_argument("--calibration-split", default="calibration", help="of these (default %(default)s)")
+    verb.add_argument("--calibration-samples", type=_positive, default=192, help="how many (default %(default)s)")
+    verb.add_argument(
+        "--resume", action=argparse.BooleanOptionalAction, default=False, help="continue the run in --out"
+    )
+    verb.add_argument("--report-to", default="none", help="as in transformers' Trainer, such as tensorboard")
+    # Settings of `TrainConfig` that neither the plan nor the data decide; None keeps their defaults.
+    for name, kind in (
+        ("steps", _positive),
+        ("accumulation", _positive),
+        ("learning-rate", _number),
+        ("gate-learning-rate", _number),
+        ("lora-rank", _not_negative),
+        ("lora-alpha", _positive),
+        ("distillation", _number),
+        ("multiplier-rate", _number),
+        ("damping", _number),
+        ("save-steps", _positive),
+    ):
+        verb.add_argument(f"--{name}", type=kind, default=None, help="see `skipit.TrainConfig`")
+
+
+def _export(verb: Parser) -> None:
+    verb.add_argument("run_folder", metavar="run", type=Path, help="folder made by `skipit train`")
+    _out(verb)
+
+
+def _generate(verb: Parser) -> None:
+    verb.add_argument("checkpoint", type=Path, help="folder made by `skipit export`")
+    verb.add_argument("--image", type=Path, action="append", required=True, help="image file; repeat for several")
+    verb.add_argument("--prompt", required=True, help="the question")
+    verb.add_argument(
+        "--budget", type=_budget, default=None, help="a calibrated operating point (default: the trained)"
+    )
+    verb.add_argument("--max-new-tokens", type=_positive, default=64, help="longest answer (default %(default)s)")
+    verb.add_argument(
+        "--depth-map", type=_picture, default=None, help="PNG or SVG of the layers run per patch and word"
+    )
+    verb.add_argument("--dense", action=argparse.BooleanOptionalAction, default=False, help="run every layer")
+
+
+def _eval(verb: Parser) -> None:
+    verb.add_argument("checkpoint", type=Path, help="folder made by `skipit export`")
+    verb.add_argument("data", help=DATA)
+    _out(verb)
+    verb.add_argument("--split", default="test", help="of the data (default %(default)s)")
+    verb.add_argument("--samples", type=_positive, default=300, help="rows (default %(default)s)")
+    verb.add_argument("--seed", type=_not_negative, default=0, help="of the data (default %(default)s)")
+    verb.add_argument(
+        "--base", default=None, help="dense model to compare with (default: the checkpoint's own weights)"
+    )
+    verb.add_argument("--profile", type=Path, default=None, help="profile to compare the skips with")
+
+
+def _demo(verb: Parser) -> None:
+    _out(verb, Path("skipit-demo"))
+    verb.add_argument("--budget", type=_budget, default=0.5, help=f"{BUDGET} (default %(default)s)")
+    verb.add_argument("--kv", choices=("retain", "evict"), default="retain", help=KV)
+    verb.add_argument("--steps", type=_positive, default=250, help="training steps (default %(default)s)")
+    verb.add_argument("--samples", type=_positive, default=300, help="held-out rows to answer (default %(default)s)")
+    verb.add_argument("--seed", type=_not_negative, default=0, help="of everything random (default %(default)s)")
+
+
+BUDGET = "share of the dense decoder's FLOPs to spend"
+KV = "keys and values of skipped tokens (default %(default)s)"
+DATA = "`reference`, a folder, a .jsonl or .parquet file, or a Hub id"
+
+# What a verb does, an example of it, and its arguments; in the order of the data flow.
+VERBS: dict[str, tuple[str, str, Callable[[Parser], None]]] = {
+    "profile": ("measure a model on data", "skipit profile reference reference --out runs/profile", _profile),
+    "plan": ("turn a profile into gates", "skipit plan runs/profile --budget 0.5 --out runs/plan", _plan),
+    "train": (
+        "fine-tune gates and LoRA to the plan's budget",
+        "skipit train reference reference --plan runs/plan --out runs/run",
+        _train,
+    ),
+    "export": ("write a gated checkpoint", "skipit export runs/run --out runs/checkpoint", _export),
+    "generate": (
+        "answer a question about an image",
+        'skipit generate runs/checkpoint --image grid.png --prompt "read the top row ."',
+        _generate,
+    ),
+    "eval": (
+        "accuracy, executed FLOPs and milliseconds of a gated checkpoint",
+        "skipit eval runs/checkpoint reference --profile runs/profile --out runs/eval",
+        _eval,
+    ),
+    "demo": ("the whole data flow on the reference model", "skipit demo --out demo", _demo),
+}
+
+
+def _out(verb: Parser, default: Path | None = None) -> None:
+    shown = "folder to make" if default is None else "folder to make (default %(default)s)"
+    verb.add_argument("--out", type=Path, required=default is None, default=default, help=shown)
+    verb.add_argument("--overwrite", action=argparse.BooleanOptionalAction, default=False, help="replace --out")
+
+
+def _model_and_data(verb: Parser) -> None:
+    verb.add_argument("model", help="`reference`, a folder, or a Hub id")
+    verb.add_argument("data", help=DATA)
+    verb.add_argument("--split", default="train", help="of the data (default %(default)s)")
+    verb.add_argument("--batch-size", type=_positive, default=16, help="rows per batch (default %(default)s)")
+    verb.add_argument("--seed", type=_not_negative, default=0, help="of everything random (default %(default)s)")
+
+
+def _set_defaults(verb: argparse.ArgumentParser, config: Path, argv: list[str]) -> None:
+    import yaml
+
+    where = f"--config {config}"
+    try:
+        values = yaml.safe_load(config.read_text(encoding="utf-8")) or {}
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        verb.error(f"{where} cannot be read: {error}")
+    if not isinstance(values, dict):
+        verb.error(f"{where}: got a {type(values).__name__}, expected a mapping of option names to values")
+    values = {str(key).replace("-", "_"): value for key, value in values.items()}
+    actions = {a.dest: a for a in verb._actions if a.option_strings and a.dest not in ("help", "config")}
+    if unknown := sorted(set(values) - set(actions)):
+        verb.error(f"{where}: unknown keys {', '.join(unknown)}; known: {', '.join(sorted(actions))}")
+    typed = {argument.partition("=")[0] for argument in argv}
+    for name, value in values.items():
+        action = actions[name]
+        try:
+            default = _checked(action, value)
+        except (ValueError, TypeError, argparse.ArgumentTypeError) as error:
+            verb.error(f"{where}: `{name}`: {error}")
+        # A list that is typed replaces the file's, where argparse would add to it.
+        if value is not None and not typed & set(action.option_strings):
+            action.default, action.required = default, False
+
+
+def _checked(action: argparse.Action, value: Any) -> Any:
+    """A value from a file as the option has it, through the checks of what is typed."""
+    if value is None:
+        return None
+    if isinstance(action, argparse.BooleanOptionalAction):
+        if not isinstance(value, bool):
+            raise ValueError(f"got {value!r}, expected true or false")
+        return value
+    if isinstance(action, argparse._AppendAction):
+        return [_one(action, item) for item in (value if isinstance(value, list) else [value])]
+    return _one(action, value)
+
+
+def _one(action: argparse.Action, value: Any) -> Any:
+    if isinstance(value, bool | list | dict):
+        raise ValueError(f"got {value!r}, expected a single value")
+    kind: Any = action.type or str
+    converted = kind(str(value))
+    if action.choices is not None and converted not in action.choices:
+        raise ValueError(f"got {value!r}, expected one of {', '.join(map(str, action.choices))}")
+    return converted
+
+
+def _positive(text: str) -> int:
+    return _whole(text, 1)
+
+
+def _not_negative(text: str) -> int:
+    return _whole(text, 0)
+
+
+def _whole(text: str, least: int) -> int:
+    try:
+        value = int(text)
+    except ValueError:
+        value = least - 1
+    if value < least:
+        raise argparse.ArgumentTypeError(f"got {text!r}, expected a whole number, at least {least}")
+    return value
+
+
+def _number(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value < float("inf"):
+        raise argparse.ArgumentTypeError(f"got {text!r}, expected a number, at least 0")
+    return value
+
+
+def _budget(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value <= 1:
+        raise argparse.ArgumentTypeError(f"got {text!r}, expected a number in (0, 1]: the {BUDGET}")
+    return value
+
+
+def _picture(text: str) -> Path:
+    path = Path(text)
+    if path.suffix.lower() not in (".png", ".svg"):
+        raise argparse.ArgumentTypeError(f"got {text!r}, expected a name that ends in .png or .svg")
+    if not path.parent.is_dir():
+        raise argparse.ArgumentTypeError(f"got {text!r}, but there is no folder {path.parent}")
+    return path
