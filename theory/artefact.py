@@ -1,5 +1,7 @@
 """Profiles and plans on disk: a folder with a JSON file to read and a safetensors file with the numbers."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -40,7 +42,8 @@ def load_profile(path: str | Path) -> Profile:
     """
     values = _load(Path(path), "profile", ("model", "about", "costs"))
     tables = load_tensors(Path(path) / "profile.safetensors")
-    return Profile(tables, CostModel.from_json(values["costs"]), values["model"], values["about"])
+    with _naming(Path(path)):
+        return Profile(tables, CostModel.from_json(values["costs"]), values["model"], values["about"])
 
 
 def save_plan(plan: Plan, out: str | Path, overwrite: bool = False) -> None:
@@ -61,7 +64,8 @@ def load_plan(path: str | Path) -> Plan:
     keys = ("budget", "kv", "init", "model", "about")
     values = _load(Path(path), "plan", keys)
     tensors = load_tensors(Path(path) / "plan.safetensors")
-    return Plan(**tensors, **{key: values[key] for key in keys})  # type: ignore[arg-type]
+    with _naming(Path(path)):
+        return Plan(**tensors, **{key: values[key] for key in keys})  # type: ignore[arg-type]
 
 
 def check_same_model(artefact: Profile | Plan, model_fingerprint: str) -> None:
@@ -76,6 +80,15 @@ def check_same_model(artefact: Profile | Plan, model_fingerprint: str) -> None:
             f"the {kind} was made for a model with fingerprint {artefact.model}, this model has {model_fingerprint}. "
             "Profile this model: `skipit profile MODEL DATA --out P`."
         )
+
+
+@contextmanager
+def _naming(folder: Path) -> Iterator[None]:
+    """Turn what constructors say about wrong contents into an error that names the folder."""
+    try:
+        yield
+    except TypeError as error:
+        raise CheckpointError(f"{folder}: its files do not belong together or are damaged: {error}") from error
 
 
 def _load(folder: Path, kind: str, keys: tuple[str, ...]) -> dict[str, Any]:
