@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from skipit.router import InputError, Trace, running
+from skipit.router import InputError, Step, Trace, running
 from skipit.router.config import KVPolicy
 from skipit.theory.cost import CostModel, trace_compute
 
@@ -23,7 +23,8 @@ class Outcome:
         answers: generated text, one per row.
         accuracy: exact match over all rows, in [0, 1].
         by_kind: exact match per kind of question.
-        compute: executed share of the dense decoder's FLOPs, prefill and decoding together; 1 without gates.
+        compute: executed share of the dense decoder's FLOPs, prefill and decoding up to each row's end; 1 for the
+            dense model.
         compute_by_unit: the same per unit [layers, modalities], NaN where a unit has no tokens.
         skip_rate: share of a unit's tokens that skipped it [layers, modalities].
     """
@@ -98,6 +99,7 @@ def run_dataset(
         new = generated[:, inputs["input_ids"].shape[1] :]
         answers += [text.strip() for text in processor.batch_decode(new, skip_special_tokens=True)]
         if trace.steps:
+            _leave_out_finished(trace.steps, new, model.generation_config.eos_token_id)
             compute = trace_compute(costs, trace.steps, kv)
             executed, dense = executed + compute.executed.cpu(), dense + compute.dense.cpu()
             for step in trace.steps:
@@ -113,6 +115,15 @@ def run_dataset(
         executed / dense if ran else torch.ones(layers, 2),
         rate.compute() if ran else torch.zeros(layers, 2),
     )
+
+
+def _leave_out_finished(steps: list[Step], new: Tensor, end: int | list[int] | None) -> None:
+    """Count a row's tokens up to its end, as if it had been alone: a batch goes on until its longest answer is done."""
+    if end is None:
+        return
+    ended = torch.isin(new, torch.tensor(end, device=new.device)).cumsum(1) > 0
+    for step, done in zip(steps[1:], ended.T, strict=False):
+        step.real = step.real & ~done[:, None]
 
 
 def right_answer(row: Mapping[str, Any], number: int) -> str:
