@@ -56,12 +56,11 @@ def redundant_and_unattended(profile: Profile, eps: float, nu: float) -> Bool[Te
         nu: largest share of text's attention that goes to vision, in [0, 1].
 
     Raises:
-        InputError: the profile has no vision tokens.
-        ValueError: a threshold is out of range.
+        InputError: a threshold is out of range, or the profile has no vision tokens.
     """
     for name, value, high in (("eps", eps, 2), ("nu", nu, 1)):
         if not 0 <= value <= high:
-            raise ValueError(f"`{name}`: got {value!r}, expected a number in [0, {high}].")
+            raise InputError(f"`{name}`: got {value!r}, expected a number in [0, {high}].")
     _check_vision(profile)
     attention = torch.maximum(profile.tables["var_text"], profile.tables["var_last"])
     return (profile.tables["geometric"][:, VISION] <= eps) & (attention <= nu)
@@ -76,11 +75,10 @@ def harmless(profile: Profile, limit: float, kv: KVPolicy = "retain") -> Bool[Te
         kv: K/V policy of skipped tokens.
 
     Raises:
-        InputError: the profile has no vision tokens.
-        ValueError: `limit` is negative.
+        InputError: `limit` is negative, or the profile has no vision tokens.
     """
     if not limit >= 0:
-        raise ValueError(f"`limit`: got {limit!r}, expected a damage in nats, at least 0.")
+        raise InputError(f"`limit`: got {limit!r}, expected a damage in nats, at least 0.")
     _check_vision(profile)
     return unit_damage(profile, kv)[:, VISION] <= limit
 
@@ -134,6 +132,45 @@ def span_for_budget(profile: Profile, budget: float, mode: Mode = "both", kv: KV
     return min(within, key=lambda span: (span.damage, span.compute))
 
 
+def choose_span(
+    profile: Profile,
+    mode: Mode = "both",
+    kv: KVPolicy = "retain",
+    *,
+    budget: float = 0.5,
+    limit: float | None = None,
+    eps: float | None = None,
+    nu: float | None = None,
+) -> Span:
+    """The span of one of three rules: the paper's with `eps` and `nu`, ours with `limit`, or else the budget's.
+
+    Args:
+        profile: of the model.
+        mode: which ends may be skipped.
+        kv: K/V policy of skipped tokens.
+        budget: of `span_for_budget`.
+        limit: of `harmless`.
+        eps: of `redundant_and_unattended`.
+        nu: of `redundant_and_unattended`.
+
+    Raises:
+        InputError: the thresholds are of no rule, of both or out of range, no layer qualifies, or the budget cannot be
+            met.
+        ValueError: `budget` is not in (0, 1].
+    """
+    if (eps is None) != (nu is None) or (eps is not None and limit is not None):
+        raise InputError("give `eps` and `nu` (redundant and hardly attended to), or `limit` (of damage), or neither.")
+    if eps is None and limit is None:
+        return span_for_budget(profile, budget, mode, kv)
+    if eps is not None and nu is not None:
+        span = span_of(profile, redundant_and_unattended(profile, eps, nu), mode, kv)
+    else:
+        span = span_of(profile, harmless(profile, float(limit or 0.0), kv), mode, kv)
+    if span.skipped == 0:
+        raise InputError(f"no layer qualifies for {mode}. {_ends(profile, kv)} Allow more, or choose by budget.")
+    return span
+
+
 def span_plan(profile: Profile, span: Span, mode: Mode, kv: KVPolicy = "retain") -> Plan:
     """Constant gates that do what a span says, so that every later step runs it as it runs any other plan.
 
@@ -163,3 +200,14 @@ def _span(profile: Profile, entry: int, end: int, kv: KVPolicy) -> Span:
 def _check_vision(profile: Profile) -> None:
     if not bool(profile.tables["geometric"][:, VISION].isfinite().all()):
         raise InputError("the profile has no vision tokens: late entry and early exit are about them. Give images.")
+
+
+def _ends(profile: Profile, kv: KVPolicy) -> str:
+    t = profile.tables
+    figures = [
+        f"the {name} layer: geo {t['geometric'][layer, VISION].item():.4f}, "
+        f"VAR {torch.maximum(t['var_text'], t['var_last'])[layer].item():.3f}, "
+        f"damage {unit_damage(profile, kv)[layer, VISION].item():.5f} nats"
+        for name, layer in (("first", 0), ("last", -1))
+    ]
+    return f"Measured for vision in {'; in '.join(figures)}."

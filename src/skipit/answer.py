@@ -72,7 +72,7 @@ def answer(
     images: list[Any],
     prompt: str,
     *,
-    budget: float | None = None,
+    budget: float | str | None = None,
     dense: bool = False,
     max_new_tokens: int = 64,
 ) -> Reply:
@@ -83,7 +83,7 @@ def answer(
         processor: with a chat template.
         images: pictures, in the order of the conversation.
         prompt: the question.
-        budget: a calibrated operating point; None is the default one.
+        budget: a calibrated operating point, by its number or its name; None is the default one.
         dense: run every layer for every token.
         max_new_tokens: longest answer.
 

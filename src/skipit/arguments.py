@@ -76,6 +76,15 @@ def _plan(verb: Parser) -> None:
     verb.add_argument(
         "--init", choices=("theory", "theory-bias", "zero", "run"), default="theory", help="how gates are made"
     )
+    verb.add_argument(
+        "--mode",
+        choices=("late-entry", "early-exit", "both"),
+        default=None,
+        help="constant gates instead: vision tokens skip the first layers, the last, or both; by budget, or by a rule:",
+    )
+    verb.add_argument("--max-damage", type=_number, default=None, help="skip layers that do at most this, KL in nats")
+    verb.add_argument("--eps", type=_number, default=None, help="skip layers that turn vision by 1 - cos at most this")
+    verb.add_argument("--nu", type=_number, default=None, help="... where at most this share of attention is on vision")
 
 
 def _train(verb: Parser) -> None:
@@ -109,8 +118,30 @@ def _train(verb: Parser) -> None:
 
 
 def _export(verb: Parser) -> None:
-    verb.add_argument("run_folder", metavar="run", type=Path, help="folder made by `skipit train`")
+    verb.add_argument("run_folder", metavar="run", type=Path, help="folder made by `skipit train` or `skipit plan`")
+    verb.add_argument("--model", default=None, help="of a plan that nothing was trained for: the dense model")
     _out(verb)
+
+
+def _calibrate(verb: Parser) -> None:
+    verb.add_argument("checkpoint", type=Path, help="folder made by `skipit export`, which gets an operating point")
+    verb.add_argument("data", help=DATA)
+    verb.add_argument("--budget", type=_budget, default=None, help=f"{BUDGET}; its number becomes the name")
+    verb.add_argument(
+        "--risk", type=_share, default=None, help="share of new rows answered otherwise than by the dense model"
+    )
+    verb.add_argument(
+        "--confidence", type=_share, default=0.95, help="that the risk is no larger (default %(default)s)"
+    )
+    verb.add_argument("--name", default="certified", help="of the point with this risk (default %(default)s)")
+    verb.add_argument("--split", default="calibration", help="of the data (default %(default)s)")
+    verb.add_argument("--samples", type=_positive, default=1000, help="rows (default %(default)s)")
+    verb.add_argument("--batch-size", type=_positive, default=16, help="rows per batch (default %(default)s)")
+    verb.add_argument("--max-new-tokens", type=_positive, default=64, help="longest answer (default %(default)s)")
+    verb.add_argument("--seed", type=_not_negative, default=0, help="of the order of rows (default %(default)s)")
+    verb.add_argument(
+        "--overwrite", action=argparse.BooleanOptionalAction, default=False, help="replace a point of the same name"
+    )
 
 
 def _generate(verb: Parser) -> None:
@@ -118,7 +149,7 @@ def _generate(verb: Parser) -> None:
     verb.add_argument("--image", type=Path, action="append", required=True, help="image file; repeat for several")
     verb.add_argument("--prompt", required=True, help="the question")
     verb.add_argument(
-        "--budget", type=_budget, default=None, help="a calibrated operating point (default: the trained)"
+        "--budget", type=_point, default=None, help="a calibrated budget or named point (default: the trained)"
     )
     verb.add_argument("--max-new-tokens", type=_positive, default=64, help="longest answer (default %(default)s)")
     verb.add_argument(
@@ -163,6 +194,11 @@ VERBS: dict[str, tuple[str, str, Callable[[Parser], None]]] = {
         _train,
     ),
     "export": ("write a gated checkpoint", "skipit export runs/run --out runs/checkpoint", _export),
+    "calibrate": (
+        "add an operating point to a checkpoint: a budget, or a certified risk",
+        "skipit calibrate runs/checkpoint reference --risk 0.02 --confidence 0.95",
+        _calibrate,
+    ),
     "generate": (
         "answer a question about an image",
         'skipit generate runs/checkpoint --image grid.png --prompt "read the top row ."',
@@ -275,6 +311,22 @@ def _budget(text: str) -> float:
         value = 0.0
     if not 0 < value <= 1:
         raise argparse.ArgumentTypeError(f"got {text!r}, expected a number in (0, 1]: the {BUDGET}")
+    return value
+
+
+def _point(text: str) -> float | str:
+    """A budget, or the name of an operating point."""
+    try:
+        float(text)
+    except ValueError:
+        return text
+    return _budget(text)
+
+
+def _share(text: str) -> float:
+    value = _number(text)
+    if not 0 < value < 1:
+        raise argparse.ArgumentTypeError(f"got {text!r}, expected a number between 0 and 1")
     return value
 
 

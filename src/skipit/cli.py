@@ -96,6 +96,9 @@ def _plan(arguments: argparse.Namespace) -> None:
     from skipit.theory.plan import make_plan
 
     _check_out(arguments)
+    if _of_mode(arguments):
+        _plan_mode(arguments)
+        return
     plan = make_plan(load_profile(arguments.profile), arguments.budget, arguments.kv, arguments.init)
     save_plan(plan, arguments.out, arguments.overwrite)
     text, vision = plan.run_rate.mean(0).tolist()
@@ -104,6 +107,39 @@ def _plan(arguments: argparse.Namespace) -> None:
         f"expected to run {text:.0%} of text and {vision:.0%} of vision token-layers."
     )
     print(f"Next: skipit train MODEL DATA --plan {arguments.out} --out DIR")
+
+
+def _of_mode(arguments: argparse.Namespace) -> bool:
+    from skipit.router.errors import InputError
+
+    rules = {"--max-damage": arguments.max_damage, "--eps": arguments.eps, "--nu": arguments.nu}
+    given = [name for name, value in rules.items() if value is not None]
+    if given and arguments.mode is None:
+        raise InputError(f"{given[0]} chooses the layers of a --mode: late-entry, early-exit or both.")
+    return arguments.mode is not None
+
+
+def _plan_mode(arguments: argparse.Namespace) -> None:
+    from skipit.theory.artefact import load_profile, save_plan
+    from skipit.theory.modes import choose_span, span_plan
+
+    measured, mode, kv = load_profile(arguments.profile), arguments.mode, arguments.kv
+    span = choose_span(
+        measured,
+        mode,
+        kv,
+        budget=arguments.budget,
+        limit=arguments.max_damage,
+        eps=arguments.eps,
+        nu=arguments.nu,
+    )
+    save_plan(span_plan(measured, span, mode, kv), arguments.out, arguments.overwrite)
+    layers = f"layers {span.entry} to {span.exit - 1}" if span.exit > span.entry else "none"
+    print(
+        f"{arguments.out}: of {len(span.run)} layers vision tokens run {layers}, about {span.compute:.1%} of the "
+        f"FLOPs; predicted damage {span.damage:.4f} nats per answer token."
+    )
+    print(f"Next: skipit export {arguments.out} --model MODEL --out DIR")
 
 
 def _train(arguments: argparse.Namespace) -> None:
@@ -156,13 +192,52 @@ def _train(arguments: argparse.Namespace) -> None:
 
 def _export(arguments: argparse.Namespace) -> None:
     from .display import loading
-    from .pipeline import export
+    from .pipeline import export, export_plan
 
     _check_out(arguments)
     with loading("exporting"):
-        export(arguments.run_folder, arguments.out, overwrite=arguments.overwrite)
+        if arguments.model is None:
+            export(arguments.run_folder, arguments.out, overwrite=arguments.overwrite)
+        else:
+            export_plan(arguments.run_folder, arguments.model, arguments.out, overwrite=arguments.overwrite)
     print(f"{arguments.out}: gated checkpoint.")
     print(f"Next: skipit generate {arguments.out} --image FILE --prompt TEXT")
+
+
+def _calibrate(arguments: argparse.Namespace) -> None:
+    from skipit.router.errors import InputError
+    from skipit.theory.risk import SKIPPED_SHARES
+
+    from .calibration import budget_checkpoint, certify_checkpoint, check_name
+    from .display import loading, progress
+    from .sources import load_data
+
+    if (arguments.budget is None) == (arguments.risk is None):
+        raise InputError("give either --budget or --risk: an operating point spends a budget or has a certified risk.")
+    folder = arguments.checkpoint
+    check_name(folder, arguments.name if arguments.budget is None else f"{arguments.budget:g}", arguments.overwrite)
+    rows = load_data(arguments.data, arguments.split, arguments.samples, arguments.seed)
+    common = {"batch_size": arguments.batch_size, "overwrite": arguments.overwrite}
+    if arguments.budget is not None:
+        with loading("calibrating"):
+            share = budget_checkpoint(folder, rows, arguments.budget, **common)
+        print(f"{folder}: --budget {arguments.budget:g} executes {share:.1%} of the dense decoder's FLOPs.")
+        return
+    # At most: testing stops after the first threshold that fails.
+    with progress("certify", (1 + len(SKIPPED_SHARES)) * len(rows)) as advance:
+        found = certify_checkpoint(
+            folder,
+            rows,
+            arguments.risk,
+            arguments.confidence,
+            name=arguments.name,
+            seed=arguments.seed,
+            max_new_tokens=arguments.max_new_tokens,
+            progress=advance,
+            **common,
+        )
+    print(f"{folder}: {found.summary()}")
+    print(f"Next: skipit generate {folder} --budget {arguments.name} --image FILE --prompt TEXT")
 
 
 def _generate(arguments: argparse.Namespace) -> None:
@@ -238,6 +313,7 @@ RUNS: dict[str, Verb] = {
     "plan": _plan,
     "train": _train,
     "export": _export,
+    "calibrate": _calibrate,
     "generate": _generate,
     "eval": _eval,
     "demo": _demo,

@@ -11,7 +11,7 @@ from skipit.router.attach import attach, set_gates
 from skipit.router.checkpoint import load_dense, load_router, save_gated
 from skipit.router.config import RouterConfig
 from skipit.router.errors import CheckpointError
-from skipit.theory.artefact import check_same_model
+from skipit.theory.artefact import check_same_model, load_plan
 from skipit.theory.calibrate import calibrate, default_threshold
 from skipit.theory.cost import CostModel
 from skipit.theory.identity import fingerprint
@@ -104,6 +104,23 @@ def export(run: str | Path, out: str | Path, *, overwrite: bool = False) -> None
         record = load_json(Path(run) / RUN_FILE)
         card = _card(record, find_router(model)[1].config)
         save_gated(model, processor, folder, card=card, overwrite=True)
+        save_json(folder / PROVENANCE_FILE, {**record, "exported_by": provenance()})
+
+
+def export_plan(plan: str | Path, source: str, out: str | Path, *, overwrite: bool = False) -> None:
+    """Turn a plan into a gated checkpoint without training; `skipit calibrate` adds measured budgets to it.
+
+    Raises:
+        CheckpointError: not a plan, of another model, or `out` exists.
+    """
+    gates = load_plan(plan)
+    with new_directory(out, overwrite) as folder:
+        model, processor = load_dense(resolve_model(source))
+        check_same_model(gates, fingerprint(model))
+        attach(model, RouterConfig(kv=gates.kv))
+        set_gates(model, gates.weight, gates.bias)
+        save_gated(model, processor, folder, overwrite=True)
+        record = {"base": source, "model": gates.model, "budget": gates.budget, "init": gates.init, **gates.about}
         save_json(folder / PROVENANCE_FILE, {**record, "exported_by": provenance()})
 
 

@@ -16,6 +16,7 @@ from skipit.theory.bounds import combine_damages
 from skipit.theory.cost import CostModel, LayerCost
 from skipit.theory.modes import (
     Span,
+    choose_span,
     harmless,
     redundant_and_unattended,
     span_for_budget,
@@ -135,6 +136,14 @@ def test_a_span_becomes_constant_gates_that_run_exactly_what_it_says(tmp_path) -
             assert not torch.equal(model(**batch).logits, gated)
 
 
+def test_one_of_three_rules_chooses() -> None:
+    profile = measured([0.0, 0.1, 0.1, 0.001], geometric=[0.3, 0.3, 0.01, 0.01])
+    assert choose_span(profile, "both", eps=0.05, nu=0.2).run[:, 1].tolist() == [True, True, False, False]
+    assert choose_span(profile, "both", limit=0.01).run[:, 1].tolist() == [False, True, True, False]
+    assert choose_span(profile, "both", limit=0.0).run[:, 1].tolist() == [False, True, True, True]
+    assert choose_span(profile, "early-exit", budget=0.9).run[:, 1].tolist() == [True, True, True, False]
+
+
 def test_no_layer_qualifies() -> None:
     span: Span = span_of(measured([0.1] * 3), torch.zeros(3, dtype=torch.bool))
     assert (span.entry, span.exit, span.skipped, span.damage, span.compute) == (0, 3, 0, 0.0, 1.0)
@@ -158,8 +167,16 @@ def test_no_layer_qualifies() -> None:
             ValueError,
             r"`eps`: got 2.5, expected a number in \[0, 2\]",
         ),
-        (lambda: redundant_and_unattended(measured([0.1]), 0.1, math.nan), ValueError, r"`nu`: got nan, expected"),
-        (lambda: harmless(measured([0.1]), -1.0), ValueError, r"`limit`: got -1.0, expected a damage in nats"),
+        (lambda: redundant_and_unattended(measured([0.1]), 0.1, math.nan), InputError, r"`nu`: got nan, expected"),
+        (lambda: choose_span(measured([0.1]), eps=0.1), InputError, "give `eps` and `nu` .* or `limit` .* or neither"),
+        (lambda: choose_span(measured([0.1]), eps=0.1, nu=0.1, limit=1.0), InputError, "give `eps` and `nu` "),
+        (
+            lambda: choose_span(measured([0.1, 0.02]), "early-exit", limit=0.01),
+            InputError,
+            r"no layer qualifies for early-exit. Measured for vision in the first layer: geo 0.1000, VAR 0.100, damage "
+            r"0.10000 nats; in the last layer: .* damage 0.02000 nats. Allow more, or choose by budget.",
+        ),
+        (lambda: harmless(measured([0.1]), -1.0), InputError, r"`limit`: got -1.0, expected a damage in nats"),
         (
             lambda: harmless(measured([0.1], geometric=[math.nan]), 0.1),
             InputError,
