@@ -1,60 +1,147 @@
-"""What skipping would do to the answer, without skipping: the Fisher damage of every token, layer and policy.
+"""What skipping would do to the answer, without skipping: the damage of every token, layer and policy.
 
-THEORY: KL(full || skipping) = D + O(|F|^3) with D = 1/2 E_{y ~ p} <grad log p(y), F>^2, where F is the update that
-skipping leaves out (docs/theory.md, statement 8). One backward pass per sampled answer gives D for every layer
-and token at once.
+The model's answer is reduced to one choice: its first answer y_1 against another y_2 that is drawn. Skipping lowers the
+margin log p(y_1) - log p(y_2) by about <grad margin, F>, where F is the update that is left out, and the damage is the
+exact KL divergence of the choice (docs/theory.md, statement 8; its second-order form there is the Fisher damage). One
+backward pass per drawn choice gives it for every layer and token at once.
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from skipit.router.attention import visible_keys
 
+# The path from a state to its opposite leads through zero, where the weight below is infinite.
+NEARLY_ONE = 1 - 1e-6
+# Below it the divergence is its second-order form to nine digits, and its exact form mostly rounding.
+SMALL_DROP = 1e-4
 
-def sample_log_likelihood(
-    logits: Float[Tensor, "answers vocabulary"], temperature: float, generator: torch.Generator
-) -> Float[Tensor, ""]:
-    """Sum of log p_T(y) over answer positions, with each y drawn from p_T, the model's distribution at a temperature.
 
-    The scores of different positions are then independent with mean zero, so their squares add up without bias, and the
-    damage is that of KL(p_T || q_T). A trained model is often so sure that draws at T = 1 all give the same token,
-    whose gradient is near zero; a temperature above 1 shows the alternatives.
+class Choice(NamedTuple):
+    """One choice per row between the model's first answer and another.
+
+    Attributes:
+        margin: log p(first) - log p(other) >= 0, with the graph that leads there; 0 where a row has no answer.
+        mass: p(first) + p(other).
     """
-    log_probability = torch.log_softmax(logits.float() / temperature, dim=-1)
-    drawn = torch.multinomial(log_probability.detach().exp().cpu(), 1, generator=generator).to(logits.device)
-    return log_probability.gather(-1, drawn).sum()
+
+    margin: Float[Tensor, " batch"]
+    mass: Float[Tensor, " batch"]
+
+
+def draw_choice(
+    logits: Float[Tensor, "batch seq vocabulary"],
+    answer: Bool[Tensor, "batch seq"],
+    temperature: float,
+    generator: torch.Generator,
+) -> Choice:
+    """Draw an answer position of every row, and there an alternative to the most likely token.
+
+    Args:
+        logits: of the next token.
+        answer: positions that predict an answer token; rows without any are left out.
+        temperature: of the distribution p^(1/T), without the first answer, from which the alternative is drawn.
+        generator: on the CPU, so that every device draws the same.
+    """
+    rows = answer.any(-1).nonzero()[:, 0]
+    position = torch.multinomial(answer[rows].float().cpu(), 1, generator=generator)[:, 0].to(logits.device)
+    log_p = torch.log_softmax(logits[rows, position].float(), dim=-1)
+    first = log_p.detach().argmax(-1, keepdim=True)
+    others = torch.softmax(log_p.detach().scatter(-1, first, -torch.inf) / temperature, dim=-1)
+    other = torch.multinomial(others.cpu(), 1, generator=generator).to(logits.device)
+    pair = log_p.gather(-1, torch.cat([first, other], dim=-1))
+    nothing = logits.new_zeros(len(logits), dtype=torch.float32)
+    margin = nothing.index_put((rows,), pair[:, 0] - pair[:, 1])
+    return Choice(margin, nothing.index_put((rows,), pair.detach().exp().sum(-1)))
+
+
+def choice_damage(margin: Tensor, mass: Tensor, drop: Tensor) -> Tensor:
+    """The divergence mass KL(s(m) || s(m - drop)), s the sigmoid: what lowering the margin m of a choice does, in nats.
+
+    By the chain rule of the divergence it is at most KL(p || q) for any two distributions p and q of which p gives the
+    choice this mass and margin, and q this lower margin. Its second-order form is mass s(m) s(-m) drop^2 / 2.
+
+    Args:
+        margin: log p(first) - log p(other).
+        mass: p(first) + p(other).
+        drop: by how much the margin falls; broadcasts with both.
+
+    Returns:
+        Damages >= 0, float64.
+
+    Example:
+        >>> round(choice_damage(torch.tensor(0.0), torch.tensor(1.0), torch.tensor(2.0)).item(), 4)
+        0.4338
+    """
+    m, s, d = margin.detach().double(), mass.double(), drop.double()
+    win, lose = torch.sigmoid(m), torch.sigmoid(-m)
+    exact = win * (F.logsigmoid(m) - F.logsigmoid(m - d)) + lose * (F.logsigmoid(-m) - F.logsigmoid(d - m))
+    return s * torch.where(d.abs() < SMALL_DROP, win * lose * d.square() / 2, exact.clamp(min=0))
+
+
+def tempered_damage(margin: Float[Tensor, "batch 1"], drop: Float[Tensor, "batch seq"]) -> Float[Tensor, "batch seq"]:
+    """Second-order damage with the row's confidence taken at temperature 2: s(m/2) s(-m/2) drop^2.
+
+    For regressing a token's damage on its state. How sure a row is of its answer spreads over many decades, of which a
+    token's state predicts a part. Kept whole, this factor drowns the slopes; left out, gates spend the budget on rows
+    that no skip can change. Of the powers 0, 1/4, 1/2 and 1 of it the square root did best (ours, by trial).
+    """
+    half = margin.detach().float() / 2
+    return torch.sigmoid(half) * torch.sigmoid(-half) * drop.square()
+
+
+def path_weight(
+    before: Float[Tensor, "batch seq dim"], after: Float[Tensor, "batch seq dim"]
+) -> Float[Tensor, "batch seq 1"]:
+    """Mean of |before| / |state| on the straight path between two states (ours).
+
+    What reads a state through a norm sees its direction only, so its gradient grows like 1 / |state|. The integral of
+    statement 7 along the path of a skip then is the slope at its start times this weight. It is 1 for small updates,
+    and large where a layer writes far more than what entered it, as first layers do: there the slope at the full state
+    says almost nothing about the state that a skip leaves.
+
+    In closed form, the potential of a uniform rod: 2 |before| / |u| artanh(|u| / (|before| + |after|)), u the change.
+    """
+    before, after = before.float(), after.float()
+    start, end = before.norm(dim=-1, keepdim=True), after.norm(dim=-1, keepdim=True)
+    length = (after - before).norm(dim=-1, keepdim=True)
+    ratio = (length / (start + end).clamp(min=1e-30)).clamp(max=NEARLY_ONE)
+    # artanh(r) / r, with its limit 1 where nothing changes.
+    growth = torch.where(ratio > 1e-4, ratio.clamp(min=1e-4).atanh() / ratio.clamp(min=1e-4), 1.0)
+    return 2 * start / (start + end).clamp(min=1e-30) * growth
+
+
+def weighted_change(
+    before: Float[Tensor, "batch seq dim"], after: Float[Tensor, "batch seq dim"]
+) -> Float[Tensor, "batch seq dim"]:
+    """What a skip takes away, `before` - `after`, in fp32 and times `path_weight`."""
+    return (before.float() - after.float()) * path_weight(before, after)
 
 
 def slopes(grad: Float[Tensor, "batch seq dim"], change: Float[Tensor, "batch seq dim"]) -> Float[Tensor, "batch seq"]:
-    """First-order change of the log-likelihood when a state changes, per token: <grad, change> in fp32."""
+    """First-order change of the margin when a state changes, per token: <grad, change> in fp32."""
     return (grad.float() * change.float()).sum(-1)
 
 
-def damage_by_row(slope: Float[Tensor, "batch seq"], chosen: Bool[Tensor, "batch seq"]) -> Float[Tensor, " batch"]:
-    """Damage per row when all `chosen` tokens change together: the slopes add up before they are squared."""
-    return 0.5 * (slope * chosen).sum(-1).square()
-
-
 @torch.no_grad()
-def eviction_change(
+def evicted_output(
     forward: Callable[..., Any],
     hidden: Float[Tensor, "batch seq dim"],
-    output: Float[Tensor, "batch seq dim"],
     kwargs: dict[str, Any],
     evicted: Bool[Tensor, "batch seq"],
 ) -> Float[Tensor, "batch seq dim"]:
-    """How a layer's output changes when it skips some tokens and their keys and values do not exist.
+    """A layer's output when it skips some tokens and their keys and values do not exist.
 
     Exact for this layer: a skipped token keeps its state, the others run without the evicted keys.
 
     Args:
         forward: the layer.
         hidden: states that enter it.
-        output: states that leave it when all tokens run.
         kwargs: its other arguments, without a cache.
         evicted: which tokens skip.
     """
@@ -62,7 +149,7 @@ def eviction_change(
     mask = visible_keys(kwargs.get("attention_mask"), index, index, 0, ~evicted)
     without = forward(hidden, **{**kwargs, "attention_mask": mask})
     without = without[0] if isinstance(without, tuple) else without
-    return torch.where(evicted[..., None], hidden, without) - output
+    return torch.where(evicted[..., None], hidden, without)
 
 
 class LayerStates:
@@ -131,7 +218,9 @@ class CrossAttention:
         batch, seq = query.shape[0], query.shape[2]
         bias = query.new_zeros(batch, 1, 1, seq, requires_grad=True)
         self.bias.append(bias)
-        causal = torch.ones(seq, seq, dtype=torch.bool, device=query.device).tril()[None, None] if mask is None else mask
+        causal = (
+            torch.ones(seq, seq, dtype=torch.bool, device=query.device).tril()[None, None] if mask is None else mask
+        )
         if causal.dtype == torch.bool:
             causal = torch.zeros_like(causal, dtype=query.dtype).masked_fill(~causal, torch.finfo(query.dtype).min)
         return causal + bias * (1 - torch.eye(seq, dtype=query.dtype, device=query.device))

@@ -2,12 +2,12 @@
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Any, get_args
+from typing import Any, NamedTuple, get_args
 
 import torch
 from torch import Tensor, nn
 
-from skipit.router import MODALITIES, attach, detach, find_router, running, token_modality
+from skipit.router import MODALITIES, RouterConfig, attach, detach, find_router, running, token_modality
 from skipit.router.attention import OBSERVER_KWARG
 from skipit.router.config import KVPolicy
 from skipit.router.decoder import find_decoder
@@ -16,7 +16,17 @@ from skipit.router.gates import normalize
 
 from .accumulate import RedundancyMetric
 from .cost import CostModel
-from .damage import CrossAttention, LayerStates, damage_by_row, eviction_change, sample_log_likelihood, slopes
+from .damage import (
+    Choice,
+    CrossAttention,
+    LayerStates,
+    choice_damage,
+    draw_choice,
+    evicted_output,
+    slopes,
+    tempered_damage,
+    weighted_change,
+)
 from .identity import fingerprint
 from .ridge import RidgeSums
 
@@ -50,7 +60,7 @@ def profile(
     batches: Iterable[dict[str, Tensor]],
     *,
     draws: int = 2,
-    temperature: float = 2.0,
+    temperature: float = 1.0,
     seed: int = 0,
     layers: str | None = None,
 ) -> Profile:
@@ -59,20 +69,20 @@ def profile(
     Args:
         model: a model without gates, or with gates, which are ignored.
         batches: model inputs with `labels` (-100 everywhere but on answer tokens).
-        draws: sampled answers per batch for the Fisher damage.
-        temperature: at which answers are drawn.
+        draws: drawn choices per row for the damage.
+        temperature: at which a choice's alternative is drawn.
         seed: of the draws.
         layers: decoder path for models whose decoder is not found.
 
     Raises:
-        InputError: no batch, or a batch without labels or without a labelled token.
+        InputError: no batch, no row with finite states, or a batch without labels or without a labelled token.
     """
     gated = True
     try:
         find_router(model)
     except SkipItError:
         gated = False
-        attach(model)
+        attach(model, RouterConfig(layers=layers))
     was_training = model.training
     try:
         with running(mode="dense"):
@@ -92,9 +102,10 @@ def _profile(
     for number, batch in enumerate(batches):
         _measure(model, layers, batch, number, sums, draws, temperature, generator)
     if sums.rows == 0:
-        raise InputError("the profile got no batch; expected at least one with labels.")
+        seen = f"{sums.bad_rows} rows, none of which gave finite states and logits" if sums.bad_rows else "no batch"
+        raise InputError(f"the profile got {seen}; expected at least one row with labels.")
     about = {"rows": sums.rows, "skipped_rows": sums.bad_rows, "draws": draws, "temperature": temperature, "seed": seed}
-    return Profile(sums.tables(), CostModel.of(model, path), fingerprint(model), about)
+    return Profile(sums.tables(), CostModel.of(model, path), fingerprint(model, path), about)
 
 
 def _measure(
@@ -125,34 +136,80 @@ def _measure(
         return
     real, answer = real & finite[:, None], answer & finite[:, None]
     sums.attention(attention, finite)
-    updates = [(left - entered).detach() for left, entered in zip(states.left, states.entered, strict=True)]
-    changes = [
-        {
-            m: eviction_change(layer, x.detach(), y.detach(), kwargs, real & (modality == m))
-            for m in range(len(MODALITIES))
-        }
-        for layer, x, y, kwargs in zip(layers, states.entered, states.left, states.kwargs, strict=True)
-    ]
-    token_damage = {kv: [torch.zeros_like(real, dtype=torch.float32) for _ in layers] for kv in POLICIES}
-    answers = answer.sum(-1).clamp(min=1)
+    sums.keys(modality, real)
+    taken = _taken_away(layers, states, modality, real)
+    tokens = _TokenSums.zeros(real, len(layers))
     for draw in range(draws):
-        score = sample_log_likelihood(logits[:, :-1][answer], temperature, generator)
+        choice = draw_choice(logits[:, :-1], answer, temperature, generator)
         grads = torch.autograd.grad(
-            score, [*states.left, *attention.bias], retain_graph=draw + 1 < draws, allow_unused=True
+            choice.margin.sum(), [*states.left, *attention.bias], retain_graph=draw + 1 < draws, allow_unused=True
         )
-        for index, grad in enumerate(grads[: len(layers)]):
-            own, others = slopes(grad, updates[index]), grads[len(layers) + index]
-            alone = {"retain": own, "evict": own if others is None else own + others[:, 0, 0].float()}
-            for kv in POLICIES:
-                token_damage[kv][index] += 0.5 * alone[kv].square() / (answers[:, None] * draws)
-            for m in range(len(MODALITIES)):
-                chosen = real & (modality == m)
-                retain = damage_by_row(own, chosen) / answers
-                evict = damage_by_row(slopes(grad, changes[index][m]), real) / answers
-                sums.damage(index, m, retain / draws, evict / draws, chosen.any(-1) & finite, draw == 0)
+        _add_draw(choice, grads, taken, modality, real, finite, sums, tokens, 1 / draws, draw == 0)
     for index, x in enumerate(states.entered):
-        damages = {kv: token_damage[kv][index] for kv in POLICIES}
-        sums.tokens(index, x.detach(), states.left[index].detach(), damages, modality, real)
+        sums.redundancy.update(index, x.detach(), states.left[index].detach(), modality.masked_fill(~real, -1))
+        for kv in POLICIES:
+            sums.tokens(index, kv, x.detach(), tokens.damage[kv][index], tokens.signal[kv][index], modality, real)
+
+
+class _TokenSums(NamedTuple):
+    """Per K/V policy, [layers, batch, seq]: damages of tokens taken one by one, and what gates learn them from."""
+
+    damage: dict[KVPolicy, Tensor]
+    signal: dict[KVPolicy, Tensor]
+
+    @classmethod
+    def zeros(cls, like: Tensor, layers: int) -> "_TokenSums":
+        shape = (layers, *like.shape)
+        return cls(
+            {kv: torch.zeros(shape, dtype=torch.float64, device=like.device) for kv in POLICIES},
+            {kv: torch.zeros(shape, device=like.device) for kv in POLICIES},
+        )
+
+
+def _add_draw(
+    choice: Choice,
+    grads: tuple[Tensor | None, ...],
+    taken: "list[_Taken]",
+    modality: Tensor,
+    real: Tensor,
+    finite: Tensor,
+    sums: "_Sums",
+    tokens: _TokenSums,
+    weight: float,
+    first: bool,
+) -> None:
+    """Add the damages that one drawn choice per row shows, of every layer, modality and policy."""
+    for index, change in enumerate(taken):
+        grad, others = grads[index], grads[len(taken) + index]
+        assert grad is not None
+        own = slopes(grad, change.retain)
+        alone = {"retain": own, "evict": own if others is None else own + others[:, 0, 0].float()}
+        for kv in POLICIES:
+            single = choice_damage(choice.margin[:, None], choice.mass[:, None], alone[kv])
+            tokens.damage[kv][index] += weight * single
+            tokens.signal[kv][index] += weight * tempered_damage(choice.margin[:, None], alone[kv])
+        for m in range(len(MODALITIES)):
+            chosen = real & (modality == m)
+            retain = choice_damage(choice.margin, choice.mass, (own * chosen).sum(-1))
+            evict = choice_damage(choice.margin, choice.mass, (slopes(grad, change.evict[m]) * real).sum(-1))
+            sums.damage(index, m, weight * retain, weight * evict, chosen.any(-1) & finite, first)
+
+
+class _Taken(NamedTuple):
+    """What skips of one layer take away from its output, ready for slopes: of each token, and with a whole modality."""
+
+    retain: Tensor
+    evict: list[Tensor]
+
+
+def _taken_away(layers: nn.ModuleList, states: LayerStates, modality: Tensor, real: Tensor) -> list[_Taken]:
+    taken = []
+    for layer, x, y, kwargs in zip(layers, states.entered, states.left, states.kwargs, strict=True):
+        before, after = y.detach(), x.detach()
+        units = [real & (modality == m) for m in range(len(MODALITIES))]
+        evict = [weighted_change(before, evicted_output(layer, after, kwargs, unit)) for unit in units]
+        taken.append(_Taken(weighted_change(before, after), evict))
+    return taken
 
 
 class _Sums:
@@ -185,29 +242,34 @@ class _Sums:
             self.sums["unit_rows"][layer, m] += rows.sum()
 
     def tokens(
-        self, layer: int, x: Tensor, y: Tensor, damages: dict[KVPolicy, Tensor], modality: Tensor, real: Tensor
+        self, layer: int, kv: KVPolicy, x: Tensor, damage: Tensor, signal: Tensor, modality: Tensor, real: Tensor
     ) -> None:
-        self.redundancy.update(layer, x, y, modality.masked_fill(~real, -1))
-        keys = real.cumsum(-1)
+        """Add the damages of tokens taken one by one, and the signal from which gates learn to tell tokens apart."""
         states = normalize(x)
         for m in range(len(MODALITIES)):
             chosen = real & (modality == m)
-            self.sums["keys"][layer, m] += keys[chosen].sum()
-            self.sums["count"][layer, m] += chosen.sum()
-            for kv, damage in damages.items():
-                self.sums[f"tokens_{kv}"][layer, m] += damage[chosen].double().sum()
-                # A token after which no answer depends on this layer has no damage at all, hence no logarithm.
-                used = chosen & (damage > 0)
-                for half in (0, 1):
-                    rows = used[half::2]
-                    self.ridge[kv][layer][m].add(half, states[half::2][rows], damage[half::2][rows].log())
+            self.sums[f"tokens_{kv}"][layer, m] += damage[chosen].sum()
+            # A token after which no answer depends on this layer has no signal at all, hence no logarithm.
+            used = chosen & (signal > 0)
+            for half in (0, 1):
+                rows = used[half::2]
+                self.ridge[kv][layer][m].add(half, states[half::2][rows], signal[half::2][rows].log())
+
+    def keys(self, modality: Tensor, real: Tensor) -> None:
+        keys = real.cumsum(-1)
+        for m in range(len(MODALITIES)):
+            chosen = real & (modality == m)
+            self.sums["keys"][:, m] += keys[chosen].sum()
+            self.sums["count"][:, m] += chosen.sum()
 
     def tables(self) -> dict[str, Tensor]:
         s = self.sums
         redundancy = self.redundancy.compute()
         fits = {kv: [[unit.solve() for unit in layer] for layer in self.ridge[kv]] for kv in POLICIES}
         ridge = {
-            f"ridge_{name}_{kv}": torch.stack([torch.stack([getattr(fit, name) for fit in layer]) for layer in fits[kv]])
+            f"ridge_{name}_{kv}": torch.stack(
+                [torch.stack([getattr(fit, name) for fit in layer]) for layer in fits[kv]]
+            )
             for name in ("weight", "bias", "mean", "std", "r2")
             for kv in POLICIES
         }
