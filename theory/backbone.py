@@ -1,0 +1,145 @@
+"""Redundancy of any stack of layers: vision encoders, text encoders, decoders of any attention pattern.
+
+Geometric and proximal redundancy and the relative update ask only for a token's state before and after a layer, so they
+transfer to every residual network without change. Cross-attention and the damage do not: an encoder has no answer, and
+a single modality nothing to attend across.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Int
+from torch import Tensor, nn
+
+from skipit.router.errors import DecoderNotFoundError, InputError
+from skipit.router.modality import MODALITIES
+
+from .accumulate import Redundancy, RedundancyMetric
+
+# What only a decoder over text and vision has, by the name of its table in a profile, and why a stack has none.
+MISSING = {
+    "var_text": "cross-attention needs text queries and vision keys in one sequence",
+    "var_last": "cross-attention needs text queries and vision keys in one sequence",
+    "damage_retain": "damage is measured on answer tokens, which only a decoder with labels has",
+    "damage_evict": "damage is measured on answer tokens, which only a decoder with labels has",
+}
+
+
+@dataclass(frozen=True)
+class Backbone:
+    """What was measured about a stack of layers.
+
+    Attributes:
+        redundancy: [layers, modalities]; NaN in the column of the modality that was not there.
+        modality: of its tokens, "text" or "vision".
+        layers: path of the stack in its model.
+        rows: inputs measured.
+    """
+
+    redundancy: Redundancy
+    modality: str
+    layers: str
+    rows: int
+
+    def table(self, name: str) -> Tensor:
+        """One value per layer, such as `geometric`, `angle`, `update`, `count`; `histogram` has one row per layer.
+
+        Raises:
+            InputError: the notion does not exist for a single stack, or there is no such table.
+        """
+        if name in MISSING:
+            raise InputError(
+                f"`{name}` does not exist for the {self.modality} stack `{self.layers}`: {MISSING[name]}. "
+                "Profile a vision-language decoder with `skipit.profile`."
+            )
+        known = list(vars(self.redundancy))
+        if name not in known:
+            raise InputError(f"`name` is {name!r}, expected one of {', '.join(known)}.")
+        found: Tensor = getattr(self.redundancy, name)[:, MODALITIES.index(self.modality)]
+        return found
+
+
+@torch.no_grad()
+def profile_backbone(
+    model: nn.Module, batches: Iterable[dict[str, Tensor]], modality: str, *, layers: str | None = None
+) -> Backbone:
+    """Measure the redundancy of a stack of layers, in one forward pass per batch.
+
+    Args:
+        model: any model that runs the stack; the whole vision-language model to measure its vision tower.
+        batches: its inputs; pads are told by `attention_mask`, where it covers the stack's tokens.
+        modality: of the stack's tokens, "text" or "vision".
+        layers: dotted path of the stack; by default the one list of equal layers that the model has.
+
+    Raises:
+        DecoderNotFoundError: no such stack, or several; the message lists what there is.
+        InputError: no batch, or an unknown modality.
+    """
+    if modality not in MODALITIES:
+        raise InputError(f"`modality` is {modality!r}, expected one of {', '.join(MODALITIES)}.")
+    path, stack = find_stack(model, layers)
+    metric = RedundancyMetric(len(stack))
+    device = next(model.parameters()).device
+    metric.to(device)
+    was_training, rows = model.training, 0
+    model.eval()
+    current: dict[str, Tensor] = {}
+    handles = [
+        layer.register_forward_hook(_recorder(index, metric, MODALITIES.index(modality), current), with_kwargs=True)
+        for index, layer in enumerate(stack)
+    ]
+    try:
+        for batch in batches:
+            current.clear()
+            current.update({key: value.to(device) for key, value in batch.items() if key != "labels"})
+            rows += len(next(iter(current.values())))
+            model(**current)
+    finally:
+        model.train(was_training)
+        for handle in handles:
+            handle.remove()
+    if rows == 0:
+        raise InputError("the profile got no batch; expected at least one.")
+    found: Redundancy = metric.cpu().compute()
+    return Backbone(found, modality, path, rows)
+
+
+def find_stack(model: nn.Module, layers: str | None = None) -> tuple[str, nn.ModuleList]:
+    """The list of layers at a path, or the only list of two or more layers of one class.
+
+    Raises:
+        DecoderNotFoundError: there is none, or more than one to choose from.
+    """
+    lists = {name: module for name, module in model.named_modules() if isinstance(module, nn.ModuleList)}
+    if layers is not None and layers in lists:
+        return layers, lists[layers]
+    stacks = {n: m for n, m in lists.items() if len(m) > 1 and len({type(layer) for layer in m}) == 1}
+    # A list inside another's layers is a part of them.
+    outer = {n: m for n, m in stacks.items() if not any(n.startswith(f"{other}.") for other in stacks)}
+    if layers is None and len(outer) == 1:
+        return next(iter(outer.items()))
+    described = ", ".join(f"{name} ({len(module)} x {type(module[0]).__name__})" for name, module in outer.items())
+    wanted = f"no layers at `layers={layers!r}`" if layers else "not exactly one stack of layers"
+    raise DecoderNotFoundError(
+        f"{wanted} in `{type(model).__name__}`. Stacks found: {described or 'none'}. Name one with `layers`."
+    )
+
+
+def _recorder(index: int, metric: RedundancyMetric, column: int, current: dict[str, Tensor]) -> Any:
+    def record(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        before = args[0] if args else kwargs["hidden_states"]
+        after = output[0] if isinstance(output, tuple) else output
+        if before.dim() == 2:  # some encoders run all images as one sequence
+            before, after = before[None], after[None]
+        metric.update(index, before, after, _kinds(before, column, current.get("attention_mask")))
+
+    return record
+
+
+def _kinds(states: Tensor, column: int, mask: Tensor | None) -> Int[Tensor, "batch seq"]:
+    kinds = torch.full(states.shape[:2], column, device=states.device)
+    if mask is not None and mask.shape == kinds.shape:
+        kinds = kinds.masked_fill(mask.to(kinds.device) == 0, -1)
+    return kinds
