@@ -1,0 +1,571 @@
+"""A profile measures what it says, a plan spends what it may, and both survive the disk."""
+
+import itertools
+import json
+import re
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy.stats import spearmanr
+from tiny_models import FAMILIES, IMAGE, LAYERS, ROWS, WIDTH, TokenTable, build, inputs
+from torch import Tensor
+
+from skipit.router import (
+    CheckpointError,
+    DecoderNotFoundError,
+    FixedUnits,
+    InputError,
+    Trace,
+    attach,
+    find_router,
+    running,
+    set_gates,
+)
+from skipit.router.artefact import save_tensors
+from skipit.theory.artefact import check_same_model, load_plan, load_profile, save_plan, save_profile
+from skipit.theory.calibrate import calibrate, default_threshold, measured_share
+from skipit.theory.cost import CostModel
+from skipit.theory.damage import LayerStates, evicted_output
+from skipit.theory.identity import fingerprint
+from skipit.theory.plan import Plan, allocate, make_plan, skip_set
+from skipit.theory.profile import Profile, profile
+
+ANSWER = 3
+# What no draw of an answer has a part in.
+EXACT = ("geometric", "update", "histogram", "count", "keys", "tokens_per_row", "var_text", "var_last")
+NO_DAMAGE = ("ridge_bias_retain", "ridge_mean_retain", "ridge_std_retain", "ridge_r2_retain")
+KV = pytest.mark.parametrize("kv", ["retain", "evict"])
+
+
+def labelled(family: str, rows: Any = ROWS, padding: str = "right", seed: int = 0) -> dict[str, Tensor]:
+    """A batch whose last tokens in every row are the answer."""
+    batch = inputs(family, rows, padding, seed)
+    real = batch["attention_mask"]
+    left = real.flip(1).cumsum(1).flip(1)
+    batch["labels"] = batch["input_ids"].masked_fill((real == 0) | (left > ANSWER), -100)
+    return batch
+
+
+def prompts(batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: value for name, value in batch.items() if name != "labels"}
+
+
+@torch.no_grad()
+def log_probabilities(model: Any, batch: dict[str, Tensor], **options: Any) -> Tensor:
+    with running(**options):
+        return torch.log_softmax(model(**prompts(batch)).logits[:, :-1], dim=-1)
+
+
+def divergence(model: Any, batch: dict[str, Tensor], **options: Any) -> Tensor:
+    """KL(full || skipping) per answer token, for every row."""
+    full = log_probabilities(model, batch, mode="dense")
+    skipping = log_probabilities(model, batch, **options)
+    answer = batch["labels"][:, 1:] != -100
+    return ((full.exp() * (full - skipping)).sum(-1) * answer).sum(-1) / answer.sum(-1)
+
+
+def unit_divergences(model: Any, batches: list[dict[str, Tensor]], kv: str) -> Tensor:
+    """KL per answer token when one unit skips, over the rows that have the unit: [layers, modalities]."""
+    table = torch.zeros(LAYERS, 2)
+    for layer, m in itertools.product(range(LAYERS), range(2)):
+        run = torch.ones(LAYERS, 2, dtype=torch.bool)
+        run[layer, m] = False
+        rows = []
+        for batch in batches:
+            has = ((batch["input_ids"] == IMAGE) == bool(m)).logical_and(batch["attention_mask"] > 0).any(-1)
+            rows.append(divergence(model, batch, policy=FixedUnits(run), kv=kv)[has])
+        table[layer, m] = torch.cat(rows).mean()
+    return table
+
+
+@pytest.fixture(scope="module")
+def measured() -> Profile:
+    torch.set_num_threads(1)
+    return profile(build("llava"), [labelled("llava", seed=s) for s in range(2)], draws=8)
+
+
+class TestProfile:
+    @pytest.mark.parametrize("family", FAMILIES)
+    def test_tables(self, family: str) -> None:
+        model = build(family)
+        result = profile(model, [labelled(family, seed=s) for s in range(2)], draws=2)
+        assert result.about == {"rows": 6, "skipped_rows": 0, "draws": 2, "temperature": 1.0, "seed": 0}
+        assert result.model == fingerprint(model)
+        assert result.costs == CostModel.of(model)
+        for name, table in result.tables.items():
+            assert table.shape[0] == LAYERS
+            bad = ~table.isfinite()
+            # No answer attends to what vision tokens do in the last layer, so there is no logarithm to regress.
+            assert not bad.any() or (name in NO_DAMAGE and bad.nonzero().tolist() == [[LAYERS - 1, 1]]), name
+        t = result.tables
+        batch = labelled(family)
+        vision = batch["input_ids"] == IMAGE
+        real = batch["attention_mask"].bool()
+        counts = torch.stack([(real & ~vision).sum(), vision.sum()]) * 2
+        assert torch.equal(t["count"].long(), counts.expand(LAYERS, -1))
+        assert torch.equal(t["histogram"].sum(-1).long(), counts.expand(LAYERS, -1))
+        places = real.cumsum(-1).double()
+        keys = torch.stack([places[real & ~vision].mean(), places[vision].mean()])
+        torch.testing.assert_close(t["keys"], keys.expand(LAYERS, -1))
+        rows = torch.tensor([3.0, float(vision.any(-1).sum())])  # per batch; one row has no image
+        torch.testing.assert_close(t["tokens_per_row"], (counts / 2 / rows).double().expand(LAYERS, -1))
+        for name in ("damage_retain", "damage_evict", "damage_tokens_retain", "damage_tokens_evict"):
+            assert (t[name] >= 0).all()
+        assert t["damage_retain"][-1, 1] == t["damage_tokens_retain"][-1, 1] == 0
+        assert min(t["damage_evict"][-1, 1], t["damage_tokens_evict"][-1, 1]) > 0
+        for name in ("var_text", "var_last"):
+            assert ((t[name] > 0) & (t[name] < 1)).all()
+
+    def test_the_model_is_left_as_it_was(self) -> None:
+        model, batch = build("llava").train(), labelled("llava")
+        before = {name: type(module) for name, module in model.named_modules()}
+        profile(model, [batch], draws=1)
+        assert model.training
+        assert {name: type(module) for name, module in model.named_modules()} == before
+        assert not model._forward_pre_hooks
+        assert all(p.grad is None for p in model.parameters())
+
+    def test_gates_are_ignored_and_kept(self) -> None:
+        model, batch = build("llava"), labelled("llava")
+        dense = profile(model, [batch], draws=1)
+        attach(model)
+        set_gates(model, torch.randn(LAYERS, 2, WIDTH), torch.randn(LAYERS, 2))
+        ours = profile(model, [batch], draws=1)
+        find_router(model)
+        assert ours.model == dense.model
+        assert all(torch.equal(ours.tables[k], v) or v.isnan().any() for k, v in dense.tables.items())
+
+    @pytest.mark.parametrize("family", FAMILIES)
+    def test_padding_changes_nothing(self, family: str) -> None:
+        model = build(family)
+        left, right = (profile(model, [labelled(family, padding=side)], draws=2).tables for side in ("left", "right"))
+        for name in EXACT:
+            torch.testing.assert_close(left[name], right[name], atol=1e-5, rtol=1e-4)
+        for name, table in left.items():
+            assert torch.equal(table.isfinite(), right[name].isfinite())
+
+    @pytest.mark.parametrize("family", FAMILIES)
+    def test_batch_size_changes_nothing(self, family: str) -> None:
+        model, batch = build(family), labelled(family)
+        together = profile(model, [batch], draws=1).tables
+        rows = []
+        first = 0
+        for row, items in enumerate(ROWS):
+            count = sum(item == "image" for item in items)
+            real = batch["attention_mask"][row].bool()
+            one = {}
+            per_image = batch["pixel_values"].shape[0] // 3
+            for name, value in batch.items():
+                if name == "pixel_values":
+                    value = value[first * per_image : (first + count) * per_image]
+                elif name == "image_grid_thw":
+                    value = value[first : first + count]
+                else:
+                    value = value[row : row + 1, real]
+                if len(value):
+                    one[name] = value
+            first += count
+            rows.append(one)
+        alone = profile(model, rows, draws=1).tables
+        for name in EXACT:
+            torch.testing.assert_close(alone[name], together[name], atol=1e-5, rtol=1e-4)
+
+    @pytest.mark.parametrize("padding", ["left", "right"])
+    def test_attention_to_vision(self, padding: str) -> None:
+        model, batch = build("llava", attention="eager"), labelled("llava", padding=padding)
+        tables = profile(model, [batch], draws=1).tables
+        with torch.no_grad():
+            weights = model(**prompts(batch), output_attentions=True).attentions
+        vision = batch["input_ids"] == IMAGE
+        real = batch["attention_mask"].bool()
+        for layer, attention in enumerate(weights):
+            mass = (attention.mean(1) * vision[:, None]).sum(-1)
+            text, last = [], []
+            for row in range(3):
+                if not vision[row].any():
+                    continue
+                sees = (vision[row].cumsum(0) > 0) & real[row] & ~vision[row]
+                text.append(mass[row][sees].mean())
+                last.append(mass[row][real[row].nonzero()[-ANSWER - 1, 0]])
+            torch.testing.assert_close(tables["var_text"][layer].float(), torch.stack(text).mean())
+            torch.testing.assert_close(tables["var_last"][layer].float(), torch.stack(last).mean())
+
+    @pytest.mark.parametrize("family", FAMILIES)
+    def test_damage_ranks_units_as_skipping_them_does(self, family: str) -> None:
+        model, batches = build(family), [labelled(family, seed=s) for s in range(2)]
+        tables = profile(model, batches, draws=32, temperature=1.0).tables
+        attach(model)
+        for kv in ("retain", "evict"):
+            real_damage = unit_divergences(model, batches, kv)
+            assert spearmanr(tables[f"damage_{kv}"].flatten(), real_damage.flatten())[0] > 0.8
+
+    @KV
+    def test_damage_of_single_tokens_ranks_units_as_skipping_them_does(self, kv: str) -> None:
+        model, batch = build("llava"), labelled("llava", ROWS[:1])
+        damage = profile(model, [batch], draws=48, temperature=1.0).tables[f"damage_tokens_{kv}"]
+        attach(model)
+        length = batch["input_ids"].shape[1]
+        real_damage = torch.zeros(LAYERS, 2)
+        for layer, place in itertools.product(range(LAYERS), range(length)):
+            run = torch.ones(LAYERS, length, 2, dtype=torch.bool)
+            run[layer, place] = False
+            m = int(batch["input_ids"][0, place] == IMAGE)
+            real_damage[layer, m] += divergence(model, batch, policy=TokenTable(run), kv=kv)[0]
+        assert spearmanr(damage.flatten(), real_damage.flatten())[0] > 0.8
+
+    @pytest.mark.parametrize("family", FAMILIES)
+    @pytest.mark.parametrize("m", [0, 1])
+    def test_the_output_after_eviction_is_exact(self, family: str, m: int) -> None:
+        model, batch = build(family), prompts(labelled(family))
+        layers = model.get_decoder().layers
+        with LayerStates(layers) as states:
+            model(**batch, use_cache=False)
+        attach(model)
+        real = batch["attention_mask"].bool()
+        chosen = ((batch["input_ids"] == IMAGE) == bool(m)) & real
+        for layer in range(LAYERS):
+            run = torch.ones(LAYERS, 2, dtype=torch.bool)
+            run[layer, m] = False
+            with running(policy=FixedUnits(run), kv="evict", mode="masked"), LayerStates(layers) as skipping:
+                model(**batch, use_cache=False)
+            got = evicted_output(layers[layer], states.entered[layer].detach(), states.kwargs[layer], chosen)
+            torch.testing.assert_close(got[real], skipping.left[layer][real], atol=1e-4, rtol=1e-4)
+
+    def test_a_row_that_is_not_finite_is_left_out_and_counted(self) -> None:
+        model = build("llava")
+        good = labelled("llava", ROWS[:2])
+        bad = labelled("llava", [*ROWS[:2], ROWS[0]])
+        bad["pixel_values"][0], bad["pixel_values"][1] = good["pixel_values"][0], torch.nan
+        tables, result = profile(model, [good], draws=1).tables, profile(model, [bad], draws=1)
+        assert (result.about["rows"], result.about["skipped_rows"]) == (2, 1)
+        for name in EXACT:
+            torch.testing.assert_close(result.tables[name], tables[name], atol=1e-6, rtol=1e-5)
+        for name, table in result.tables.items():
+            assert torch.equal(table.isfinite(), tables[name].isfinite()), name
+
+    def test_a_model_without_vision_rows(self) -> None:
+        tables = profile(build("llava"), [labelled("llava", ROWS[1:2])], draws=1).tables
+        assert tables["damage_retain"][:, 1].isnan().all()
+        assert tables["damage_retain"][:, 0].isfinite().all()
+        assert tables["var_text"].isnan().all()
+
+    def test_named_layers(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        model, batch = build("llava"), labelled("llava")
+        expected = profile(model, [batch], draws=1)
+        monkeypatch.setattr(type(model), "get_decoder", lambda self: self.lm_head)
+        with pytest.raises(DecoderNotFoundError):
+            profile(model, [batch], draws=1)
+        got = profile(model, [batch], draws=1, layers="model.language_model.layers")
+        assert got.model == expected.model
+        assert torch.equal(got.tables["damage_evict"], expected.tables["damage_evict"])
+
+    def test_errors(self) -> None:
+        model, batch = build("llava"), labelled("llava")
+        message = r"batch 1: every row needs `labels` with at least one answer token \(not -100\)"
+        with pytest.raises(InputError, match=message):
+            profile(model, [batch, prompts(batch)])
+        unanswered = {**batch, "labels": batch["labels"].clone()}
+        unanswered["labels"][1] = -100
+        with pytest.raises(InputError, match=message):
+            profile(model, [batch, unanswered])
+        with pytest.raises(InputError, match="the profile got no batch; expected at least one row with labels"):
+            profile(model, [])
+        torch.nn.init.constant_(model.lm_head.weight, torch.inf)
+        with pytest.raises(InputError, match="the profile got 3 rows, none of which gave finite states and logits"):
+            profile(model, [batch])
+
+
+def spent(result: Profile, run: Tensor, kv: str) -> float:
+    """Expected share of dense FLOPs when units run with some probability."""
+    t = result.tables
+    linear, kept, pair = (result.costs.column(name)[:, None] for name in ("linear", "keys_values", "attention"))
+    tokens, keys = t["tokens_per_row"], t["keys"]
+    dense = tokens * (linear + pair * keys)
+    skipped = tokens * (kept if kv == "retain" else 0)
+    return float((run * dense + (1 - run) * skipped).sum() / dense.sum())
+
+
+class TestPlan:
+    @KV
+    @pytest.mark.parametrize("init", ["theory", "theory-bias"])
+    @pytest.mark.parametrize("budget", [0.3, 0.5, 0.8, 1.0])
+    def test_expected_compute_is_the_budget(self, measured: Profile, budget: float, kv: str, init: Any) -> None:
+        plan = make_plan(measured, budget, kv, init)  # type: ignore[arg-type]
+        assert spent(measured, plan.run_rate.double(), kv) == pytest.approx(budget, abs=1e-3)
+        assert (plan.budget, plan.kv, plan.init, plan.model) == (budget, kv, init, measured.model)
+        assert plan.about["rows"] == 6
+        for tensor in (plan.weight, plan.bias, plan.run_rate):
+            assert tensor.dtype == torch.float32
+            assert tensor.isfinite().all()
+        assert ((plan.run_rate >= 0) & (plan.run_rate <= 1)).all()
+        assert (init == "theory") == bool(plan.weight.any())
+
+    @KV
+    def test_dearer_compute_runs_less(self, measured: Profile, kv: str) -> None:
+        rates = [make_plan(measured, b, kv).run_rate for b in (0.3, 0.5, 0.8)]  # type: ignore[arg-type]
+        assert (rates[0] <= rates[1]).all()
+        assert (rates[1] <= rates[2]).all()
+
+    def test_below_what_keys_and_values_cost_everything_skips(self, measured: Profile) -> None:
+        floor = spent(measured, torch.zeros(LAYERS, 2).double(), "retain")
+        assert make_plan(measured, floor / 2, "retain").run_rate.max() < 1e-6
+        assert spent(measured, torch.zeros(LAYERS, 2).double(), "evict") == 0
+
+    @KV
+    def test_gates_decide_as_expected_on_dense_states(self, measured: Profile, kv: str) -> None:
+        """The rate is a normal approximation, so it is close and no more."""
+        model = build("llava")
+        attach(model)
+        plan = make_plan(measured, 0.5, kv)  # type: ignore[arg-type]
+        set_gates(model, plan.weight, plan.bias)
+        ran, total = torch.zeros(LAYERS, 2), torch.zeros(LAYERS, 2)
+        for seed in range(2):
+            batch = prompts(labelled("llava", seed=seed))
+            modality, real = (batch["input_ids"] == IMAGE).long(), batch["attention_mask"].bool()
+            with torch.no_grad(), running(mode="dense"), LayerStates(model.get_decoder().layers) as states:
+                model(**batch, use_cache=False)
+            for layer, module in enumerate(model.get_decoder().layers):
+                run = module.layer_gate(states.entered[layer].detach(), modality) > 0
+                for m in range(2):
+                    chosen = real & (modality == m)
+                    ran[layer, m] += run[chosen].sum()
+                    total[layer, m] += chosen.sum()
+        assert spent(measured, (ran / total).double(), kv) == pytest.approx(0.5, abs=0.15)
+
+    def test_other_inits(self, measured: Profile) -> None:
+        for init, bias, rate in (("zero", 0.0, 0.5), ("run", 4.0, 1.0)):
+            plan = make_plan(measured, 0.5, "retain", init)  # type: ignore[arg-type]
+            assert not plan.weight.any()
+            assert (plan.bias == bias).all()
+            assert (plan.run_rate == rate).all()
+
+    def test_sharpness_scales_the_logits(self, measured: Profile) -> None:
+        one, two = make_plan(measured, 0.5), make_plan(measured, 0.5, sharpness=2.0)
+        torch.testing.assert_close(two.weight, 2 * one.weight)
+        torch.testing.assert_close(two.bias, 2 * one.bias)
+        assert torch.equal(two.run_rate, one.run_rate)
+
+    def test_units_without_tokens_run(self) -> None:
+        text_only = profile(build("llava"), [labelled("llava", ROWS[1:2])], draws=2)
+        for kv in ("retain", "evict"):
+            plan = make_plan(text_only, 0.5, kv)  # type: ignore[arg-type]
+            assert plan.bias.isfinite().all()
+            assert (plan.bias[:, 1] > 0).all()
+            assert (plan.run_rate[:, 1] == 1).all()
+            assert skip_set(text_only, 0.5, kv)[:, 1].all()  # type: ignore[arg-type]
+
+    @pytest.mark.parametrize("budget", [0, -0.5, 1.01, float("nan"), "0.5", None])
+    def test_budgets(self, measured: Profile, budget: Any) -> None:
+        message = (
+            rf"`budget`: got {budget!r}, expected a number in \(0, 1\]: the share of the dense decoder's FLOPs to spend"
+        )
+        with pytest.raises(ValueError, match=message):
+            make_plan(measured, budget)
+        with pytest.raises(ValueError, match=message):
+            allocate(torch.ones(1, 2), torch.ones(1, 2), 0.0, 2.0, budget)
+
+    def test_unknown_init(self, measured: Profile) -> None:
+        with pytest.raises(ValueError, match="`init`: got 'best', expected one of theory, theory-bias, zero, run"):
+            make_plan(measured, 0.5, init="best")  # type: ignore[arg-type]
+
+    @KV
+    def test_skip_set(self, measured: Profile, kv: str) -> None:
+        assert skip_set(measured, 1.0, kv).all()  # type: ignore[arg-type]
+        some = skip_set(measured, 0.5, kv)  # type: ignore[arg-type]
+        assert 0 < some.sum() < some.numel()
+        assert spent(measured, some.double(), kv) == pytest.approx(0.5, abs=0.15)
+        damage = measured.tables[f"damage_{kv}"] / measured.costs.saving(measured.tables["keys"], kv)  # type: ignore[arg-type]
+        per_flop = damage / measured.tables["tokens_per_row"]
+        assert per_flop[some].min() >= per_flop[~some].max()
+
+
+@st.composite
+def instances(draw: st.DrawFn) -> tuple[Tensor, Tensor, float]:
+    size = draw(st.integers(1, 3))
+    numbers = st.lists(st.floats(0.01, 100), min_size=2 * size, max_size=2 * size)
+    damage, cost = (torch.tensor(draw(numbers), dtype=torch.float64).view(size, 2) for _ in range(2))
+    return damage, cost, draw(st.floats(0.01, 1.0))
+
+
+class TestAllocate:
+    @given(instances())
+    @settings(max_examples=60, deadline=None)
+    def test_greedy_is_the_best_there_is(self, instance: tuple[Tensor, Tensor, float]) -> None:
+        """The relaxed knapsack's best is at a corner: whole units and one that runs in part."""
+        damage, cost, budget = instance
+        run, price = allocate(damage, cost, 0.0, float(cost.sum()), budget)
+        wanted = budget * cost.sum()
+        torch.testing.assert_close((run * cost).sum(), wanted, rtol=1e-5, atol=0)
+        best = torch.inf
+        d, c = damage.flatten().tolist(), cost.flatten().tolist()
+        for whole in itertools.product([0, 1], repeat=len(d)):
+            left = float(wanted) - sum(w * x for w, x in zip(whole, c, strict=True))
+            if left < -1e-9:
+                continue
+            lost = sum(x for w, x in zip(whole, d, strict=True) if not w)
+            parts = [min(1.0, left / c[i]) * d[i] for i, w in enumerate(whole) if not w]
+            best = min(best, lost - max(parts, default=0.0))
+        assert float(((1 - run) * damage).sum()) <= best + 1e-4 * float(damage.sum())
+        ratio = damage / cost
+        assert (run[ratio > price * (1 + 1e-9)] == 1).all()
+        assert (run[ratio < price * (1 - 1e-9)] == 0).all()
+
+    @given(instances(), st.floats(0.1, 10))
+    @settings(max_examples=10, deadline=None)
+    def test_relaxed(self, instance: tuple[Tensor, Tensor, float], temperature: float) -> None:
+        damage, cost, budget = instance
+        run, price = allocate(damage, cost, 0.0, float(cost.sum()), budget, temperature)
+        # Where compute is free, entropy alone makes units run in part: a larger budget is not spent.
+        free = float((torch.sigmoid(damage / temperature) * cost).sum() / cost.sum())
+        assert float((run * cost).sum() / cost.sum()) == pytest.approx(min(budget, free), abs=1e-3)
+        expected = torch.sigmoid((damage - price * cost) / temperature)
+        torch.testing.assert_close(run, expected.float(), atol=1e-4, rtol=1e-3)
+
+    def test_floor(self) -> None:
+        damage, cost = torch.tensor([[1.0, 2.0]]), torch.tensor([[4.0, 4.0]])
+        assert allocate(damage, cost, 2.0, 10.0, 0.6)[0].tolist() == [[0.0, 1.0]]
+        assert allocate(damage, cost, 2.0, 10.0, 0.1)[0].tolist() == [[0.0, 0.0]]
+        assert allocate(damage, cost, 2.0, 10.0, 1.0)[0].tolist() == [[1.0, 1.0]]
+
+    def test_units_without_tokens(self) -> None:
+        damage, cost = torch.tensor([[1.0, torch.nan]]), torch.tensor([[4.0, 0.0]])
+        assert allocate(damage, cost, 0.0, 4.0, 0.5)[0].tolist() == [[0.5, 1.0]]
+
+
+class TestCalibrate:
+    @KV
+    def test_the_budget_is_met_as_measured(self, kv: str) -> None:
+        model = build("llava")
+        attach(model)
+        set_gates(model, torch.randn(LAYERS, 2, WIDTH), torch.zeros(LAYERS, 2))
+        batches = [labelled("llava", seed=s) for s in range(8)]
+        costs = CostModel.of(model)
+        threshold, share = calibrate(model, batches, costs, 0.6, kv, tolerance=0.01)  # type: ignore[arg-type]
+        assert share == pytest.approx(0.6, abs=0.03)
+        assert measured_share(model, batches, costs, kv, threshold) == share  # type: ignore[arg-type]
+        default_threshold(model, threshold, "0.6")
+        config = find_router(model)[1].config
+        assert config.threshold == config.threshold_at(0.6) == threshold
+        trace = Trace()
+        with running(budget=0.6, trace=trace, kv=kv), torch.no_grad():
+            model(**prompts(batches[0]))
+        assert not trace.steps[0].run.all()
+
+    def test_budget(self) -> None:
+        with pytest.raises(ValueError, match="`budget`: got 2"):
+            calibrate(build("llava"), [], CostModel(()), 2, "retain")
+
+
+class TestOnDisk:
+    def test_profile(self, measured: Profile, tmp_path: Path) -> None:
+        save_profile(measured, tmp_path / "p")
+        loaded = load_profile(tmp_path / "p")
+        assert (loaded.costs, loaded.model, loaded.about) == (measured.costs, measured.model, measured.about)
+        assert set(loaded.tables) == set(measured.tables)
+        for name, table in measured.tables.items():
+            assert torch.equal(loaded.tables[name].nan_to_num(7.0), table.nan_to_num(7.0))
+            assert loaded.tables[name].dtype == table.dtype
+        written = json.loads((tmp_path / "p" / "profile.json").read_text())
+        assert written["tables"]["count"] == measured.tables["count"].tolist()
+        assert written["tables"]["ridge_r2_retain"][LAYERS - 1][1] is None  # NaN is no JSON
+        assert written["made_by"]["versions"]["torch"] == torch.__version__.partition("+")[0]
+
+    def test_plan(self, measured: Profile, tmp_path: Path) -> None:
+        plan = make_plan(measured, 0.5, "evict")
+        save_plan(plan, tmp_path / "p")
+        loaded = load_plan(tmp_path / "p")
+        for name in ("weight", "bias", "run_rate"):
+            assert torch.equal(getattr(loaded, name), getattr(plan, name))
+        assert replace(loaded, weight=plan.weight, bias=plan.bias, run_rate=plan.run_rate) == plan
+
+    @pytest.mark.parametrize("kind", ["profile", "plan"])
+    def test_errors(self, kind: str, measured: Profile, tmp_path: Path) -> None:
+        folder = tmp_path / "p"
+
+        def save(**options: bool) -> None:
+            if kind == "profile":
+                save_profile(measured, folder, **options)
+            else:
+                save_plan(make_plan(measured, 0.5), folder, **options)
+
+        load: Callable[[Path], Any] = load_profile if kind == "profile" else load_plan
+        file, tensors = folder / f"{kind}.json", folder / f"{kind}.safetensors"
+
+        def refused(message: str) -> None:
+            with pytest.raises(CheckpointError, match=f"^{re.escape(str(folder))}.*{message}"):
+                load(folder)
+
+        refused(f"is not a {kind}: it has no {kind}.json")
+        save()
+        with pytest.raises(CheckpointError, match="pass --overwrite"):
+            save()
+        values = json.loads(file.read_text())
+        file.write_text(json.dumps(values | {"version": 99}))
+        refused(rf"{kind}.json: got version 99, this skipit reads \d")
+        file.write_text(json.dumps({k: v for k, v in values.items() if k != "model"}))
+        refused(f"{kind}.json: no model; the file is incomplete")
+        file.write_text("{")
+        refused(f"{kind}.json is not readable JSON")
+        save(overwrite=True)
+        tensors.unlink()
+        refused(f"{kind}.safetensors does not exist")
+        tensors.write_bytes(b"x")
+        refused(f"{kind}.safetensors is not a readable safetensors file")
+        save(overwrite=True)
+        load(folder)
+        if kind == "profile":
+            file.write_text(json.dumps(values | {"costs": [{"linear": 1.0}]}))
+        else:
+            save_tensors(tensors, {"weight": torch.zeros(1)})
+        refused("its files do not belong together or are damaged: .*missing")
+
+    def test_another_model(self, measured: Profile) -> None:
+        check_same_model(measured, measured.model)
+        plan = make_plan(measured, 0.5)
+        for artefact, kind in ((measured, "profile"), (plan, "plan")):
+            message = (
+                f"the {kind} was made for a model with fingerprint {measured.model}, this model has abc. Profile this"
+            )
+            with pytest.raises(CheckpointError, match=message):
+                check_same_model(artefact, "abc")
+
+
+class TestFingerprint:
+    def test_another_model(self) -> None:
+        prints = [fingerprint(build(family, seed)) for family in FAMILIES for seed in range(2)]
+        assert len(set(prints)) == len(prints)
+        assert fingerprint(build("llava")) == prints[0]
+
+    def test_gates_and_lora_do_not_count(self) -> None:
+        from peft import LoraConfig, get_peft_model
+
+        model = build("qwen2.5-vl")
+        expected = fingerprint(model)
+        attach(model)
+        assert fingerprint(model) == expected
+        targets = ["q_proj", "k_proj", "o_proj", "gate_proj"]
+        tuned = get_peft_model(model, LoraConfig(r=2, target_modules=targets, modules_to_save=["layer_gate"]))
+        assert fingerprint(tuned, "base_model.model.model.language_model.layers") == expected
+        assert fingerprint(model) == expected
+
+    def test_a_changed_weight_counts(self) -> None:
+        model = build("llava")
+        expected = fingerprint(model)
+        with torch.no_grad():
+            model.get_decoder().layers[2].mlp.up_proj.weight[0, 0] += 1
+        assert fingerprint(model) != expected
+
+    def test_without_weights(self) -> None:
+        with torch.device("meta"):
+            assert len(fingerprint(build("llava"))) == 16
+
+
+def test_a_plan_holds_what_it_is_given() -> None:
+    plan = Plan(torch.zeros(1, 2, 3), torch.zeros(1, 2), 0.5, "retain", "run", "x", torch.ones(1, 2))
+    assert plan.about == {}
