@@ -58,7 +58,8 @@ def rank_correlation(
         return RankCorrelation(np.nan, np.nan, np.nan, len(x))
     generator = np.random.default_rng(seed)
     drawn = [_spearman(x[index], y[index]) for index in generator.integers(0, len(x), (resamples, len(x)))]
-    low, high = np.nanquantile(drawn, [(1 - confidence) / 2, (1 + confidence) / 2])
+    drawn = [value for value in drawn if not np.isnan(value)] or [np.nan]
+    low, high = np.quantile(drawn, [(1 - confidence) / 2, (1 + confidence) / 2])
     return RankCorrelation(round(_spearman(x, y), 6), float(low), float(high), len(x))
 
 

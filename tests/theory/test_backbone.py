@@ -1,5 +1,6 @@
 """Redundancy of vision encoders, text encoders and sliding-window decoders."""
 
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -72,9 +73,7 @@ def test_vision_encoders_are_measured_by_patch(model: Any, tokens: int) -> None:
 def test_the_figures_are_those_of_the_hidden_states() -> None:
     model = _vision(SiglipVisionModel, SiglipVisionConfig).eval()
     states = model(**PIXELS, output_hidden_states=True).hidden_states
-    expected = [
-        1 - torch.cosine_similarity(x, y, dim=-1).mean().item() for x, y in zip(states, states[1:], strict=False)
-    ]
+    expected = [1 - torch.cosine_similarity(x, y, dim=-1).mean().item() for x, y in pairwise(states)]
     found = profile_backbone(model, [PIXELS], "vision").table("geometric")
     # The encoder's last hidden state may be taken after a norm; the layers before it are plain.
     assert found[:2].tolist() == pytest.approx(expected[:2], abs=1e-5)
@@ -103,7 +102,7 @@ def test_text_models_are_measured_without_their_pads(build: Any) -> None:
 def test_the_reference_models_own_tower() -> None:
     model, processor = load_dense(str(WEIGHTS))
     rows = list(batches(reference_dataset("test", 4, 0), Collator(processor), 4))
-    with pytest.raises(DecoderNotFoundError, match="not exactly one stack of layers.*vision"):
+    with pytest.raises(DecoderNotFoundError, match=r"not exactly one stack of layers.*vision"):
         profile_backbone(model, rows, "vision")
     path = next(n for n, m in model.named_modules() if "vision" in n and isinstance(m, torch.nn.ModuleList))
     found = profile_backbone(model, rows, "vision", layers=path)
@@ -113,11 +112,9 @@ def test_the_reference_models_own_tower() -> None:
 
 def test_notions_that_do_not_exist_say_so() -> None:
     found = profile_backbone(_vision(CLIPVisionModel, CLIPVisionConfig), [PIXELS], "vision")
-    with pytest.raises(
-        InputError, match="`var_text` does not exist for the vision stack.*text queries and vision keys"
-    ):
+    with pytest.raises(InputError, match=r"`var_text` does not exist for the vision stack.*vision keys"):
         found.table("var_text")
-    with pytest.raises(InputError, match="`damage_retain` does not exist.*answer tokens"):
+    with pytest.raises(InputError, match=r"`damage_retain` does not exist.*answer tokens"):
         found.table("damage_retain")
     with pytest.raises(InputError, match="`name` is 'depth', expected one of geometric"):
         found.table("depth")
@@ -129,9 +126,7 @@ def test_errors() -> None:
         profile_backbone(model, [PIXELS], "audio")
     with pytest.raises(InputError, match="no batch"):
         profile_backbone(model, [], "vision")
-    with pytest.raises(
-        DecoderNotFoundError, match=r"no layers at `layers='h'` in `CLIPVisionModel`. Stacks found: .*3 x"
-    ):
+    with pytest.raises(DecoderNotFoundError, match=r"no layers at `layers='h'` in .*Stacks found: .*3 x"):
         profile_backbone(model, [PIXELS], "vision", layers="h")
 
 
