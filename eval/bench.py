@@ -1,11 +1,10 @@
 """Speed of gated execution on a LLaVA-shaped model with random weights: python -m skipit.eval.bench.
 
-Speed does not depend on what the weights say. Skips are spread evenly over tokens and layers, so nothing is flattered by
-whole layers falling away. Every figure is a median of interleaved repeats against the untouched transformers model.
+Speed does not depend on what the weights say. Skips are spread evenly over tokens and layers, so nothing is flattered
+by whole layers falling away. Every figure is a median of interleaved repeats against the untouched model.
 """
 
 import argparse
-import json
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -48,7 +47,12 @@ def bench_small(hidden: int = 1024, layers: int = 12, image_tokens: int = 576) -
     if side * side != image_tokens:
         raise ValueError(f"`image_tokens`: got {image_tokens}, expected a square number.")
     vision = CLIPVisionConfig(
-        hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, image_size=14 * side, patch_size=14
+        hidden_size=32,
+        intermediate_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        image_size=14 * side,
+        patch_size=14,
     )
     text = LlamaConfig(
         vocab_size=1000,
@@ -121,7 +125,8 @@ def main() -> None:
     arguments = parser.parse_args()
     rows = [row for batch in arguments.batch for row in bench(tuple(arguments.shares), batch, arguments.repeats)]
     print(f"{torch.get_num_threads()} threads, fp32, 576 image + 64 text tokens, hidden 1024, 12 layers")
-    print(f"{'':28}{'batch':>6}{'FLOPs saved':>13}{'prefill ms':>12}{'time saved':>12}{'efficiency':>12}{'decode ms':>11}")
+    heads = f"{'FLOPs saved':>13}{'prefill ms':>12}{'time saved':>12}{'efficiency':>12}{'decode ms':>11}"
+    print(f"{'':28}{'batch':>6}{heads}")
     for row in rows:
         efficiency = f"{row['efficiency']:.2f}" if row["efficiency"] is not None else "-"
         print(

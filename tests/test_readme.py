@@ -35,7 +35,7 @@ def test_every_file_has_its_line_in_the_tree() -> None:
 
 def test_every_line_of_the_tree_says_something() -> None:
     tree = README.split("## Files", 1)[1].split("```", 2)[1]
-    assert all(len(line.split()) > 2 for line in tree.strip("\n").splitlines())
+    assert all(len(line.split()) > 2 for line in tree.strip("\n").splitlines() if line.startswith(" "))
 
 
 @pytest.mark.parametrize("command", re.findall(r"^(skipit [^#\n]+)", README, flags=re.MULTILINE))

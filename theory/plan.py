@@ -187,8 +187,8 @@ def _log_damage(profile: Profile, kv: KVPolicy, init: Init) -> tuple[Tensor, Ten
     """Mean and spread, over a unit's tokens, of the predicted log damage of skipping one token.
 
     The ridge predicts the mean log of a noisy estimate, which lies below the log of its mean. So the prediction is
-    shifted until exp(prediction), averaged over the unit's tokens as a log-normal, is their mean damage. Gates that tell
-    tokens apart use the damages of tokens taken one by one; a bias alone skips whole units, and uses theirs.
+    shifted until exp(prediction), averaged over the unit's tokens as a log-normal, is their mean damage. Gates that
+    tell tokens apart use the damages of tokens taken one by one; a bias alone skips whole units, and uses theirs.
     """
     t = profile.tables
     if init == "theory":

@@ -1,7 +1,8 @@
+# ruff: noqa: E501 - the card is prose
 """Make the reference VLM's weights: python -m skipit.train.reference --out runs/pretrain [--steps N].
 
-Pretrains (resuming when --out holds a checkpoint), then writes weights/, the folder that is shipped: model, processor and
-a card with the accuracy on held-out scans.
+Pretrains (resuming when --out holds a checkpoint), then writes weights/, the folder that is shipped: model, processor
+and a card with the accuracy on held-out scans.
 """
 
 import argparse
@@ -76,7 +77,9 @@ def layer_dropping(model: Any) -> dict[str, dict[str, float]]:
 def _card(config: PretrainConfig, accuracy: dict[str, float], dropped: dict[str, dict[str, float]]) -> str:
     header = "| | " + " | ".join(KINDS) + " |\n|---|" + "---|" * len(KINDS)
     rows = [f"| none | {' | '.join(f'{accuracy[kind]:.1%}' for kind in KINDS)} |"]
-    rows += [f"| {k} | {' | '.join(f'{values[kind]:.1%}' for kind in KINDS)} |" for k, values in dropped.items() if k != "0"]
+    rows += [
+        f"| {k} | {' | '.join(f'{values[kind]:.1%}' for kind in KINDS)} |" for k, values in dropped.items() if k != "0"
+    ]
     table = "\n".join(rows)
     return f"""---
 library_name: transformers

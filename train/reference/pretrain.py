@@ -83,6 +83,7 @@ class Packer:
         self.prefix = self.ids("<s> USER: " + "<image>" * IMAGE_TOKENS)
 
     def ids(self, text: str) -> list[int]:
+        """Token ids of a text, remembered: there are few different questions."""
         if text not in self._ids:
             self._ids[text] = self.tokenizer(text, add_special_tokens=False)["input_ids"]
         return self._ids[text]
@@ -94,7 +95,11 @@ class Packer:
         cells = self.pixels[index.flatten()]
         if self.augmented:
             cells = augment(cells, self.generator)
-        return to_pixel_values(cells.view(batch, GRID * GRID, 8, 8)), torch.tensor([g.digits for g in grids]), [g.digits for g in grids]
+        return (
+            to_pixel_values(cells.view(batch, GRID * GRID, 8, 8)),
+            torch.tensor([g.digits for g in grids]),
+            [g.digits for g in grids],
+        )
 
     def batch(self, size: int) -> tuple[dict[str, Tensor], Tensor, Tensor]:
         """Model inputs, loss weight per token [batch, seq], and digits [batch, 9].
@@ -267,7 +272,9 @@ def pretrain(
             answer_loss = (losses * weight[:, 1:]).sum() / weight[:, 1:].sum()
             loss = answer_loss + config.digit_loss * digit_loss(captured["features"], digits)
             if not torch.isfinite(loss):
-                raise FloatingPointError(f"loss is {loss.item()} at step {step}; the last checkpoint in {folder} is good.")
+                raise FloatingPointError(
+                    f"loss is {loss.item()} at step {step}; the last checkpoint in {folder} is good."
+                )
             optimizer.zero_grad()
             loss.backward()
             nn.utils.clip_grad_norm_([p for m in modules.values() for p in m.parameters()], 1.0)
