@@ -1,0 +1,404 @@
+"""How tight the statements of docs/theory.md are on a real model: measured / bound, for every one that can be measured.
+
+A ratio of 1 means that the statement says exactly what happens, a ratio of 0.01 that a hundred times more could happen
+as far as the statement knows, and a ratio above 1 that it is false. Identities have the ratio 1.
+"""
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from skipit.router import MODALITIES, FixedUnits, attach, detach, running, token_modality
+from skipit.router.attach import find_router
+from skipit.router.attention import OBSERVER_KWARG
+from skipit.router.decoder import find_decoder
+from skipit.router.errors import SkipItError
+
+from .accumulate import prox_bounds
+from .bounds import (
+    answer_kl_radius,
+    block_angle_bound,
+    block_geometric_bound,
+    combine_damages,
+    entropy_change_bound,
+    eviction_output_change,
+    fano_entropy_bound,
+    fisher_damage,
+    fisher_damage_joint,
+    geometric_from_proximal,
+    neighbour_counts,
+    path_identity,
+    pinsker_risk_gap,
+    probe_gap_bound,
+    probe_gap_bound_from_proximal,
+    proximal_from_geometric,
+    total_variation_from_kl,
+    update_norm_from_cosine,
+)
+from .damage import LayerStates, draw_choice
+from .measures import angular_distance, cosine_distance, eviction_term, relative_update
+
+IGNORE = -100
+THRESHOLDS = (0.01, 0.1, 1.0)
+CODES = 24  # size of the alphabet that statements 5 and 6 quantize states to
+NODES = 8  # of the quadrature of statement 7
+# What is measured below this is rounding, and so is its ratio to a bound of that size.
+ROUNDING = 1e-6
+
+
+@dataclass(frozen=True)
+class Tightness:
+    """Measured / bound of one inequality over everything it was evaluated on.
+
+    Attributes:
+        statement: its number in docs/theory.md.
+        claim: the inequality in words.
+        ratios: finite, one per sample; empty if nothing could be evaluated.
+    """
+
+    statement: int
+    claim: str
+    ratios: Tensor
+
+    @property
+    def median(self) -> float:
+        """Of the ratios; NaN without any."""
+        return float(self.ratios.median()) if len(self.ratios) else float("nan")
+
+    @property
+    def largest(self) -> float:
+        """Of the ratios; above 1 the statement would be false."""
+        return float(self.ratios.max()) if len(self.ratios) else float("nan")
+
+
+class _Ratios:
+    """Collects ratios by statement and claim, in order."""
+
+    def __init__(self) -> None:
+        self.held: dict[tuple[int, str], list[Tensor]] = {}
+
+    def add(self, statement: int, claim: str, measured: Any, bound: Any) -> None:
+        top = torch.as_tensor(measured).detach().double().flatten().cpu()
+        under = torch.as_tensor(bound).detach().double().flatten().cpu()
+        top, under = torch.broadcast_tensors(top, under)
+        kept = top.isfinite() & under.isfinite() & ((top.abs() > ROUNDING) | (under > ROUNDING))
+        self.held.setdefault((statement, claim), []).append(top[kept] / under[kept])
+
+    def list(self) -> list[Tightness]:
+        return [Tightness(number, claim, torch.cat(parts)) for (number, claim), parts in sorted(self.held.items())]
+
+
+def from_tables(tables: Mapping[str, Tensor]) -> list[Tightness]:
+    """What a profile alone can tell: the statements about means and distributions of its units."""
+    ratios = _Ratios()
+    geometric = tables["geometric"]
+    here = geometric.isfinite()
+    for t in THRESHOLDS:
+        _, prox = prox_bounds(tables["histogram"], t)
+        ratios.add(1, "prox(t) <= geo / t, per unit", prox[here], proximal_from_geometric(geometric[here], t))
+        bound = geometric_from_proximal(prox[here], t)
+        ratios.add(1, "geo <= (1 - prox) t + 2 prox, per unit", geometric[here], bound)
+    return ratios.list()
+
+
+def from_model(model: nn.Module, batches: Iterable[dict[str, Tensor]], *, seed: int = 0) -> list[Tightness]:
+    """Every statement on the tensors of a model: states, attention, gradients, and real skips.
+
+    Statement 7 walks along every skip and dominates the time: 2 x layers x 8 gradients per batch. A few rows will do.
+
+    Args:
+        model: with or without gates, which are not asked.
+        batches: with labels.
+        seed: of the codebooks, probes and draws.
+    """
+    gated = True
+    try:
+        find_router(model)
+    except SkipItError:
+        gated = False
+        attach(model)
+    ratios, generator = _Ratios(), torch.Generator().manual_seed(seed)
+    was_training = model.training
+    try:
+        for batch in batches:
+            _evaluate(model.eval(), batch, ratios, generator)
+    finally:
+        model.train(was_training)
+        if not gated:
+            detach(model)
+    return ratios.list()
+
+
+def _evaluate(model: nn.Module, batch: dict[str, Tensor], ratios: _Ratios, generator: torch.Generator) -> None:
+    device = next(model.parameters()).device
+    inputs = {key: value.to(device) for key, value in batch.items() if key != "labels"}
+    labels = batch["labels"].to(device)
+    answer = labels[:, 1:] != IGNORE
+    modality = token_modality(model.config, inputs["input_ids"], inputs.get("mm_token_type_ids"))
+    modality = modality.masked_fill(~inputs.get("attention_mask", torch.ones_like(modality)).bool(), -1)
+    _, _, layers = find_decoder(model, find_router(model)[1].config.layers)
+
+    def evict(module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: Any) -> Any:
+        _eviction(query, key, value, mask, scaling, modality, ratios)
+        return mask
+
+    with torch.enable_grad(), running(mode="dense"), LayerStates(layers) as states:
+        logits = model(**inputs, use_cache=False, **{OBSERVER_KWARG: evict}).logits[:, :-1]
+    margin = draw_choice(logits, answer, 1.0, generator).margin
+    grads = torch.autograd.grad(margin.sum(), states.left)
+    for grad, x, y in zip(grads, states.entered, states.left, strict=True):
+        _sums(grad, (y - x).detach(), modality, ratios)
+    chain = [states.entered[0].detach(), *(left.detach() for left in states.left)]
+    with torch.no_grad():
+        for x, y in pairwise(chain):
+            _states(x, y, modality, ratios)
+            _probes(model, x[:, :-1], y[:, :-1], labels[:, 1:], answer, ratios, generator)
+            _information(x[:, :-1], y[:, :-1], labels[:, 1:], modality[:, :-1], answer, ratios, generator)
+        _blocks(chain, modality, ratios)
+    for index in range(len(layers)):
+        for m in range(len(MODALITIES)):
+            if bool((modality == m).any()):
+                _skip(model, layers, index, inputs, answer, modality == m, m, chain, ratios)
+
+
+def _states(x: Tensor, y: Tensor, modality: Tensor, ratios: _Ratios) -> None:
+    """Statements 1 and 2: per token, and per row and modality."""
+    distance = cosine_distance(x, y).double()
+    norm = (y.double().norm(dim=-1) / x.double().norm(dim=-1))[modality >= 0]
+    update = relative_update(x, y)[modality >= 0]
+    ratios.add(
+        2,
+        "|F| / |x| = sqrt((1 - r)^2 + 2 r d), per token",
+        update,
+        update_norm_from_cosine(norm, distance[modality >= 0]),
+    )
+    for row, kinds in zip(distance, modality, strict=True):
+        for m in range(len(MODALITIES)):
+            if not bool((kinds == m).any()):
+                continue
+            geometric = row[kinds == m].mean()
+            for t in THRESHOLDS:
+                prox = (row[kinds == m] >= t).double().mean()
+                ratios.add(1, "prox(t) <= geo / t, per row", prox, proximal_from_geometric(geometric, t))
+                bound = geometric_from_proximal(prox, t)
+                ratios.add(1, "geo <= (1 - prox) t + 2 prox, per row", geometric, bound)
+
+
+def _blocks(chain: list[Tensor], modality: Tensor, ratios: _Ratios) -> None:
+    """Statement 3, for blocks of 2 layers, of 4 and so on, and of all."""
+    real = modality >= 0
+    layers = list(pairwise(chain))
+    angles = torch.stack([angular_distance(x, y)[real] for x, y in layers], dim=-1)
+    geos = torch.stack([cosine_distance(x, y)[real].double().mean() for x, y in layers])
+    for length in {2, 4, len(layers)} & set(range(2, len(layers) + 1)):
+        for start in range(len(layers) - length + 1):
+            ends, block = (chain[start], chain[start + length]), slice(start, start + length)
+            ratios.add(
+                3,
+                "angle of a block <= sum of its layers', per token",
+                angular_distance(*ends)[real],
+                block_angle_bound(angles[:, block]),
+            )
+            ratios.add(
+                3,
+                "geo of a block <= (sum of sqrt geo)^2, mean",
+                cosine_distance(*ends)[real].double().mean(),
+                block_geometric_bound(geos[block]),
+            )
+
+
+def _probes(
+    model: Any, x: Tensor, y: Tensor, target: Tensor, answer: Tensor, ratios: _Ratios, generator: torch.Generator
+) -> None:
+    """Statement 4, with the model's own output embedding as the probe, on directions scaled as RMSNorm scales them."""
+    head = model.get_output_embeddings()
+    if head is None or not bool(answer.any()):
+        return
+    weight = head.weight.float() * x.shape[-1] ** 0.5
+    norm = float(torch.linalg.matrix_norm(weight, ord=2))
+    losses = [F.cross_entropy(F.normalize(s[answer].float(), dim=-1) @ weight.T, target[answer]) for s in (x, y)]
+    gap = (losses[1] - losses[0]).abs()
+    distance = cosine_distance(x, y)[answer].double()
+    ratios.add(4, "probe's loss gap <= 2 B sqrt(geo), per layer", gap, probe_gap_bound(distance.mean(), norm))
+    for t in THRESHOLDS:
+        prox = (distance >= t).double().mean()
+        ratios.add(
+            4,
+            "probe's loss gap <= alpha ((1 - prox) sqrt(2t) + 2 prox)",
+            gap,
+            probe_gap_bound_from_proximal(prox, t, 2**0.5 * norm),
+        )
+
+
+def _information(
+    x: Tensor, y: Tensor, target: Tensor, modality: Tensor, answer: Tensor, ratios: _Ratios, generator: torch.Generator
+) -> None:
+    """Statements 5 and 6 for states quantized to a few codes: drawn states of either side, nearest by distance."""
+    for m in range(len(MODALITIES)):
+        chosen = modality == m
+        if int(chosen.sum()) < CODES:
+            continue
+        pool = torch.cat([x[chosen], y[chosen]]).float()
+        codes = pool[torch.randperm(len(pool), generator=generator)[:CODES].to(pool.device)]
+        near = [_nearest(states[chosen].float(), codes) for states in (x, y)]
+        distances = cosine_distance(codes[:, None].expand(-1, CODES, -1), codes[None].expand(CODES, -1, -1))
+        distances.fill_diagonal_(0)
+        moved = distances[near[0], near[1]]
+        entropy = _entropy(near[0] * CODES + near[1]) - _entropy(near[0])
+        for t in THRESHOLDS:
+            fano = fano_entropy_bound((moved >= t).double().mean(), CODES, *neighbour_counts(distances, t))
+            ratios.add(5, "H(x'|x) <= Fano's bound, quantized states", entropy, fano)
+        asked = answer[chosen]
+        if bool(asked.any()):
+            before, after, z = near[0][asked], near[1][asked], target[chosen][asked]
+            _risk(before, after, z, ratios)
+
+
+def _risk(before: Tensor, after: Tensor, z: Tensor, ratios: _Ratios) -> None:
+    """Statement 6 for the 0-1 loss, on the empirical law of two codes and the answer."""
+    both = before * CODES + after
+    size = int(z.max()) + 1
+    information = (_entropy(both) - _entropy(before)) - (_entropy(both * size + z) - _entropy(before * size + z))
+    gap = _risk_of(before, z) - _risk_of(after, z)
+    claim = "risk gap <= M sqrt(dI / 2), quantized states"
+    ratios.add(6, claim, gap.clamp(min=0), pinsker_risk_gap(information.clamp(min=0), 1.0))
+
+
+def _risk_of(seen: Tensor, z: Tensor) -> Tensor:
+    table = torch.zeros(int(seen.max()) + 1, int(z.max()) + 1, dtype=torch.float64, device=z.device)
+    table.index_put_((seen, z), table.new_ones(len(z)), accumulate=True)
+    return 1 - table.amax(-1).sum() / len(z)
+
+
+def _nearest(states: Tensor, codes: Tensor) -> Tensor:
+    return (F.normalize(states, dim=-1) @ F.normalize(codes, dim=-1).T).argmax(-1)
+
+
+def _entropy(symbols: Tensor) -> Tensor:
+    p = torch.unique(symbols, return_counts=True)[1].double() / len(symbols)
+    return -(p * p.log()).sum()
+
+
+def _eviction(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: Any, modality: Tensor, ratios: _Ratios
+) -> None:
+    """Statement 9, per head and text query, when the vision keys of a layer are evicted."""
+    with torch.no_grad():
+        groups, length = query.shape[1] // key.shape[1], query.shape[2]
+        scores = query @ key.repeat_interleave(groups, dim=1).transpose(-1, -2)
+        scores = scores * (query.shape[-1] ** -0.5 if scaling is None else scaling)
+        if mask is None:
+            mask = torch.ones(length, length, dtype=torch.bool, device=query.device).tril()[None, None]
+        scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask
+        weights = torch.softmax(scores.double(), dim=-1)
+        vision = modality == 1
+        change = eviction_term(weights, value.double(), vision).norm(dim=-1)
+        mass = (weights * vision[:, None, None]).sum(-1).clamp(0, 1)
+        norms = value.double().norm(dim=-1).repeat_interleave(groups, dim=1)
+        seen = torch.where(weights > 0, norms[:, :, None, :], 0.0).amax(-1)
+        text = ((modality == 0) & vision.any(-1)[:, None])[:, None].expand_as(mass) & (mass < 1 - ROUNDING)
+        bound = eviction_output_change(mass[text], seen[text])
+    ratios.add(9, "|o - o'| <= 2 a max|v|, per head and text query", change[text], bound)
+
+
+def _sums(grad: Tensor, update: Tensor, modality: Tensor, ratios: _Ratios) -> None:
+    """Statement 10: the tokens of a unit together against one by one."""
+    single = fisher_damage(grad, update).double()
+    for m in range(len(MODALITIES)):
+        unit = modality == m
+        together = fisher_damage_joint(grad.double(), update.double(), unit)
+        ratios.add(
+            10,
+            "D of a unit <= (sum of sqrt D of its tokens)^2, per row",
+            together,
+            combine_damages(torch.where(unit, single, 0.0)),
+        )
+
+
+def _skip(
+    model: nn.Module,
+    layers: nn.ModuleList,
+    index: int,
+    inputs: dict[str, Tensor],
+    answer: Tensor,
+    unit: Tensor,
+    m: int,
+    chain: list[Tensor],
+    ratios: _Ratios,
+) -> None:
+    """Statements 7, 8 and 11 on one real skip: along its path, and at its end."""
+    plan = torch.ones(len(layers), len(MODALITIES), dtype=torch.bool)
+    plan[index, m] = False
+    with torch.no_grad():
+        with running(mode="dense"):
+            full = model(**inputs, use_cache=False).logits[:, :-1][answer].double().log_softmax(-1)
+        with running(policy=FixedUnits(plan), kv="retain", mode="masked"):
+            skipped = model(**inputs, use_cache=False).logits[:, :-1][answer].double().log_softmax(-1)
+    kl = (full.exp() * (full - skipped)).sum(-1).clamp(min=0)
+
+    def rest(states: Tensor) -> Tensor:
+        with running(mode="dense"), _replaced(layers[index], states):
+            found = model(**inputs, use_cache=False).logits[:, :-1][answer].double().log_softmax(-1)
+        return (full.exp() * (full - found)).sum()
+
+    update = (chain[index + 1] - chain[index]) * unit[..., None]
+    path = path_identity(rest, chain[index + 1], update, NODES)
+    ratios.add(7, "|loss change| <= |u| max|gradient|, per skip", kl.sum(), path.bound)
+    _outputs(full, skipped, kl, ratios)
+
+
+class _replaced:
+    """Puts other states in place of a layer's output."""
+
+    def __init__(self, layer: nn.Module, states: Tensor) -> None:
+        self.layer, self.states = layer, states
+
+    def __enter__(self) -> None:
+        def hook(layer: nn.Module, args: Any, output: Any) -> Any:
+            return (self.states, *output[1:]) if isinstance(output, tuple) else self.states
+
+        self.handle = self.layer.register_forward_hook(hook)
+
+    def __exit__(self, *exception: object) -> None:
+        self.handle.remove()
+
+
+def _outputs(full: Tensor, skipped: Tensor, kl: Tensor, ratios: _Ratios) -> None:
+    """Statement 11 per answer token, and the reduction to one choice behind statement 8's damage."""
+    p, q = full.exp(), skipped.exp()
+    variation = (p - q).abs().sum(-1) / 2
+    ratios.add(
+        11, "TV <= min(sqrt(KL / 2), sqrt(1 - exp(-KL))), per answer token", variation, total_variation_from_kl(kl)
+    )
+    change = ((p * full).sum(-1) - (q * skipped).sum(-1)).abs()
+    ratios.add(
+        11,
+        "entropy change <= TV log(K - 1) + h2(TV)",
+        change,
+        entropy_change_bound(variation.clamp(max=1), p.shape[-1]),
+    )
+    top, first = p.topk(2)
+    moved = q.argmax(-1) != first[:, 0]
+    ratios.add(
+        11,
+        "KL of a changed answer >= its radius (radius / KL)",
+        answer_kl_radius(top[moved, 0], top[moved, 1]),
+        kl[moved],
+    )
+    pair_p, pair_q = p.gather(-1, first), q.gather(-1, first)
+    mass = pair_p.sum(-1)
+    inner = (pair_p * ((pair_p / mass[:, None]).log() - (pair_q / pair_q.sum(-1, keepdim=True)).log())).sum(-1)
+    ratios.add(8, "KL of the choice between the two first answers <= KL", inner.clamp(min=0), kl)
+
+
+def show(found: list[Tightness], write: Callable[[str], None] = print) -> None:
+    """Write the table, one line per inequality."""
+    width = max((len(line.claim) for line in found), default=0)
+    write(f"{'':>3} {'measured / bound':{width}} {'median':>9} {'max':>9} {'samples':>9}")
+    for line in found:
+        write(f"{line.statement:>3} {line.claim:{width}} {line.median:9.2g} {line.largest:9.2g} {len(line.ratios):9}")
