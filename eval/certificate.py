@@ -16,7 +16,9 @@ from skipit.router import Decision, Gated, Trace, find_router, running
 from skipit.router.call import Call
 from skipit.router.gates import TokenGate
 from skipit.theory.cost import CostModel, trace_compute
-from skipit.theory.risk import certify, check_rows, threshold_grid
+from skipit.theory.risk import certify, check_rows
+
+from .runner import leave_out_finished
 
 Collate = Callable[[Sequence[Mapping[str, Any]]], dict[str, Tensor]]
 
@@ -67,8 +69,8 @@ class Certificate:
         found = self.chosen
         return (
             f"at threshold {found.threshold:.3f} {found.compute:.1%} of the dense decoder's FLOPs; "
-            f"{found.disagreements} of {self.rows} answers differ from the dense model's. With confidence {self.confidence:g} at most "
-            f"{self.risk:g} of new answers do (p = {found.p_value:.2g})."
+            f"{found.disagreements} of {self.rows} answers differ from the dense model's. With confidence "
+            f"{self.confidence:g} at most {self.risk:g} of new answers do (p = {found.p_value:.2g})."
         )
 
 
@@ -128,9 +130,10 @@ def greedy_answers(
         trace = Trace()
         with running(**{**options, "trace": trace}):
             generated = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
-        new = generated[:, inputs["input_ids"].shape[1] :].tolist()
-        answers += [_until_end(tokens, model.generation_config.eos_token_id) for tokens in new]
+        new, end = generated[:, inputs["input_ids"].shape[1] :], model.generation_config.eos_token_id
+        answers += [_until_end(tokens, end) for tokens in new.tolist()]
         if trace.steps:
+            leave_out_finished(trace.steps, new, end)
             compute = trace_compute(costs, trace.steps, kv)
             executed, dense = executed + float(compute.executed.sum()), dense + float(compute.dense.sum())
         progress(len(new))
@@ -197,6 +200,3 @@ def _until_end(tokens: list[int], end: int | list[int] | None) -> list[int]:
     """The answer with its end token; what a batch appends while other rows go on is no part of it."""
     ends = {end} if isinstance(end, int) else set(end or ())
     return tokens[: next((i + 1 for i, token in enumerate(tokens) if token in ends), len(tokens))]
-
-
-__all__ = ["Certificate", "Trial", "certify_thresholds", "gate_logits", "greedy_answers", "threshold_grid"]

@@ -99,7 +99,7 @@ def run_dataset(
         new = generated[:, inputs["input_ids"].shape[1] :]
         answers += [text.strip() for text in processor.batch_decode(new, skip_special_tokens=True)]
         if trace.steps:
-            _leave_out_finished(trace.steps, new, model.generation_config.eos_token_id)
+            leave_out_finished(trace.steps, new, model.generation_config.eos_token_id)
             compute = trace_compute(costs, trace.steps, kv)
             executed, dense = executed + compute.executed.cpu(), dense + compute.dense.cpu()
             for step in trace.steps:
@@ -117,7 +117,7 @@ def run_dataset(
     )
 
 
-def _leave_out_finished(steps: list[Step], new: Tensor, end: int | list[int] | None) -> None:
+def leave_out_finished(steps: list[Step], new: Tensor, end: int | list[int] | None) -> None:
     """Count a row's tokens up to its end, as if it had been alone: a batch goes on until its longest answer is done."""
     if end is None:
         return

@@ -164,7 +164,7 @@ def test_no_layer_qualifies() -> None:
         ),
         (
             lambda: redundant_and_unattended(measured([0.1]), 2.5, 0.1),
-            ValueError,
+            InputError,
             r"`eps`: got 2.5, expected a number in \[0, 2\]",
         ),
         (lambda: redundant_and_unattended(measured([0.1]), 0.1, math.nan), InputError, r"`nu`: got nan, expected"),

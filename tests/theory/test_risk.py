@@ -4,11 +4,20 @@ import math
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import binom
 
-from skipit.theory.risk import learn_then_test, samples_to_certify
+from skipit.router import InputError
+from skipit.theory.risk import (
+    allowed_errors,
+    certify,
+    check_rows,
+    learn_then_test,
+    samples_to_certify,
+    threshold_grid,
+)
 
 # No deadline: the first example pays for imports, and a busy machine is no error.
 examples = settings(max_examples=60, deadline=None)
@@ -58,6 +67,65 @@ def test_12_fewest_samples_are_enough_and_one_less_is_not(eps: float, delta: flo
         assert learn_then_test([0], needed - 1, eps, delta).index is None
 
 
+# --- From a table of disagreements
+
+
+@pytest.mark.parametrize(("risk", "confidence", "rows"), [(0.02, 0.95, 400), (0.05, 0.9, 150), (0.1, 0.8, 60)])
+def test_random_splits_violate_the_risk_less_often_than_promised(risk: float, confidence: float, rows: int) -> None:
+    """A population of rows, each with the threshold beyond which its answer changes, and a few that flip back."""
+    random = np.random.default_rng(0)
+    limits = random.gamma(6.0, 1.0, size=5000)
+    thresholds = np.linspace(0.5, 6, 12)
+    population = (limits < thresholds[:, None]) ^ (random.random((12, 5000)) < 0.003)
+    true_risk = population.mean(1)
+    assert true_risk[0] < risk < true_risk[-1]
+    splits, violated, useful = 200, 0, 0
+    for _ in range(splits):
+        drawn = random.integers(0, 5000, rows)
+        index = certify(torch.from_numpy(population[:, drawn]), risk, confidence).index
+        violated += index is not None and true_risk[index] > risk
+        useful += index is not None and index > 0
+    promised = splits * (1 - confidence)
+    assert violated <= promised + 3 * math.sqrt(promised * confidence)
+    assert useful > 0.5 * splits  # and not because nothing is ever certified
+
+
+@examples
+@given(st.integers(1, 400), st.floats(0.005, 0.5), st.floats(0.01, 0.5))
+def test_allowed_errors_pass_and_one_more_does_not(trials: int, eps: float, delta: float) -> None:
+    most = allowed_errors(trials, eps, delta)
+    if most >= 0:
+        assert learn_then_test([most], trials, eps, delta).index == 0
+    if most < trials:
+        assert learn_then_test([most + 1], trials, eps, delta).index is None
+
+
+@examples
+@given(st.lists(st.floats(-20, 20), min_size=1, max_size=300))
+def test_a_grid_rises_in_steps_of_skips(values: list[float]) -> None:
+    logits = torch.tensor(values, dtype=torch.float64)
+    grid = threshold_grid(logits)
+    assert grid == sorted(set(grid))
+    skipped = [float((logits <= threshold).double().mean()) for threshold in grid]
+    assert skipped[0] >= 0.05  # a threshold that skips nothing needs no certificate
+    assert skipped[-1] >= 0.8
+
+
+def test_constant_gates_have_two_thresholds_and_the_first_is_their_plan() -> None:
+    assert threshold_grid(torch.tensor([-8.0] * 40 + [8.0] * 60)) == [-8.0, 8.0]
+
+
+def test_too_few_rows_are_refused_with_the_number_that_is_needed() -> None:
+    message = r"148 rows to certify with: a risk of 0.02 .* 0.95 needs at least 149 \(`samples_to_certify`\), without a"
+    with pytest.raises(InputError, match=message):
+        check_rows(148, 0.02, 0.95)
+    check_rows(149, 0.02, 0.95)
+    with pytest.raises(InputError, match="20 rows to certify with"):
+        certify(torch.zeros(3, 20, dtype=torch.bool), 0.02, 0.95)
+    with pytest.raises(InputError, match="no gate decided anything"):
+        threshold_grid(torch.zeros(0))
+
+
 @pytest.mark.parametrize(
     ("call", "message"),
     [
@@ -66,6 +134,9 @@ def test_12_fewest_samples_are_enough_and_one_less_is_not(eps: float, delta: flo
             r"`eps` is 0, expected a value in \(0, 1\). Pass a share strictly",
         ),
         (lambda: learn_then_test([1], 10, 0.1, 1.0), r"`delta` is 1, expected a value in \(0, 1\)"),
+        (lambda: certify(torch.zeros(1, 9, dtype=torch.bool), 1.0, 0.9), r"`risk` is 1, expected a value in \(0, 1\)"),
+        (lambda: check_rows(9, 0.1, 95), r"`confidence` is 95, expected a value in \(0, 1\). Pass a share"),
+        (lambda: allowed_errors(9, -0.1, 0.1), r"`eps` is -0.1, expected a value in \(0, 1\)"),
         (lambda: learn_then_test([1], 0, 0.1, 0.1), r"`trials` is 0, expected 1 or more. Calibrate on at least one"),
         (lambda: learn_then_test([3, 11], 10, 0.1, 0.1), r"`errors` holds 11, expected counts from 0 to `trials` = 10"),
     ],
