@@ -87,6 +87,16 @@ def _plan(verb: Parser) -> None:
     verb.add_argument("--nu", type=_number, default=None, help="... where at most this share of attention is on vision")
 
 
+def _theory(verb: Parser) -> None:
+    verb.add_argument("profile", type=Path, help="folder made by `skipit profile`")
+    verb.add_argument("--model", default=None, help="`reference`, a folder, or a Hub id: measure its tensors too")
+    verb.add_argument("--data", default=None, help="rows to measure them on; needed with --model")
+    verb.add_argument("--split", default="test", help="of the data (default %(default)s)")
+    verb.add_argument("--samples", type=_positive, default=8, help="rows (default %(default)s)")
+    verb.add_argument("--batch-size", type=_positive, default=4, help="rows per batch (default %(default)s)")
+    verb.add_argument("--seed", type=_not_negative, default=0, help="of everything random (default %(default)s)")
+
+
 def _train(verb: Parser) -> None:
     _model_and_data(verb)
     _out(verb)
@@ -188,6 +198,11 @@ DATA = "`reference`, a folder, a .jsonl or .parquet file, or a Hub id"
 VERBS: dict[str, tuple[str, str, Callable[[Parser], None]]] = {
     "profile": ("measure a model on data", "skipit profile reference reference --out runs/profile", _profile),
     "plan": ("turn a profile into gates", "skipit plan runs/profile --budget 0.5 --out runs/plan", _plan),
+    "theory": (
+        "print how tight the theory's bounds are on a model",
+        "skipit theory runs/profile --model reference --data reference",
+        _theory,
+    ),
     "train": (
         "fine-tune gates and LoRA to the plan's budget",
         "skipit train reference reference --plan runs/plan --out runs/run",

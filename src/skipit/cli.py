@@ -142,6 +142,31 @@ def _plan_mode(arguments: argparse.Namespace) -> None:
     print(f"Next: skipit export {arguments.out} --model MODEL --out DIR")
 
 
+def _theory(arguments: argparse.Namespace) -> None:
+    from skipit.router.errors import InputError
+    from skipit.theory.artefact import check_same_model, load_profile
+    from skipit.theory.identity import fingerprint
+    from skipit.theory.tightness import from_model, from_tables, show
+    from skipit.train.collate import Collator, batches
+
+    from .display import progress
+    from .sources import load_data, load_model
+
+    measured = load_profile(arguments.profile)
+    found = from_tables(measured.tables)
+    if (arguments.model is None) != (arguments.data is None):
+        raise InputError("--model and --data go together: the model's tensors are measured on the data's rows.")
+    if arguments.model is not None:
+        model, processor = load_model(arguments.model)
+        check_same_model(measured, fingerprint(model))
+        rows = load_data(arguments.data, arguments.split, arguments.samples, arguments.seed)
+        with progress("theory", len(rows)) as advance:
+            read = batches(advance.over(rows), Collator(processor), arguments.batch_size)
+            found += from_model(model, read, seed=arguments.seed)
+    show(sorted(found, key=lambda line: line.statement))
+    print("1 is exact, above 1 would be false. Statement 12 is about counted errors: `skipit calibrate --risk`.")
+
+
 def _train(arguments: argparse.Namespace) -> None:
     from dataclasses import fields
 
@@ -311,6 +336,7 @@ def _demo(arguments: argparse.Namespace) -> None:
 RUNS: dict[str, Verb] = {
     "profile": _profile,
     "plan": _plan,
+    "theory": _theory,
     "train": _train,
     "export": _export,
     "calibrate": _calibrate,
