@@ -52,9 +52,14 @@ class TrainConfig:
         check_budget(self.budget)
         if self.kv not in get_args(KVPolicy):
             raise RouterConfigError(f"`kv`: got {self.kv!r}, expected one of {', '.join(get_args(KVPolicy))}.")
-        for name in ("steps", "batch_size", "accumulation", "save_steps"):
-            if getattr(self, name) < 1:
-                raise RouterConfigError(f"`{name}`: got {getattr(self, name)!r}, expected at least 1.")
+        for name, default in self.__dataclass_fields__.items():
+            value, kind = getattr(self, name), type(default.default)
+            if kind is int:
+                least = 0 if name in ("lora_rank", "seed") else 1
+                if not isinstance(value, int) or isinstance(value, bool) or value < least:
+                    raise RouterConfigError(f"`{name}`: got {value!r}, expected a whole number, at least {least}.")
+            elif kind is float and (not isinstance(value, int | float) or not 0 <= value < float("inf")):
+                raise RouterConfigError(f"`{name}`: got {value!r}, expected a number, at least 0.")
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Self:

@@ -1,0 +1,294 @@
+"""A training run from a plan to a run folder, on the reference architecture with few layers and random weights."""
+
+import copy
+import json
+import re
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from datasets import Dataset
+from safetensors.torch import load_file
+from torch import nn
+from transformers import LlavaForConditionalGeneration
+
+from skipit.router import CheckpointError, InputError, attach, find_router, gate_state, gated_layers, running
+from skipit.router.checkpoint import load_router
+from skipit.theory.calibrate import measured_share
+from skipit.theory.cost import CostModel
+from skipit.theory.identity import fingerprint
+from skipit.theory.plan import Plan
+from skipit.train.collate import Collator, batches
+from skipit.train.config import TrainConfig
+from skipit.train.objective import answer_losses
+from skipit.train.reference.data import reference_dataset
+from skipit.train.reference.model import build_model, build_processor
+from skipit.train.run import _arguments, dense_per_answer, lora_targets, prepare, train
+from skipit.train.trainer import SkipTrainer, TrainingError
+
+LAYERS = 3
+CONFIG = TrainConfig(steps=6, batch_size=4, lora_rank=2, learning_rate=1e-3)
+
+
+@pytest.fixture(scope="module")
+def base() -> Any:
+    config = copy.deepcopy(build_model().config)
+    config.text_config.num_hidden_layers, config.vision_config.num_hidden_layers = LAYERS, 1
+    torch.manual_seed(0)
+    return LlavaForConditionalGeneration(config).eval()
+
+
+@pytest.fixture
+def model(base: Any) -> Any:
+    return copy.deepcopy(base)
+
+
+@pytest.fixture(scope="module")
+def processor() -> Any:
+    return build_processor()
+
+
+@pytest.fixture(scope="module")
+def rows() -> Dataset:
+    return reference_dataset("train", 16)
+
+
+def plan_for(model: Any, bias: float = 0.3) -> Plan:
+    width = model.config.text_config.hidden_size
+    weight = 0.1 * torch.randn(LAYERS, 2, width, generator=torch.Generator().manual_seed(0))
+    biases = torch.full((LAYERS, 2), bias)
+    return Plan(weight, biases, 0.5, "retain", "theory", fingerprint(model), torch.ones(LAYERS, 2))
+
+
+@pytest.fixture(scope="module")
+def finished(base: Any, processor: Any, rows: Dataset, tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Path]:
+    torch.set_num_threads(1)
+    out = tmp_path_factory.mktemp("runs") / "run"
+    model = copy.deepcopy(base)
+    tuned = train(
+        model,
+        processor,
+        rows,
+        plan_for(base),
+        CONFIG,
+        out,
+        calibration=reference_dataset("calibration", 8),
+        base="tiny",
+    )
+    return tuned, out
+
+
+class TestRunFolder:
+    def test_files(self, finished: tuple[Any, Path]) -> None:
+        _, out = finished
+        names = {str(path.relative_to(out)) for path in out.rglob("*") if path.is_file()}
+        assert names >= {
+            "adapter/adapter_config.json",
+            "adapter/adapter_model.safetensors",
+            "gates.safetensors",
+            "history.jsonl",
+            "router_config.json",
+            "run.json",
+            "train_config.json",
+        }
+        assert not any(name.endswith((".pt", ".bin", ".pth", ".pkl")) for name in names)
+
+    def test_record(self, finished: tuple[Any, Path], base: Any) -> None:
+        _, out = finished
+        record = json.loads((out / "run.json").read_text())
+        assert record["base"] == "tiny"
+        assert record["model"] == fingerprint(base)
+        assert TrainConfig.from_dict(record["config"]) == CONFIG
+        assert record["init"] == "theory"
+        assert record["calibrated_share"] == pytest.approx(CONFIG.budget, abs=0.05)
+        assert record["made_by"]["versions"]["transformers"]
+        history = [json.loads(line) for line in (out / "history.jsonl").read_text().splitlines()]
+        assert [figures["step"] for figures in history] == list(range(1, CONFIG.steps + 1))
+        assert record["last"] == history[-1]
+        for figures in history:
+            assert set(figures) == {"step", "ce", "kl", "compute", "price"}
+            assert 0 < figures["compute"] < 1.01
+            assert min(figures["ce"], figures["kl"]) > 0
+        assert history[0]["price"] == 0
+        violation = history[0]["compute"] - CONFIG.budget
+        assert history[1]["price"] == pytest.approx((CONFIG.multiplier_rate + CONFIG.damping) * violation)
+
+    def test_the_model_that_comes_back_is_the_one_on_disk(
+        self, finished: tuple[Any, Path], base: Any, processor: Any, rows: Dataset
+    ) -> None:
+        from peft import PeftModel
+
+        tuned, out = finished
+        assert not tuned.training
+        config, gates = load_router(out)
+        assert config == find_router(tuned)[1].config
+        assert config.operating_points == {"0.5": config.threshold}
+        assert all(torch.equal(gate_state(tuned)[name], value) for name, value in gates.items())
+        batch = next(batches(rows, Collator(processor), 4))
+        batch.pop("labels")
+        fresh = copy.deepcopy(base)
+        attach(fresh, config)
+        fresh = PeftModel.from_pretrained(fresh, out / "adapter").eval()
+        with torch.no_grad():
+            torch.testing.assert_close(fresh(**batch).logits, tuned(**batch).logits)
+
+    def test_the_calibrated_share_is_what_is_measured(self, finished: tuple[Any, Path], processor: Any) -> None:
+        tuned, out = finished
+        record = json.loads((out / "run.json").read_text())
+        held_out = batches(reference_dataset("calibration", 8), Collator(processor), CONFIG.batch_size)
+        costs = CostModel.of(tuned.get_base_model())
+        share = measured_share(tuned, held_out, costs, "retain", find_router(tuned)[1].config.threshold)
+        assert share == pytest.approx(record["calibrated_share"])
+
+    def test_gates_and_lora_were_trained_and_nothing_else(self, finished: tuple[Any, Path], base: Any) -> None:
+        tuned, out = finished
+        assert not torch.equal(gate_state(tuned)["weight"], plan_for(base).weight)
+        adapter = load_file(out / "adapter" / "adapter_model.safetensors")
+        factors = [tensor for name, tensor in adapter.items() if "lora_B" in name]
+        assert len(factors) == 7 * LAYERS
+        assert all(tensor.any() for tensor in factors)
+        original = dict(base.named_parameters())
+        for name, parameter in tuned.get_base_model().named_parameters():
+            name = name.replace(".base_layer.", ".")
+            if name in original:
+                assert torch.equal(parameter, original[name]), name
+
+
+class TestPreparation:
+    def test_lora_goes_to_the_decoder_alone(self, model: Any) -> None:
+        pattern = re.compile(lora_targets(model))
+        matched = [name for name, module in model.named_modules() if pattern.fullmatch(name)]
+        assert len(matched) == 7 * LAYERS
+        assert all(name.startswith("model.language_model.layers.") for name in matched)
+        assert all(isinstance(model.get_submodule(name), nn.Linear) for name in matched)
+
+    def test_without_lora_the_gates_train_alone(self, model: Any) -> None:
+        tuned = prepare(model, plan_for(model), replace(CONFIG, lora_rank=0))
+        trained = [name for name, p in tuned.named_parameters() if p.requires_grad]
+        assert len(trained) == 2 * LAYERS
+        assert all("layer_gate" in name for name in trained)
+        assert torch.equal(gate_state(tuned)["bias"], plan_for(model).bias)
+
+    def test_a_plan_for_another_model(self, model: Any, processor: Any, rows: Dataset, tmp_path: Path) -> None:
+        other = replace(plan_for(model), model="another")
+        with pytest.raises(
+            CheckpointError, match="the plan was made for a model with fingerprint another, this model has"
+        ):
+            train(model, processor, rows, other, CONFIG, tmp_path / "run")
+        assert not (tmp_path / "run").exists()
+        assert not model._forward_pre_hooks
+
+    def test_dense_compute_per_answer(self, model: Any, processor: Any, rows: Dataset) -> None:
+        costs = CostModel.of(model)
+        got = dense_per_answer(model, batches(rows, Collator(processor), 4), costs)
+        flops = answers = 0.0
+        for batch in batches(rows, Collator(processor), 1):
+            for layer in costs.layers:
+                tokens = int(batch["attention_mask"].sum())
+                flops += sum(layer.linear + layer.attention * (i + 1) for i in range(tokens))
+            answers += int((batch["labels"] != -100).sum())
+        assert got == pytest.approx(flops / answers)
+
+    def test_data_without_answers(self, model: Any) -> None:
+        batch = {"attention_mask": torch.ones(1, 3), "labels": torch.full((1, 3), -100)}
+        with pytest.raises(InputError, match="the training data has no answer tokens; every row needs a completion"):
+            dense_per_answer(model, [batch], CostModel.of(model))
+
+
+@pytest.fixture
+def trainer(model: Any, processor: Any, rows: Dataset, tmp_path: Path) -> Callable[..., SkipTrainer]:
+    def make(config: TrainConfig = CONFIG, **options: Any) -> SkipTrainer:
+        costs = CostModel.of(model)
+        tuned = prepare(copy.deepcopy(model), plan_for(model), config)
+        return SkipTrainer(
+            settings=config,
+            costs=costs,
+            dense_per_answer=1e6,
+            model=tuned,
+            args=_arguments(config, tmp_path, "none"),
+            train_dataset=rows,
+            data_collator=Collator(processor),
+            **options,
+        )
+
+    return make
+
+
+class TestLoss:
+    def test_the_teacher_is_the_base_model(self, trainer: Any, base: Any, processor: Any, rows: Dataset) -> None:
+        made = trainer()
+        with torch.no_grad():
+            for name, parameter in made.model.named_parameters():
+                if "lora_B" in name:
+                    parameter.normal_()
+        batch = next(batches(rows, Collator(processor), 4))
+        batch.pop("labels")
+        made.model.train()
+        with torch.no_grad():
+            torch.testing.assert_close(made._teacher(made.model, batch), base(**batch).logits)
+        assert made.model.training
+
+    @pytest.mark.parametrize("kv", ["retain", "evict"])
+    def test_parts(self, trainer: Any, base: Any, processor: Any, rows: Dataset, kv: str) -> None:
+        made = trainer(replace(CONFIG, kv=kv, distillation=0.5))
+        made.ascent.multiplier = 3.0
+        made.model.train()
+        batch = next(batches(rows, Collator(processor), 4))
+        loss = made.compute_loss(made.model, dict(batch), num_items_in_batch=10)
+        labels = batch.pop("labels")
+        with torch.no_grad():
+            with running(kv=kv, mode="masked"):
+                student = made.model(**batch, use_cache=False).logits
+            ce, kl = answer_losses(student, base(**batch).logits, labels)
+        over = (made._executed - 0.5 * made._dense) / 1e6
+        assert loss.item() == pytest.approx(float(ce + 0.5 * kl + 3.0 * over) / 10, rel=1e-4)
+        assert made._parts == pytest.approx({"ce": float(ce) / 10, "kl": float(kl) / 10}, rel=1e-4)
+
+    def test_gates_and_lora_have_learning_rates_of_their_own(self, trainer: Any) -> None:
+        groups = trainer().create_optimizer().param_groups
+        assert [group["lr"] for group in groups] == [CONFIG.gate_learning_rate, CONFIG.learning_rate]
+        assert [len(group["params"]) for group in groups] == [2 * LAYERS, 2 * 7 * LAYERS]
+        groups = trainer(replace(CONFIG, lora_rank=0)).create_optimizer().param_groups
+        assert len(groups) == 1
+
+    def test_one_large_batch_is_two_small_ones(self, base: Any, processor: Any, rows: Dataset, tmp_path: Path) -> None:
+        histories = []
+        for batch_size, accumulation in ((8, 1), (4, 2)):
+            config = replace(CONFIG, steps=3, batch_size=batch_size, accumulation=accumulation)
+            out = tmp_path / str(batch_size)
+            train(copy.deepcopy(base), processor, rows, plan_for(base), config, out)
+            histories.append([json.loads(line) for line in (out / "history.jsonl").read_text().splitlines()])
+        for one, two in zip(*histories, strict=True):
+            assert two == pytest.approx(one, rel=1e-3)
+
+
+class TestCollapse:
+    def test_a_dead_router_stops_the_run(self, model: Any, processor: Any, rows: Dataset, tmp_path: Path) -> None:
+        config = replace(CONFIG, kv="evict", collapse=0.4, collapse_steps=3, gate_learning_rate=0)
+        message = (
+            r"the router collapsed: the last 3 steps executed at most \d+\.\d% of the dense compute, "
+            r"the budget is 50%. Start again with a lower `gate_learning_rate` or a higher `damping`"
+        )
+        with pytest.raises(TrainingError, match=message):
+            train(model, processor, rows, plan_for(model, bias=-9.0), config, tmp_path / "run")
+        assert not (tmp_path / "run" / "run.json").exists()
+
+    def test_a_frugal_router_does_not(self, model: Any, processor: Any, rows: Dataset, tmp_path: Path) -> None:
+        """Little compute is what was asked for."""
+        config = replace(CONFIG, kv="evict", collapse=0.4, collapse_steps=3, budget=0.3, steps=4)
+        train(model, processor, rows, plan_for(model, bias=-9.0), config, tmp_path / "run")
+        assert (tmp_path / "run" / "run.json").exists()
+
+
+def test_the_budget_is_approached(model: Any, processor: Any, rows: Dataset, tmp_path: Path) -> None:
+    """From everything runs, in few steps: the price alone moves the gates."""
+    config = replace(CONFIG, steps=30, batch_size=2, gate_learning_rate=5e-2, kv="evict")
+    out = tmp_path / "run"
+    tuned = train(model, processor, rows, plan_for(model, bias=1.5), config, out)
+    shares = [json.loads(line)["compute"] for line in (out / "history.jsonl").read_text().splitlines()]
+    assert shares[0] > 0.75
+    assert abs(shares[-1] - 0.5) < abs(shares[0] - 0.5)
+    assert len(gated_layers(tuned)) == LAYERS
