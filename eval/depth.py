@@ -26,14 +26,18 @@ class Depth:
     layers: int
 
 
-def answer_depth(steps: list[Step], ids: Tensor, tokenizer: Any, image_tokens: int | None = None) -> Depth:
+def answer_depth(
+    steps: list[Step], ids: Tensor, tokenizer: Any, image_tokens: int | None = None, images: int = 1
+) -> Depth:
     """Lay out the trace of one generation of one row.
 
     Args:
         steps: the trace of a single row, prefill first.
         ids: int64 [seq], prompt and answer as `generate` returns them.
         tokenizer: names the text tokens.
-        image_tokens: tokens of the first image; None takes the first run of vision tokens.
+        image_tokens: tokens of the first image; None takes the first run of vision tokens, or an equal share of all
+            where images follow each other without a token between them.
+        images: how many there are.
 
     Raises:
         ValueError: the trace has another number of rows than one.
@@ -45,7 +49,8 @@ def answer_depth(steps: list[Step], ids: Tensor, tokenizer: Any, image_tokens: i
     vision = (modality == VISION).nonzero().flatten()
     if image_tokens is None:
         breaks = (vision.diff() != 1).nonzero().flatten()
-        image_tokens = int(breaks[0]) + 1 if len(breaks) else len(vision)
+        first = int(breaks[0]) + 1 if len(breaks) else len(vision)
+        image_tokens = first if len(breaks) + 1 >= images else len(vision) // images
     rows, columns = patch_grid(image_tokens)
     patches = depth[vision[:image_tokens]].float().view(rows, columns)
     # The last generated token never enters the model.

@@ -147,7 +147,8 @@ def _open(image: Any) -> Any:
     if isinstance(image, Mapping):
         image = io.BytesIO(image["bytes"]) if image.get("bytes") else image.get("path")
     if isinstance(image, str | io.BytesIO):
-        image = Image.open(image)
+        with Image.open(image) as file:
+            return file.convert("RGB")
     if not isinstance(image, Image.Image):
         return image  # an array or a tensor, which processors take
     image.load()

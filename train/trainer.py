@@ -127,7 +127,7 @@ class SkipTrainer(Trainer):
         last = last_checkpoint(Path(str(self.args.output_dir)))
         if last is None:
             return f"No checkpoint was written yet: lower {lower} and start again."
-        return f"{last.name} is good: lower {lower} and continue with --resume."
+        return f"{last.name} was saved before it: lower {lower} and continue with --resume."
 
     def interrupted(self) -> None:
         """Save the last whole step, unless it is saved already or the interrupt fell into an update."""

@@ -22,7 +22,8 @@ def open_images(paths: list[Path]) -> list[Any]:
     images = []
     for path in paths:
         try:
-            images.append(Image.open(path).convert("RGB"))
+            with Image.open(path) as image:
+                images.append(image.convert("RGB"))
         except (OSError, UnidentifiedImageError) as error:
             raise InputError(f"image {path} cannot be read: {error}") from error
     return images
@@ -106,4 +107,5 @@ def answer(
     if dense:
         return Reply(prompt, reply, None, None, images)
     compute = float(trace_compute(CostModel.of(model), trace.steps, config.kv).share)
-    return Reply(prompt, reply, compute, answer_depth(trace.steps, ids[0], processor.tokenizer), images)
+    depth = answer_depth(trace.steps, ids[0], processor.tokenizer, images=len(images))
+    return Reply(prompt, reply, compute, depth, images)

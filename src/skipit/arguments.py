@@ -179,6 +179,7 @@ def _eval(verb: Parser) -> None:
         "--base", default=None, help="dense model to compare with (default: the checkpoint's own weights)"
     )
     verb.add_argument("--profile", type=Path, default=None, help="profile to compare the skips with")
+    verb.add_argument("--repeats", type=_positive, default=15, help="of the timing (default %(default)s)")
 
 
 def _demo(verb: Parser) -> None:

@@ -312,7 +312,9 @@ def _eval(arguments: argparse.Namespace) -> None:
     if measured is not None:
         check_profile(measured, arguments.checkpoint, dense)
     with progress("eval", 2 * len(rows)) as advance:
-        result = compare(dense, {"gated": model}, processor, rows, measured, progress=advance)
+        result = compare(
+            dense, {"gated": model}, processor, rows, measured, repeats=arguments.repeats, progress=advance
+        )
     save_evaluation(arguments.out, result.to_json(), arguments.overwrite)
     print(result.table())
     print(f"{arguments.out}: eval.json")

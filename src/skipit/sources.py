@@ -1,5 +1,7 @@
 """What the command line's MODEL and DATA may be."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -82,14 +84,17 @@ def _read(source: str, split: str) -> Any:
 
     path = Path(source)
     try:
-        if path.is_dir() and ((path / "dataset_info.json").exists() or (path / "dataset_dict.json").exists()):
-            loaded = datasets.load_from_disk(source)
-        elif path.suffix in _FILES and path.exists():
-            # A file is one split, whatever one wants to call it.
-            loaded = datasets.load_dataset(_FILES[path.suffix], data_files=source, split="train")
-        else:
-            loaded = datasets.load_dataset(source, split=split)
+        with _quietly():
+            if path.is_dir() and ((path / "dataset_info.json").exists() or (path / "dataset_dict.json").exists()):
+                loaded = datasets.load_from_disk(source)
+            elif path.suffix in _FILES and path.exists():
+                # A file is one split, whatever one wants to call it.
+                loaded = datasets.load_dataset(_FILES[path.suffix], data_files=source, split="train")
+            else:
+                loaded = datasets.load_dataset(source, split=split)
     except Exception as error:  # `datasets` raises errors of many libraries
+        if "corresponds to no data" in str(error):
+            raise InputError(f"data {source!r}, split {split!r}: no rows.") from error
         raise InputError(
             f"data {source!r}, split {split!r}, cannot be read: {type(error).__name__}: {error}\n"
             "Give `reference`, a folder made by save_to_disk, a .jsonl or .parquet file, or a Hub id."
@@ -99,3 +104,20 @@ def _read(source: str, split: str) -> Any:
     if split not in loaded:
         raise InputError(f"data {source!r} has no split {split!r}; found: {', '.join(loaded)}.")
     return loaded[split]
+
+
+@contextmanager
+def _quietly() -> Iterator[None]:
+    """Without the bars and log lines of `datasets`; what goes wrong is in its errors, and downloads keep their bars."""
+    import datasets
+    from datasets.utils import logging
+
+    level, bars = logging.get_verbosity(), not datasets.are_progress_bars_disabled()
+    logging.set_verbosity(logging.CRITICAL)
+    datasets.disable_progress_bars()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            datasets.enable_progress_bars()

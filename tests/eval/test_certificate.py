@@ -1,8 +1,10 @@
 """Certificates from greedy answers: dense and gated, from safe to fast, on tiny models of the real classes."""
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from tiny_models import LAYERS, WIDTH, build, inputs
@@ -11,7 +13,7 @@ from torch import Tensor
 from skipit.eval.certificate import certify_thresholds, gate_logits, greedy_answers
 from skipit.router import FixedUnits, Gated, InputError, Trace, attach, running, set_gates
 from skipit.theory.cost import CostModel, trace_compute
-from skipit.theory.risk import threshold_grid
+from skipit.theory.risk import certify, threshold_grid
 
 ROWS = [{"text": [3 + i, "image", 5 + i % 7, 6, 7 + i % 3]} for i in range(24)]
 
@@ -100,3 +102,37 @@ def test_testing_stops_at_the_first_failure(model: Any) -> None:
 def test_too_few_rows_are_refused_before_anything_runs(model: Any) -> None:
     with pytest.raises(InputError, match=r"24 rows to certify with: a risk of 0.02 .* needs at least 149"):
         certify_thresholds(model, ROWS, None, grid=[0.0], risk=0.02, confidence=0.95)
+
+
+@pytest.mark.slow
+def test_random_splits_of_measured_answers_violate_the_risk_less_often_than_promised() -> None:
+    """The reference model with gates from its own profile; the rows measured are the population."""
+    from skipit.pipeline import profile_model
+    from skipit.router.checkpoint import load_dense
+    from skipit.theory.plan import make_plan
+    from skipit.train.collate import Collator
+    from skipit.train.reference.data import reference_dataset
+    from skipit.train.reference.model import WEIGHTS
+
+    reference, processor = load_dense(WEIGHTS)
+    plan = make_plan(profile_model(reference, processor, reference_dataset("train", 48)), 0.5)
+    attach(reference)
+    set_gates(reference, plan.weight, plan.bias)
+    prompts = Collator(processor, with_completion=False)
+    grid = threshold_grid(gate_logits(reference, reference_dataset("calibration", 32, seed=1), prompts))[4::2]
+    pool = reference_dataset("calibration", 240)
+    wanted, _ = greedy_answers(reference, pool, prompts, max_new_tokens=12, mode="dense")
+    disagrees = []
+    for threshold in grid:
+        answers, _ = greedy_answers(reference, pool, prompts, max_new_tokens=12, policy=Gated(threshold))
+        disagrees.append([found != right for found, right in zip(answers, wanted, strict=True)])
+    population = np.array(disagrees)
+    random = np.random.default_rng(0)
+    for risk, confidence, rows in ((0.05, 0.9, 120), (0.1, 0.8, 60)):
+        assert population.mean(1).max() > risk  # else nothing could be violated
+        violated = 0
+        for _ in range(200):
+            index = certify(torch.from_numpy(population[:, random.integers(0, 240, rows)]), risk, confidence).index
+            violated += index is not None and population.mean(1)[index] > risk
+        promised = 200 * (1 - confidence)
+        assert violated <= promised + 3 * math.sqrt(promised * confidence)

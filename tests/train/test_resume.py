@@ -150,7 +150,9 @@ def spoil_weights(model: Any) -> None:
 def test_not_finite_stops_and_keeps_the_last_good_state(
     run: Any, whole: Path, stopped: Path, callback: TrainerCallback, message: str
 ) -> None:
-    with pytest.raises(TrainingError, match=rf"{message}.*checkpoint-3 is good: lower .* continue with --resume\."):
+    with pytest.raises(
+        TrainingError, match=rf"{message}.*checkpoint-3 was saved before it: lower .* continue with --resume\."
+    ):
         run(stopped, callback)
     assert last_checkpoint(stopped / "checkpoints").name == "checkpoint-3"  # type: ignore[union-attr]
     assert same_run(run(stopped, resume=True), whole)

@@ -1,0 +1,31 @@
+"""What docs/operating-points.md tells users to type works, in its order."""
+
+import re
+import shlex
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from skipit.arguments import build_parser
+from skipit.cli import RUNS, main
+
+TEXT = (Path(__file__).parents[1] / "docs" / "operating-points.md").read_text(encoding="utf-8")
+COMMANDS = [
+    shlex.split(line)[1:]
+    for block in re.findall(r"```sh\n(.*?)```", TEXT, flags=re.DOTALL)
+    for line in block.strip().splitlines()
+]
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
+def test_commands_parse(command: list[str]) -> None:
+    build_parser(RUNS).parse_args(command)
+
+
+@pytest.mark.slow
+def test_commands_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    monkeypatch.chdir(tmp_path)
+    for command in COMMANDS:
+        assert main(command) == 0, (command, capsys.readouterr().err)
+    assert "With confidence 0.95 at most 0.05 of new answers do" in capsys.readouterr().out
