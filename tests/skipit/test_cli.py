@@ -414,7 +414,8 @@ class TestExistingFolders:
         def work(*_: Any, **__: Any) -> None:
             raise AssertionError("worked before it refused")
 
-        for name in ("sources.load_model", "sources.load_data", "pipeline.merge_run", "demo.demo"):
+        # Modules are imported by the first line that names them: before what they take from `sources` is replaced.
+        for name in ("demo.demo", "pipeline.merge_run", "sources.load_model", "sources.load_data"):
             monkeypatch.setattr(f"skipit.{name}", work)
         monkeypatch.setattr("skipit.router.checkpoint.load", work)
         monkeypatch.setattr("skipit.theory.artefact.load_profile", work)
