@@ -1,0 +1,75 @@
+"""The damage of a choice, and the weight of the path of a skip."""
+
+import pytest
+import torch
+
+from skipit.theory.damage import choice_damage, draw_choice, path_weight, weighted_change
+
+
+def test_damage_of_a_choice_is_the_divergence_when_there_are_two_answers() -> None:
+    logits = torch.randn(50, 2, dtype=torch.float64)
+    changed = logits + torch.randn(50, 2, dtype=torch.float64)
+    p, q = logits.log_softmax(-1), changed.log_softmax(-1)
+    expected = (p.exp() * (p - q)).sum(-1)
+    margin = p[:, 0] - p[:, 1]
+    found = choice_damage(margin, torch.ones(50), margin - (q[:, 0] - q[:, 1]))
+    torch.testing.assert_close(found, expected)
+
+
+def test_damage_of_a_choice_never_exceeds_the_divergence_of_all_answers() -> None:
+    p = torch.randn(200, 6, dtype=torch.float64).log_softmax(-1)
+    q = torch.randn(200, 6, dtype=torch.float64).log_softmax(-1)
+    mass = p[:, :2].exp().sum(-1)
+    drop = (p[:, 0] - p[:, 1]) - (q[:, 0] - q[:, 1])
+    assert (choice_damage(p[:, 0] - p[:, 1], mass, drop) <= (p.exp() * (p - q)).sum(-1) + 1e-12).all()
+
+
+@pytest.mark.parametrize("drop", [1e-12, 9.9e-5, 1.01e-4, -1e-3])
+@pytest.mark.parametrize("margin", [0.0, 3.0, 30.0])
+def test_small_damage_is_quadratic_and_positive(margin: float, drop: float) -> None:
+    m = torch.tensor(margin, dtype=torch.float64)
+    found = choice_damage(m, torch.tensor(0.9), torch.tensor(drop, dtype=torch.float64))
+    expected = 0.9 * torch.sigmoid(m) * torch.sigmoid(-m) * drop**2 / 2
+    assert found.item() > 0
+    assert found.item() == pytest.approx(expected.item(), rel=2e-3)
+
+
+def test_path_weight_is_the_mean_of_the_ratio_of_norms_along_the_path() -> None:
+    before, after = torch.randn(4, 5, 8), 3 * torch.randn(4, 5, 8)
+    times = (torch.arange(4000) + 0.5) / 4000
+    path = before + times.view(-1, 1, 1, 1) * (after - before)
+    expected = (before.norm(dim=-1) / path.norm(dim=-1)).mean(0)
+    torch.testing.assert_close(path_weight(before, after)[..., 0], expected, rtol=1e-4, atol=0)
+
+
+def test_path_weight_at_the_edges() -> None:
+    x = torch.randn(1, 3, 4)
+    torch.testing.assert_close(path_weight(x, x), torch.ones(1, 3, 1))
+    assert path_weight(x, -x).isfinite().all()
+    assert path_weight(x, torch.zeros_like(x)).isfinite().all()
+    assert path_weight(torch.zeros_like(x), torch.zeros_like(x)).isfinite().all()
+    assert weighted_change(x.bfloat16(), x.bfloat16()).eq(0).all()
+
+
+def test_a_choice_is_the_first_answer_against_another_of_the_same_row() -> None:
+    logits = torch.randn(3, 4, 7)
+    answer = torch.tensor([[False, True, False, False], [False] * 4, [True, False, False, False]])
+    margin, mass = draw_choice(logits, answer, 1.0, torch.Generator().manual_seed(0))
+    assert margin[1] == mass[1] == 0
+    for row, position in ((0, 1), (2, 0)):
+        log_p = logits[row, position].log_softmax(-1)
+        margins = log_p.max() - log_p
+        other = (margins - margin[row]).abs().argmin()
+        assert margin[row].item() == pytest.approx(margins[other].item(), abs=1e-6)
+        assert margin[row] > 0
+        assert mass[row].item() == pytest.approx((log_p.max().exp() + log_p[other].exp()).item(), rel=1e-5)
+
+
+def test_a_choice_never_draws_from_a_row_without_answer_even_if_it_is_not_finite() -> None:
+    logits = torch.randn(2, 3, 5, requires_grad=True)
+    broken = torch.cat([logits[:1], torch.full_like(logits[1:], torch.nan)])
+    answer = torch.tensor([[True, True, False], [False] * 3])
+    choice = draw_choice(broken, answer, 1.0, torch.Generator().manual_seed(0))
+    (grad,) = torch.autograd.grad(choice.margin.sum(), logits)
+    assert grad.isfinite().all()
+    assert choice.margin.isfinite().all()
