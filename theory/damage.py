@@ -14,8 +14,6 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from skipit.router.attention import visible_keys
-
 # The path from a state to its opposite leads through zero, where the weight below is infinite.
 NEARLY_ONE = 1 - 1e-6
 # Below it the divergence is its second-order form to nine digits, and its exact form mostly rounding.
@@ -84,7 +82,9 @@ def choice_damage(margin: Tensor, mass: Tensor, drop: Tensor) -> Tensor:
     return s * torch.where(d.abs() < SMALL_DROP, win * lose * d.square() / 2, exact.clamp(min=0))
 
 
-def tempered_damage(margin: Float[Tensor, "batch 1"], drop: Float[Tensor, "batch seq"]) -> Float[Tensor, "batch seq"]:
+def tempered_damage(
+    margin: Float[Tensor, "batch 1"], drop: Float[Tensor, "*layers batch seq"]
+) -> Float[Tensor, "*layers batch seq"]:
     """Second-order damage with the row's confidence taken at temperature 2: s(m/2) s(-m/2) drop^2.
 
     For regressing a token's damage on its state. How sure a row is of its answer spreads over many decades, of which a
@@ -129,27 +129,34 @@ def slopes(grad: Float[Tensor, "batch seq dim"], change: Float[Tensor, "batch se
 
 
 @torch.no_grad()
-def evicted_output(
+def apart_output(
     forward: Callable[..., Any],
     hidden: Float[Tensor, "batch seq dim"],
     kwargs: dict[str, Any],
-    evicted: Bool[Tensor, "batch seq"],
+    modality: Int[Tensor, "batch seq"],
+    real: Bool[Tensor, "batch seq"],
 ) -> Float[Tensor, "batch seq dim"]:
-    """A layer's output when it skips some tokens and their keys and values do not exist.
+    """A layer's output when the tokens of each modality see no key of another.
 
-    Exact for this layer: a skipped token keeps its state, the others run without the evicted keys.
+    That is what a token leaves with when all tokens of the other modality skip the layer and their keys and values do
+    not exist, exact for this layer; one forward pass answers it for text and vision at once (ours).
 
     Args:
         forward: the layer.
         hidden: states that enter it.
         kwargs: its other arguments, without a cache.
-        evicted: which tokens skip.
+        modality: of every token.
+        real: False for pads, whose output means nothing.
     """
-    index = torch.arange(hidden.shape[1], device=hidden.device).expand(hidden.shape[:2])
-    mask = visible_keys(kwargs.get("attention_mask"), index, index, 0, ~evicted)
-    without = forward(hidden, **{**kwargs, "attention_mask": mask})
-    without = without[0] if isinstance(without, tuple) else without
-    return torch.where(evicted[..., None], hidden, without)
+    seq = hidden.shape[1]
+    mask = kwargs.get("attention_mask")
+    if mask is None:
+        mask = torch.ones(1, 1, seq, seq, dtype=torch.bool, device=hidden.device).tril()
+    other = (modality[:, :, None] != modality[:, None, :]) & real[:, :, None]
+    mask = mask.masked_fill(other[:, None], False if mask.dtype == torch.bool else torch.finfo(mask.dtype).min)
+    output = forward(hidden, **{**kwargs, "attention_mask": mask})
+    alone: Tensor = output[0] if isinstance(output, tuple) else output
+    return alone
 
 
 class LayerStates:

@@ -31,7 +31,7 @@ from skipit.router.artefact import save_tensors
 from skipit.theory.artefact import check_same_model, load_plan, load_profile, save_plan, save_profile
 from skipit.theory.calibrate import calibrate, default_threshold, measured_share
 from skipit.theory.cost import CostModel
-from skipit.theory.damage import LayerStates, evicted_output
+from skipit.theory.damage import LayerStates, apart_output
 from skipit.theory.identity import fingerprint
 from skipit.theory.plan import Plan, allocate, make_plan, skip_set
 from skipit.theory.profile import Profile, profile
@@ -95,7 +95,8 @@ class TestProfile:
     def test_tables(self, family: str) -> None:
         model = build(family)
         result = profile(model, [labelled(family, seed=s) for s in range(2)], draws=2)
-        assert result.about == {"rows": 6, "skipped_rows": 0, "draws": 2, "temperature": 1.0, "seed": 0}
+        rows = {"rows": 6, "skipped_rows": 0, "skipped_row_numbers": []}
+        assert result.about == {**rows, "draws": 2, "temperature": 1.0, "seed": 0}
         assert result.model == fingerprint(model)
         assert result.costs == CostModel.of(model)
         for name, table in result.tables.items():
@@ -227,14 +228,16 @@ class TestProfile:
         with LayerStates(layers) as states:
             model(**batch, use_cache=False)
         attach(model)
-        real = batch["attention_mask"].bool()
-        chosen = ((batch["input_ids"] == IMAGE) == bool(m)) & real
+        real, modality = batch["attention_mask"].bool(), (batch["input_ids"] == IMAGE).long()
+        chosen = (modality == m) & real
         for layer in range(LAYERS):
             run = torch.ones(LAYERS, 2, dtype=torch.bool)
             run[layer, m] = False
             with running(policy=FixedUnits(run), kv="evict", mode="masked"), LayerStates(layers) as skipping:
                 model(**batch, use_cache=False)
-            got = evicted_output(layers[layer], states.entered[layer].detach(), states.kwargs[layer], chosen)
+            entered = states.entered[layer].detach()
+            apart = apart_output(layers[layer], entered, states.kwargs[layer], modality, real)
+            got = torch.where(chosen[..., None], entered, apart)
             torch.testing.assert_close(got[real], skipping.left[layer][real], atol=1e-4, rtol=1e-4)
 
     def test_a_row_that_is_not_finite_is_left_out_and_counted(self) -> None:
@@ -243,7 +246,7 @@ class TestProfile:
         bad = labelled("llava", [*ROWS[:2], ROWS[0]])
         bad["pixel_values"][0], bad["pixel_values"][1] = good["pixel_values"][0], torch.nan
         tables, result = profile(model, [good], draws=1).tables, profile(model, [bad], draws=1)
-        assert (result.about["rows"], result.about["skipped_rows"]) == (2, 1)
+        assert (result.about["rows"], result.about["skipped_row_numbers"]) == (2, [2])
         for name in EXACT:
             torch.testing.assert_close(result.tables[name], tables[name], atol=1e-6, rtol=1e-5)
         for name, table in result.tables.items():

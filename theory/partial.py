@@ -1,0 +1,149 @@
+"""An unfinished profile on disk: what is being measured and the sums so far, so that a killed run can go on.
+
+The folder holds `partial.json`, which says what is measured and is written once, and `sums.safetensors`, which is
+replaced in one step: a run may be killed at any moment.
+"""
+
+import hashlib
+import os
+import shutil
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from skipit.router.artefact import load_json, load_tensors, save_json, save_tensors
+from skipit.router.errors import CheckpointError, InputError
+
+VERSION = 1
+RECORD, SUMS = "partial.json", "sums.safetensors"
+
+
+class Partial:
+    """Where a profile keeps its sums while it is measured.
+
+    Args:
+        folder: such as `P.partial` beside the output `P`; its parent is made.
+        every: batches between two saves.
+        resume: go on from what the folder holds.
+        overwrite: forget what it holds.
+        of: what else must be the same when a run goes on, such as the data's name and the batch size; plain JSON.
+
+    Raises:
+        InputError: `every` is below 1.
+        CheckpointError: there is nothing to resume, or something that would be lost.
+    """
+
+    def __init__(
+        self,
+        folder: str | Path,
+        *,
+        every: int = 16,
+        resume: bool = False,
+        overwrite: bool = False,
+        of: dict[str, Any] | None = None,
+    ) -> None:
+        if every < 1:
+            raise InputError(f"`every` is {every}, expected a number of batches, at least 1.")
+        self.folder, self.every, self.of = Path(folder), every, dict(of or {})
+        self.done, self._digest, self._state = 0, b"", dict[str, Tensor]()
+        here = (self.folder / RECORD).is_file()
+        if resume and not here:
+            raise CheckpointError(f"{self.folder} does not hold an unfinished profile. Start without --resume.")
+        if (self.folder / SUMS).is_file() and not resume and not overwrite:
+            raise CheckpointError(
+                f"{self.folder} holds an unfinished profile. Go on with --resume, or pass --overwrite to start anew."
+            )
+        if self.folder.exists() and not here:
+            raise CheckpointError(f"{self.folder} exists and is no unfinished profile. Delete it yourself.")
+        self.resume = resume
+
+    def begin(self, of: dict[str, Any]) -> dict[str, Tensor] | None:
+        """Start, or go on: returns the sums so far, None where there are none.
+
+        Args:
+            of: what is measured; must be the same as when the run began.
+
+        Raises:
+            CheckpointError: it is not, and the message says what differs; or the folder is damaged.
+        """
+        wanted = {"version": VERSION, **of, **self.of}
+        if not self.resume:
+            self.remove()
+            try:
+                self.folder.mkdir(parents=True)
+                save_json(self.folder / RECORD, wanted)
+            except OSError as error:
+                raise CheckpointError(f"{self.folder} cannot be written: {error}") from error
+            return None
+        found = load_json(self.folder / RECORD)
+        differs = [
+            f"{name} was {found.get(name)!r}, is {wanted.get(name)!r}"
+            for name in sorted(found.keys() | wanted.keys())
+            if found.get(name) != wanted.get(name)
+        ]
+        if differs:
+            raise CheckpointError(
+                f"{self.folder} cannot be resumed, what is measured differs: {'; '.join(differs)}. "
+                "Give the same arguments, or start anew with --overwrite."
+            )
+        if not (self.folder / SUMS).is_file():
+            return None
+        self._state = load_tensors(self.folder / SUMS)
+        try:
+            self.done = int(self._state.pop("batches"))
+            self._digest = bytes(self._state.pop("digest").tolist())
+        except KeyError as error:
+            raise CheckpointError(f"{self.folder / SUMS} is damaged: it has no {error}.") from error
+        return self._state
+
+    def unmeasured(self, batches: Iterable[dict[str, Tensor]]) -> Iterator[tuple[int, dict[str, Tensor]]]:
+        """Number and yield batches, without those whose sums are there; these are read and compared.
+
+        Raises:
+            CheckpointError: they are not the ones that were measured.
+        """
+        expected, seen, self._seen = self._digest, 0, b""
+        for number, batch in enumerate(batches):
+            self._seen, seen = _digest(self._seen, batch), number + 1
+            if seen == self.done and self._seen != expected:
+                break
+            if seen > self.done:
+                yield number, batch
+        if seen < self.done or (seen == self.done and self._seen != expected):
+            raise CheckpointError(
+                f"{self.folder} cannot be resumed: the first {self.done} batches of the data are not those that were "
+                "measured. Give the same data, or start anew with --overwrite."
+            )
+
+    def save(self, number: int, state: Callable[[], dict[str, Tensor]]) -> None:
+        """Keep the sums after a batch, if it is time to.
+
+        Raises:
+            CheckpointError: they cannot be written.
+        """
+        if (number + 1) % self.every:
+            return
+        record = {"batches": torch.tensor(number + 1), "digest": torch.tensor(list(self._seen), dtype=torch.uint8)}
+        new = self.folder / f"{SUMS}.new"
+        try:
+            save_tensors(new, {**state(), **record})
+            os.replace(new, self.folder / SUMS)
+        except OSError as error:
+            raise CheckpointError(f"{self.folder} cannot be written: {error}") from error
+
+    def remove(self) -> None:
+        """Delete the folder, once the profile itself is written."""
+        if self.folder.exists():
+            shutil.rmtree(self.folder)
+
+
+def _digest(before: bytes, batch: dict[str, Tensor]) -> bytes:
+    """A hash of a batch's contents and of the one before it."""
+    digest = hashlib.sha256(before)
+    for name, value in sorted(batch.items()):
+        digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+        digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return digest.digest()

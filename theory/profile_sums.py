@@ -1,0 +1,158 @@
+"""Everything a profile adds up over batches, and the tables that come of it."""
+
+from dataclasses import fields
+
+import torch
+from torch import Tensor
+
+from skipit.router import MODALITIES
+from skipit.router.config import KVPolicy
+from skipit.router.gates import normalize
+
+from .accumulate import RedundancyMetric
+from .damage import CrossAttention
+from .ridge import RidgeSums
+
+POLICIES: tuple[KVPolicy, ...] = ("retain", "evict")
+RIDGE_FIELDS = tuple(field.name for field in fields(RidgeSums))
+# A longer list of rows that were left out says no more than its beginning.
+MOST_NAMED = 100
+
+
+class ProfileSums:
+    """Sums over batches; those of two parts of the data add up to those of all of it.
+
+    Args:
+        layers: of the decoder.
+        dim: of its states.
+        device: on which to add up.
+    """
+
+    def __init__(self, layers: int, dim: int, device: torch.device) -> None:
+        self.device = device
+        units = (layers, len(MODALITIES))
+        self.rows = self.bad_rows = 0
+        self.bad_numbers: list[int] = []
+        self.redundancy = RedundancyMetric(layers).to(device)
+        names = ("retain", "evict", "unit_rows", "tokens_retain", "tokens_evict", "keys", "count")
+        self.sums = {name: torch.zeros(units, dtype=torch.float64, device=device) for name in names}
+        self.var = torch.zeros(2, layers, dtype=torch.float64, device=device)
+        self.var_rows = torch.zeros(2, layers, dtype=torch.float64, device=device)
+        self.ridge = {
+            kv: [[RidgeSums.empty(dim, device) for _ in MODALITIES] for _ in range(layers)] for kv in POLICIES
+        }
+
+    def add_rows(self, finite: Tensor) -> None:
+        """Count rows, bool [batch]: those that are not finite are left out and named by their number in the data."""
+        first = self.rows + self.bad_rows
+        bad = (first + (~finite).nonzero()[:, 0]).tolist()
+        self.bad_numbers += bad[: MOST_NAMED - len(self.bad_numbers)]
+        self.rows += len(finite) - len(bad)
+        self.bad_rows += len(bad)
+
+    def add_attention(self, measured: CrossAttention, finite: Tensor) -> None:
+        """Add how much text attends to vision, of the rows that are finite."""
+        for kind, values in enumerate((measured.text, measured.last)):
+            rows = torch.stack(values).double()
+            good = rows.isfinite() & finite
+            self.var[kind] += rows.masked_fill(~good, 0).sum(-1)
+            self.var_rows[kind] += good.sum(-1)
+
+    def add_keys(self, modality: Tensor, real: Tensor) -> None:
+        """Add the tokens of each modality and the keys they see, [batch, seq]."""
+        keys = real.cumsum(-1)
+        for m in range(len(MODALITIES)):
+            chosen = real & (modality == m)
+            self.sums["keys"][:, m] += keys[chosen].sum()
+            self.sums["count"][:, m] += chosen.sum()
+            self.sums["unit_rows"][:, m] += chosen.any(-1).sum()
+
+    def add_damage(self, m: int, retain: Tensor, evict: Tensor, rows: Tensor) -> None:
+        """Add what skipping a whole modality does, [layers, batch], of the rows that have it."""
+        self.sums["retain"][:, m] += retain[:, rows].double().sum(-1)
+        self.sums["evict"][:, m] += evict[:, rows].double().sum(-1)
+
+    def add_tokens(
+        self, layer: int, x: Tensor, damage: dict[KVPolicy, Tensor], signal: dict[KVPolicy, Tensor], kinds: Tensor
+    ) -> None:
+        """Add the damages of tokens taken one by one, and the signal from which gates learn to tell tokens apart.
+
+        Args:
+            layer: index.
+            x: states that enter it.
+            damage: per K/V policy, [batch, seq].
+            signal: the same.
+            kinds: the modality of every token, -1 for those that do not count.
+        """
+        states = normalize(x)
+        for m in range(len(MODALITIES)):
+            chosen = kinds == m
+            for kv in POLICIES:
+                self.sums[f"tokens_{kv}"][layer, m] += damage[kv][chosen].sum()
+                # A token after which no answer depends on this layer has no signal at all, hence no logarithm.
+                used = chosen & (signal[kv] > 0)
+                for half in (0, 1):
+                    rows = used[half::2]
+                    self.ridge[kv][layer][m].add(half, states[half::2][rows], signal[kv][half::2][rows].log())
+
+    def tables(self) -> dict[str, Tensor]:
+        """The tables of a profile, on the CPU."""
+        s = self.sums
+        redundancy = self.redundancy.compute()
+        fits = {kv: [[unit.solve() for unit in layer] for layer in self.ridge[kv]] for kv in POLICIES}
+        ridge = {
+            f"ridge_{name}_{kv}": torch.stack(
+                [torch.stack([getattr(fit, name) for fit in layer]) for layer in fits[kv]]
+            )
+            for name in ("weight", "bias", "mean", "std", "r2")
+            for kv in POLICIES
+        }
+        tables = {
+            "geometric": redundancy.geometric,
+            "update": redundancy.update,
+            "histogram": redundancy.histogram,
+            "count": redundancy.count,
+            "damage_retain": s["retain"] / s["unit_rows"],
+            "damage_evict": s["evict"] / s["unit_rows"],
+            "damage_tokens_retain": s["tokens_retain"] / s["unit_rows"],
+            "damage_tokens_evict": s["tokens_evict"] / s["unit_rows"],
+            "keys": s["keys"] / s["count"],
+            "tokens_per_row": s["count"] / s["unit_rows"],
+            "var_text": self.var[0] / self.var_rows[0],
+            "var_last": self.var[1] / self.var_rows[1],
+        }
+        return {k: v.cpu().contiguous() for k, v in (tables | ridge).items()}
+
+    def state(self) -> dict[str, Tensor]:
+        """All sums, by name; `restore` of a new object takes them back."""
+        redundancy = {f"redundancy.{name}": value for name, value in self.redundancy.metric_state.items()}
+        ridge = {
+            f"ridge.{name}.{field}": getattr(unit, field) for name, unit in self._units() for field in RIDGE_FIELDS
+        }
+        rows = {"rows": torch.tensor([self.rows, self.bad_rows]), "bad_numbers": torch.tensor(self.bad_numbers).long()}
+        sums = {f"sums.{name}": value for name, value in self.sums.items()}
+        return {**rows, **sums, **redundancy, **ridge, "var": self.var, "var_rows": self.var_rows}  # type: ignore[dict-item]
+
+    def restore(self, state: dict[str, Tensor]) -> None:
+        """Take back what `state` gave.
+
+        Raises:
+            KeyError: a sum is missing.
+        """
+        state = {name: value.to(self.device) for name, value in state.items()}
+        self.rows, self.bad_rows = state["rows"].tolist()
+        self.bad_numbers = state["bad_numbers"].tolist()
+        self.sums = {name: state[f"sums.{name}"] for name in self.sums}
+        self.var, self.var_rows = state["var"], state["var_rows"]
+        self.redundancy.merge_state({name: state[f"redundancy.{name}"] for name in self.redundancy.metric_state})
+        for name, unit in self._units():
+            for field in RIDGE_FIELDS:
+                setattr(unit, field, state[f"ridge.{name}.{field}"])
+
+    def _units(self) -> list[tuple[str, RidgeSums]]:
+        return [
+            (f"{kv}.{layer}.{m}", unit)
+            for kv in POLICIES
+            for layer, row in enumerate(self.ridge[kv])
+            for m, unit in enumerate(row)
+        ]
