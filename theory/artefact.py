@@ -1,4 +1,4 @@
-"""Profiles and plans on disk: a folder with a JSON file to read and a safetensors file with the numbers."""
+"""Profiles, plans and measured backbones on disk: a folder with JSON to read and safetensors with the numbers."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,6 +9,8 @@ from typing import Any
 from skipit.router.artefact import load_json, load_tensors, new_directory, provenance, save_json, save_tensors
 from skipit.router.errors import CheckpointError
 
+from .accumulate import Redundancy
+from .backbone import MISSING, Backbone
 from .cost import CostModel
 from .plan import Plan
 from .profile import Profile
@@ -38,12 +40,41 @@ def load_profile(path: str | Path) -> Profile:
     """Read a profile.
 
     Raises:
-        CheckpointError: missing, damaged, or of another version.
+        CheckpointError: missing, damaged, of another version, or of a part that has no decoder's measures.
     """
+    if (Path(path) / "backbone.json").is_file():
+        found = load_backbone(path)
+        raise CheckpointError(
+            f"{path} is the profile of a {found.modality} stack, `{found.layers}`: {MISSING['damage_retain']}, and "
+            f"{MISSING['var_text']}. Profile the decoder: `skipit profile MODEL DATA --out P`, without --part."
+        )
     values = _load(Path(path), "profile", ("model", "about", "costs"))
     tables = load_tensors(Path(path) / "profile.safetensors")
     with _naming(Path(path)):
         return Profile(tables, CostModel.from_json(values["costs"]), values["model"], values["about"])
+
+
+def save_backbone(found: Backbone, out: str | Path, overwrite: bool = False) -> None:
+    """Write what was measured about a stack of layers as `backbone.json` and `backbone.safetensors`."""
+    tables = {f.name: getattr(found.redundancy, f.name) for f in fields(found.redundancy)}
+    rest = {f.name: getattr(found, f.name) for f in fields(found) if f.name != "redundancy"}
+    small = {name: found.table(name) for name in tables if name != "histogram"}
+    with new_directory(out, overwrite) as folder:
+        save_tensors(folder / "backbone.safetensors", tables)
+        save_json(folder / "backbone.json", {"version": VERSION, **rest, "tables": small, "made_by": provenance()})
+
+
+def load_backbone(path: str | Path) -> Backbone:
+    """Read what was measured about a stack of layers.
+
+    Raises:
+        CheckpointError: missing, damaged, or of another version.
+    """
+    keys = ("modality", "layers", "rows", "model")
+    values = _load(Path(path), "backbone", keys)
+    tables = load_tensors(Path(path) / "backbone.safetensors")
+    with _naming(Path(path)):
+        return Backbone(Redundancy(**tables), **{key: values[key] for key in keys})
 
 
 def save_plan(plan: Plan, out: str | Path, overwrite: bool = False) -> None:
@@ -103,4 +134,12 @@ def _load(folder: Path, kind: str, keys: tuple[str, ...]) -> dict[str, Any]:
     return values
 
 
-__all__ = ["check_same_model", "load_plan", "load_profile", "save_plan", "save_profile"]
+__all__ = [
+    "check_same_model",
+    "load_backbone",
+    "load_plan",
+    "load_profile",
+    "save_backbone",
+    "save_plan",
+    "save_profile",
+]

@@ -5,7 +5,8 @@ transfer to every residual network without change. Cross-attention and the damag
 a single modality nothing to attend across.
 """
 
-from collections.abc import Iterable
+import inspect
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +18,7 @@ from skipit.router.errors import DecoderNotFoundError, InputError
 from skipit.router.modality import MODALITIES
 
 from .accumulate import Redundancy, RedundancyMetric
+from .identity import fingerprint
 
 # What only a decoder over text and vision has, by the name of its table in a profile, and why a stack has none.
 MISSING = {
@@ -35,13 +37,15 @@ class Backbone:
         redundancy: [layers, modalities]; NaN in the column of the modality that was not there.
         modality: of its tokens, "text" or "vision".
         layers: path of the stack in its model.
-        rows: inputs measured.
+        rows: inputs measured: images, or texts.
+        model: fingerprint of the stack.
     """
 
     redundancy: Redundancy
     modality: str
     layers: str
     rows: int
+    model: str
 
     def table(self, name: str) -> Tensor:
         """One value per layer, such as `geometric`, `angle`, `update`, `count`; `histogram` has one row per layer.
@@ -68,10 +72,11 @@ def profile_backbone(
     """Measure the redundancy of a stack of layers, in one forward pass per batch.
 
     Args:
-        model: any model that runs the stack; the whole vision-language model to measure its vision tower.
+        model: any model that runs the stack; the whole vision-language model to measure its vision tower, of which
+            then the tower alone runs.
         batches: its inputs; pads are told by `attention_mask`, where it covers the stack's tokens.
         modality: of the stack's tokens, "text" or "vision".
-        layers: dotted path of the stack; by default the one list of equal layers that the model has.
+        layers: dotted path of the stack; by default that of `find_part`.
 
     Raises:
         DecoderNotFoundError: no such stack, or several; the message lists what there is.
@@ -79,7 +84,8 @@ def profile_backbone(
     """
     if modality not in MODALITIES:
         raise InputError(f"`modality` is {modality!r}, expected one of {', '.join(MODALITIES)}.")
-    path, stack = find_stack(model, layers)
+    path, stack = find_part(model, modality, layers)
+    run, accepted = _entry(model, modality)
     metric = RedundancyMetric(len(stack))
     device = next(model.parameters()).device
     metric.to(device)
@@ -93,26 +99,51 @@ def profile_backbone(
     try:
         for batch in batches:
             current.clear()
-            current.update({key: value.to(device) for key, value in batch.items() if key != "labels"})
-            rows += len(next(iter(current.values())))
-            model(**current)
+            current.update({key: value.to(device) for key, value in batch.items() if key in (accepted or batch)})
+            if not current:  # no image in these rows
+                continue
+            # Some towers get the patches of all images side by side, and beside them one line per image.
+            rows += min(map(len, current.values()))
+            run(**current)
     finally:
         model.train(was_training)
         for handle in handles:
             handle.remove()
     if rows == 0:
-        raise InputError("the profile got no batch; expected at least one.")
+        what = "image" if modality == "vision" else "batch"
+        raise InputError(f"the profile got no {what}; expected at least one.")
     found: Redundancy = metric.cpu().compute()
-    return Backbone(found, modality, path, rows)
+    return Backbone(found, modality, path, rows, fingerprint(model, path))
 
 
-def find_stack(model: nn.Module, layers: str | None = None) -> tuple[str, nn.ModuleList]:
-    """The list of layers at a path, or the only list of two or more layers of one class.
+def find_part(model: nn.Module, modality: str, layers: str | None = None) -> tuple[str, nn.ModuleList]:
+    """The layers of a model's encoder of one modality, as transformers names it, or of a model that is one.
+
+    Raises:
+        DecoderNotFoundError: there is no such stack, or more than one to choose from.
+    """
+    lookup = getattr(model, "get_encoder", None)
+    if layers is not None or lookup is None:
+        return find_stack(model, layers)
+    encoder = lookup("image") if modality == "vision" else lookup()
+    return find_stack(model, None, next(name for name, module in model.named_modules() if module is encoder))
+
+
+def _entry(model: nn.Module, modality: str) -> tuple[Callable[..., Any], set[str]]:
+    """What runs the encoder of a modality and not the rest of the model, where it can, and the arguments it takes."""
+    name = "get_image_features" if modality == "vision" else "get_text_features"
+    run = getattr(model, name, model)
+    return run, set(inspect.signature(run.forward if run is model else run).parameters) - {"labels", "kwargs", "args"}
+
+
+def find_stack(model: nn.Module, layers: str | None = None, within: str = "") -> tuple[str, nn.ModuleList]:
+    """The list of layers at a path, or the only list of two or more layers of one class inside the module `within`.
 
     Raises:
         DecoderNotFoundError: there is none, or more than one to choose from.
     """
-    lists = {name: module for name, module in model.named_modules() if isinstance(module, nn.ModuleList)}
+    inside = f"{within}." if within else ""
+    lists = {n: m for n, m in model.named_modules() if isinstance(m, nn.ModuleList) and n.startswith(inside)}
     if layers is not None and layers in lists:
         return layers, lists[layers]
     stacks = {n: m for n, m in lists.items() if len(m) > 1 and len({type(layer) for layer in m}) == 1}

@@ -1,7 +1,7 @@
 """An unfinished profile on disk: what is being measured and the sums so far, so that a killed run can go on.
 
-The folder holds `partial.json`, which says what is measured and is written once, and `sums.safetensors`, which is
-replaced in one step: a run may be killed at any moment.
+The folder holds `partial.json`, which says what is measured, and `sums.safetensors`. Both appear in one step, and later
+the sums are replaced in one: a run may be killed at any moment.
 """
 
 import hashlib
@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from skipit.router.artefact import load_json, load_tensors, save_json, save_tensors
+from skipit.router.artefact import load_json, load_tensors, new_directory, save_json, save_tensors
 from skipit.router.errors import CheckpointError, InputError
 
 VERSION = 1
@@ -48,17 +48,21 @@ class Partial:
         if every < 1:
             raise InputError(f"`every` is {every}, expected a number of batches, at least 1.")
         self.folder, self.every, self.of = Path(folder), every, dict(of or {})
-        self.done, self._digest, self._state = 0, b"", dict[str, Tensor]()
-        here = (self.folder / RECORD).is_file()
+        self.resume, self.done, self._digest, self._seen = resume, 0, b"", b""
+        self._record: dict[str, Any] = {}
+        here = self.holds_sums()
         if resume and not here:
             raise CheckpointError(f"{self.folder} does not hold an unfinished profile. Start without --resume.")
-        if (self.folder / SUMS).is_file() and not resume and not overwrite:
+        if here and not resume and not overwrite:
             raise CheckpointError(
                 f"{self.folder} holds an unfinished profile. Go on with --resume, or pass --overwrite to start anew."
             )
         if self.folder.exists() and not here:
             raise CheckpointError(f"{self.folder} exists and is no unfinished profile. Delete it yourself.")
-        self.resume = resume
+
+    def holds_sums(self) -> bool:
+        """Whether there is something to go on from."""
+        return (self.folder / RECORD).is_file() and (self.folder / SUMS).is_file()
 
     def begin(self, of: dict[str, Any]) -> dict[str, Tensor] | None:
         """Start, or go on: returns the sums so far, None where there are none.
@@ -69,35 +73,28 @@ class Partial:
         Raises:
             CheckpointError: it is not, and the message says what differs; or the folder is damaged.
         """
-        wanted = {"version": VERSION, **of, **self.of}
+        self._record = {"version": VERSION, **of, **self.of}
         if not self.resume:
             self.remove()
-            try:
-                self.folder.mkdir(parents=True)
-                save_json(self.folder / RECORD, wanted)
-            except OSError as error:
-                raise CheckpointError(f"{self.folder} cannot be written: {error}") from error
             return None
         found = load_json(self.folder / RECORD)
         differs = [
-            f"{name} was {found.get(name)!r}, is {wanted.get(name)!r}"
-            for name in sorted(found.keys() | wanted.keys())
-            if found.get(name) != wanted.get(name)
+            f"{name} was {found.get(name)!r}, is {self._record.get(name)!r}"
+            for name in sorted(found.keys() | self._record.keys())
+            if found.get(name) != self._record.get(name)
         ]
         if differs:
             raise CheckpointError(
                 f"{self.folder} cannot be resumed, what is measured differs: {'; '.join(differs)}. "
                 "Give the same arguments, or start anew with --overwrite."
             )
-        if not (self.folder / SUMS).is_file():
-            return None
-        self._state = load_tensors(self.folder / SUMS)
+        state = load_tensors(self.folder / SUMS)
         try:
-            self.done = int(self._state.pop("batches"))
-            self._digest = bytes(self._state.pop("digest").tolist())
+            self.done = int(state.pop("batches"))
+            self._digest = bytes(state.pop("digest").tolist())
         except KeyError as error:
             raise CheckpointError(f"{self.folder / SUMS} is damaged: it has no {error}.") from error
-        return self._state
+        return state
 
     def unmeasured(self, batches: Iterable[dict[str, Tensor]]) -> Iterator[tuple[int, dict[str, Tensor]]]:
         """Number and yield batches, without those whose sums are there; these are read and compared.
@@ -105,7 +102,7 @@ class Partial:
         Raises:
             CheckpointError: they are not the ones that were measured.
         """
-        expected, seen, self._seen = self._digest, 0, b""
+        expected, seen = self._digest, 0
         for number, batch in enumerate(batches):
             self._seen, seen = _digest(self._seen, batch), number + 1
             if seen == self.done and self._seen != expected:
@@ -126,10 +123,16 @@ class Partial:
         """
         if (number + 1) % self.every:
             return
-        record = {"batches": torch.tensor(number + 1), "digest": torch.tensor(list(self._seen), dtype=torch.uint8)}
+        place = {"batches": torch.tensor(number + 1), "digest": torch.tensor(list(self._seen), dtype=torch.uint8)}
+        sums = {**state(), **place}
+        if not self.folder.exists():
+            with new_directory(self.folder) as folder:
+                save_json(folder / RECORD, self._record)
+                save_tensors(folder / SUMS, sums)
+            return
         new = self.folder / f"{SUMS}.new"
         try:
-            save_tensors(new, {**state(), **record})
+            save_tensors(new, sums)
             os.replace(new, self.folder / SUMS)
         except OSError as error:
             raise CheckpointError(f"{self.folder} cannot be written: {error}") from error

@@ -1,7 +1,7 @@
 """From rows in the conversational vision format to batches of a model, with labels on the completion only."""
 
 import io
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,12 +39,13 @@ class Collator:
         for number, row in enumerate(rows):
             where = row.where if isinstance(row, Row) else f"row {number} of the batch"
             places.append(where)
-            _check_columns(row, where, self.with_completion)
-            images.append(_images(row, where))
-            turns = _with_placeholders(_turns(row, "prompt", "user", where), len(images[-1]), where)
+            needed = ("images", "prompt", "completion") if self.with_completion else ("images", "prompt")
+            check_columns(row, where, *needed)
+            images.append(pictures(row, where))
+            turns = _with_placeholders(turns_of(row, "prompt", "user", where), len(images[-1]), where)
             prompts.append(self._template(turns, True, where))
             if self.with_completion:
-                reply = _turns(row, "completion", "assistant", where)
+                reply = turns_of(row, "completion", "assistant", where)
                 texts.append(self._template([*turns, *reply], False, where))
         if not self.with_completion:
             return self._process(places, prompts, images, "left")
@@ -65,17 +66,17 @@ class Collator:
 
     def _process(self, places: list[str], texts: list[str], images: list[list[Any]], side: str) -> dict[str, Tensor]:
         token = getattr(self.processor, "image_token", None)
-        for where, text, pictures in zip(places, texts, images, strict=True):
-            if token and (found := text.count(token)) > len(pictures):
+        for where, text, given in zip(places, texts, images, strict=True):
+            if token and (found := text.count(token)) > len(given):
                 raise InputError(
-                    f"{where}: {found} image tokens, {len(pictures)} images. Its text must not hold `{token}` itself."
+                    f"{where}: {found} image tokens, {len(given)} images. Its text must not hold `{token}` itself."
                 )
         try:
             return self._inputs(texts, images, side)
         except (ValueError, TypeError, OSError, IndexError) as error:
-            for where, text, pictures in zip(places, texts, images, strict=True):
+            for where, text, given in zip(places, texts, images, strict=True):
                 try:
-                    self._inputs([text], [pictures], side)
+                    self._inputs([text], [given], side)
                 except (ValueError, TypeError, OSError, IndexError) as reason:
                     raise InputError(f"{where}: the processor cannot take it: {reason}") from reason
             raise InputError(f"{places[0]} to {places[-1]} cannot be processed together: {error}") from error
@@ -88,8 +89,12 @@ class Collator:
         return dict(batch)
 
 
-def _turns(row: Mapping[str, Any], column: str, role: str, where: str) -> list[dict[str, Any]]:
-    """Messages as chat templates want them: a data set fills keys a part lacks with None."""
+def turns_of(row: Mapping[str, Any], column: str, role: str, where: str) -> list[dict[str, Any]]:
+    """Messages as chat templates want them: a data set fills keys a part lacks with None.
+
+    Raises:
+        InputError: they are neither a text nor messages; the message names the row.
+    """
     messages = row[column]
     if isinstance(messages, str):
         return [{"role": role, "content": messages}]
@@ -124,21 +129,29 @@ def _with_placeholders(turns: list[dict[str, Any]], images: int, where: str) -> 
     return turns
 
 
-def _check_columns(row: Mapping[str, Any], where: str, with_completion: bool) -> None:
-    needed = ("images", "prompt", "completion") if with_completion else ("images", "prompt")
+def check_columns(row: Mapping[str, Any], where: str, *needed: str) -> None:
+    """Refuse a row that lacks a column.
+
+    Raises:
+        InputError: it does; the message names the row and the columns it has.
+    """
     if missing := [name for name in needed if name not in row]:
         raise InputError(f"{where}: no column {', '.join(missing)}; found: {', '.join(row)}. {FORMAT}")
 
 
-def _images(row: Mapping[str, Any], where: str) -> list[Any]:
-    """A row's pictures; files and bytes are opened."""
-    pictures = []
+def pictures(row: Mapping[str, Any], where: str) -> list[Any]:
+    """A row's pictures; files and bytes are opened.
+
+    Raises:
+        InputError: one cannot be read; the message names the row.
+    """
+    opened = []
     for number, image in enumerate(row["images"] or []):
         try:
-            pictures.append(_open(image))
+            opened.append(_open(image))
         except (OSError, ValueError, SyntaxError) as error:  # PIL calls a broken PNG a syntax error
             raise InputError(f"{where}: image {number} cannot be read: {error}") from error
-    return pictures
+    return opened
 
 
 def _open(image: Any) -> Any:
@@ -186,7 +199,9 @@ class Rows(Dataset[dict[str, Any]]):
             raise InputError(f"row {index} cannot be read: {error}") from error
 
 
-def batches(rows: Any, collate: Collator, batch_size: int) -> Iterator[dict[str, Tensor]]:
+def batches(
+    rows: Any, collate: Callable[[list["Row"]], dict[str, Tensor]], batch_size: int
+) -> Iterator[dict[str, Tensor]]:
     """Batches of consecutive rows of a data set, the last one possibly smaller.
 
     Raises:

@@ -66,6 +66,31 @@ def _profile(verb: Parser) -> None:
     _out(verb)
     verb.add_argument("--samples", type=_positive, default=256, help="rows to measure (default %(default)s)")
     verb.add_argument("--draws", type=_positive, default=2, help="sampled answers per row (default %(default)s)")
+    verb.add_argument(
+        "--part",
+        choices=("decoder", "vision", "text"),
+        default="decoder",
+        help="of the model: its decoder, or the redundancy alone of a vision tower or text encoder",
+    )
+    verb.add_argument("--layers", default=None, help="dotted path of the part's layers, where they are not found")
+    verb.add_argument(
+        "--streaming",
+        action=argparse.BooleanOptionalAction,
+        default=False,
+        help="read rows as they are needed, never all: the first --samples of the stream",
+    )
+    verb.add_argument(
+        "--shuffle-buffer",
+        type=_not_negative,
+        default=0,
+        help="of a stream, rows among which the next is drawn (default %(default)s: in order)",
+    )
+    verb.add_argument(
+        "--save-every", type=_positive, default=16, help="batches between saves to OUT.partial (default %(default)s)"
+    )
+    verb.add_argument(
+        "--resume", action=argparse.BooleanOptionalAction, default=False, help="go on from OUT.partial of a killed run"
+    )
 
 
 def _plan(verb: Parser) -> None:
@@ -95,6 +120,14 @@ def _theory(verb: Parser) -> None:
     verb.add_argument("--samples", type=_positive, default=8, help="rows (default %(default)s)")
     verb.add_argument("--batch-size", type=_positive, default=4, help="rows per batch (default %(default)s)")
     verb.add_argument("--seed", type=_not_negative, default=0, help="of everything random (default %(default)s)")
+
+
+def _probe(verb: Parser) -> None:
+    _model_and_data(verb)
+    _out(verb)
+    verb.add_argument("--samples", type=_positive, default=600, help="rows, half to fit on (default %(default)s)")
+    verb.add_argument("--penalty", type=_above_zero, default=0.01, help="L2 of every probe (default %(default)s)")
+    verb.add_argument("--splits", type=_positive, default=4, help="in random halves, averaged (default %(default)s)")
 
 
 def _train(verb: Parser) -> None:
@@ -203,6 +236,11 @@ VERBS: dict[str, tuple[str, str, Callable[[Parser], None]]] = {
         "print how tight the theory's bounds are on a model",
         "skipit theory runs/profile --model reference --data reference",
         _theory,
+    ),
+    "probe": (
+        "measure what linear probes read of the answer before and after each layer",
+        "skipit probe reference reference --out runs/probes",
+        _probe,
     ),
     "train": (
         "fine-tune gates and LoRA to the plan's budget",
@@ -317,6 +355,13 @@ def _number(text: str) -> float:
         value = -1.0
     if not 0 <= value < float("inf"):
         raise argparse.ArgumentTypeError(f"got {text!r}, expected a number, at least 0")
+    return value
+
+
+def _above_zero(text: str) -> float:
+    value = _number(text)
+    if value == 0:
+        raise argparse.ArgumentTypeError(f"got {text!r}, expected a number above 0")
     return value
 
 

@@ -8,18 +8,21 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from .arguments import Verb, parse
 
 # What the folders that skipit makes hold; `--overwrite` replaces nothing else.
 MADE = (
     "profile.json",
+    "backbone.json",
     "plan.json",
     "train_config.json",
     "run.json",
     "router_config.json",
     "eval.json",
     "summary.json",
+    "probes.json",
 )
 
 
@@ -43,6 +46,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         if arguments.verb == "train":
             print("skipit: interrupted. The same command with --resume goes on from the last step.", file=sys.stderr)
+        elif arguments.verb == "profile" and _partial(arguments.out).is_dir():
+            print("skipit: interrupted. The same command with --resume goes on from the last save.", file=sys.stderr)
         else:
             print("skipit: interrupted; nothing was written.", file=sys.stderr)
         return 130
@@ -68,16 +73,28 @@ def _check_out(arguments: argparse.Namespace) -> None:
 
 def _profile(arguments: argparse.Namespace) -> None:
     from skipit.theory.artefact import save_profile
+    from skipit.theory.partial import Partial
 
-    from .display import loading, progress
+    from .display import loading, note, progress
     from .pipeline import profile_model
-    from .sources import load_data, load_model
+    from .sources import load_model, name_data
 
     _check_out(arguments)
+    if arguments.part != "decoder":
+        _profile_part(arguments)
+        return
+    same = ("split", "samples", "batch_size", "streaming", "shuffle_buffer", "layers")
+    partial = Partial(
+        _partial(arguments.out),
+        every=arguments.save_every,
+        resume=arguments.resume,
+        overwrite=arguments.overwrite,
+        of={"data": name_data(arguments.data), **{name: getattr(arguments, name) for name in same}},
+    )
     with loading("loading"):
         model, processor = load_model(arguments.model)
-        rows = load_data(arguments.data, arguments.split, arguments.samples, arguments.seed)
-    with progress("profile", len(rows)) as advance:
+        rows, count = _rows(arguments)
+    with progress("profile", count) as advance:
         result = profile_model(
             model,
             processor,
@@ -85,10 +102,54 @@ def _profile(arguments: argparse.Namespace) -> None:
             batch_size=arguments.batch_size,
             seed=arguments.seed,
             draws=arguments.draws,
+            layers=arguments.layers,
+            partial=partial,
         )
     save_profile(result, arguments.out, arguments.overwrite)
+    partial.remove()
+    if bad := result.about["skipped_row_numbers"]:
+        more = f" and {result.about['skipped_rows'] - 10} more" if result.about["skipped_rows"] > 10 else ""
+        note(f"left out, their states are not finite: row {', '.join(map(str, bad[:10]))}{more}")
     print(f"{arguments.out}: {result.about['rows']} rows measured, {result.about['skipped_rows']} not finite.")
     print(f"Next: skipit plan {arguments.out} --out DIR")
+
+
+def _profile_part(arguments: argparse.Namespace) -> None:
+    from skipit.router.errors import InputError
+    from skipit.theory.artefact import save_backbone
+
+    from .display import loading, progress
+    from .parts import load_part, part_table, profile_part
+
+    if arguments.resume:
+        raise InputError(f"--part {arguments.part} takes one forward pass and keeps nothing to --resume. Start anew.")
+    with loading("loading"):
+        model, read = load_part(arguments.model, arguments.part)
+        rows, count = _rows(arguments)
+    with progress("profile", count) as advance:
+        found = profile_part(model, read, advance.over(rows), batch_size=arguments.batch_size, layers=arguments.layers)
+    save_backbone(found, arguments.out, arguments.overwrite)
+    print(part_table(found))
+    print(f"{arguments.out}: {found.layers} of {found.rows} {'images' if found.modality == 'vision' else 'texts'}.")
+
+
+def _rows(arguments: argparse.Namespace) -> tuple[Any, int]:
+    """Rows to profile, and how many at most: a stream does not know its length."""
+    from .sources import load_data
+
+    rows = load_data(
+        arguments.data,
+        arguments.split,
+        arguments.samples,
+        arguments.seed,
+        streaming=arguments.streaming,
+        shuffle_buffer=arguments.shuffle_buffer,
+    )
+    return rows, arguments.samples if arguments.streaming else len(rows)
+
+
+def _partial(out: Path) -> Path:
+    return out.parent / f"{out.name}.partial"
 
 
 def _plan(arguments: argparse.Namespace) -> None:
@@ -165,6 +226,28 @@ def _theory(arguments: argparse.Namespace) -> None:
             found += from_model(model, read, seed=arguments.seed)
     show(sorted(found, key=lambda line: line.statement))
     print("1 is exact, above 1 would be false. Statement 12 is about counted errors: `skipit calibrate --risk`.")
+
+
+def _probe(arguments: argparse.Namespace) -> None:
+    from skipit.theory.pooling import pool_states
+    from skipit.theory.probes import probe_states
+    from skipit.train.collate import Collator, batches
+
+    from .display import loading, progress
+    from .probing import PROBES_FILE, probe_table, save_probes
+    from .sources import load_data, load_model
+
+    _check_out(arguments)
+    with loading("loading"):
+        model, processor = load_model(arguments.model)
+        rows = load_data(arguments.data, arguments.split, arguments.samples, arguments.seed)
+    with progress("probe", len(rows)) as advance:
+        pooled = pool_states(model, batches(advance.over(rows), Collator(processor), arguments.batch_size))
+    with loading("fitting probes"):
+        found = probe_states(pooled, penalty=arguments.penalty, splits=arguments.splits, seed=arguments.seed)
+    save_probes(found, arguments.out, arguments.overwrite)
+    print(probe_table(found))
+    print(f"{arguments.out}: {PROBES_FILE}")
 
 
 def _train(arguments: argparse.Namespace) -> None:
@@ -339,6 +422,7 @@ RUNS: dict[str, Verb] = {
     "profile": _profile,
     "plan": _plan,
     "theory": _theory,
+    "probe": _probe,
     "train": _train,
     "export": _export,
     "calibrate": _calibrate,

@@ -50,6 +50,11 @@ def progress(what: str, total: int) -> Iterator[Advance]:
         yield Advance(bar, task)
 
 
+def note(text: str) -> None:
+    """Say something on standard error, as it is."""
+    console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+
 class _TrainingBar(ProgressCallback):
     def __init__(self, bar: Progress, task: Any) -> None:
         super().__init__()

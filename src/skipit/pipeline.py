@@ -15,6 +15,7 @@ from skipit.theory.artefact import check_same_model, load_plan
 from skipit.theory.calibrate import calibrate, default_threshold
 from skipit.theory.cost import CostModel
 from skipit.theory.identity import fingerprint
+from skipit.theory.partial import Partial
 from skipit.theory.plan import Plan
 from skipit.theory.profile import Profile, profile
 from skipit.train.collate import Collator, batches
@@ -26,10 +27,19 @@ PROVENANCE_FILE = "provenance.json"
 
 
 def profile_model(
-    model: Any, processor: Any, rows: Any, *, batch_size: int = 16, seed: int = 0, draws: int = 2
+    model: Any,
+    processor: Any,
+    rows: Any,
+    *,
+    batch_size: int = 16,
+    seed: int = 0,
+    draws: int = 2,
+    layers: str | None = None,
+    partial: Partial | None = None,
 ) -> Profile:
-    """Measure a dense model on rows in the conversational vision format."""
-    return profile(model, batches(rows, Collator(processor), batch_size), draws=draws, seed=seed)
+    """Measure a dense model on rows in the conversational vision format; arguments as of `profile`."""
+    read = batches(rows, Collator(processor), batch_size)
+    return profile(model, read, draws=draws, seed=seed, layers=layers, partial=partial)
 
 
 def gate_by_plan(model: Any, processor: Any, plan: Plan, calibration: Any, *, batch_size: int = 16) -> float:

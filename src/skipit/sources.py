@@ -35,18 +35,41 @@ def name_model(source: str) -> str:
     return str(Path(source).resolve()) if source != REFERENCE and Path(source).is_dir() else source
 
 
-def load_data(source: str, split: str, samples: int | None = None, seed: int = 0) -> Any:
+def name_data(source: str) -> str:
+    """How a record names data so that it is known from any folder."""
+    return str(Path(source).resolve()) if source != REFERENCE and Path(source).exists() else source
+
+
+def load_data(
+    source: str,
+    split: str,
+    samples: int | None = None,
+    seed: int = 0,
+    *,
+    streaming: bool = False,
+    shuffle_buffer: int = 0,
+) -> Any:
     """Rows in the conversational vision format.
 
     Args:
         source: `reference`, a folder made by `Dataset.save_to_disk`, a .jsonl, .json or .parquet file, or a Hub id.
         split: of the data set; the reference has train, calibration and test. A file is one split.
         samples: at most this many rows; None is all (1,000 for the reference).
-        seed: of the reference's random grids.
+        seed: of the reference's random grids, and of the shuffle.
+        streaming: rows are read one by one as they are asked for, and never all held; what is returned then has no
+            length, and what cannot be read is found when it is reached.
+        shuffle_buffer: of a stream, rows among which the next is drawn before `samples` are taken; 0 keeps the order.
 
     Raises:
         InputError: it cannot be read, or has no rows.
     """
+    if shuffle_buffer and not streaming:
+        raise InputError(f"a shuffle buffer of {shuffle_buffer} rows is of a stream: add --streaming.")
+    if streaming:
+        found = load_data(source, split, samples, seed) if source == REFERENCE else _read(source, split, streaming)
+        stream = found.to_iterable_dataset() if hasattr(found, "to_iterable_dataset") else found
+        stream = stream.shuffle(seed=seed, buffer_size=shuffle_buffer) if shuffle_buffer else stream
+        return stream.take(samples) if samples else stream
     if source == REFERENCE:
         from skipit.train.reference.data import reference_dataset
 
@@ -79,7 +102,7 @@ def load_held_out(source: str | None, data: str, split: str, samples: int, seed:
     return load_data(source or data, split, samples, seed)
 
 
-def _read(source: str, split: str) -> Any:
+def _read(source: str, split: str, streaming: bool = False) -> Any:
     import datasets
 
     path = Path(source)
@@ -89,9 +112,11 @@ def _read(source: str, split: str) -> Any:
                 loaded = datasets.load_from_disk(source)
             elif path.suffix in _FILES and path.exists():
                 # A file is one split, whatever one wants to call it.
-                loaded = datasets.load_dataset(_FILES[path.suffix], data_files=source, split="train")
+                loaded = datasets.load_dataset(
+                    _FILES[path.suffix], data_files=source, split="train", streaming=streaming
+                )
             else:
-                loaded = datasets.load_dataset(source, split=split)
+                loaded = datasets.load_dataset(source, split=split, streaming=streaming)
     except Exception as error:  # `datasets` raises errors of many libraries
         if "corresponds to no data" in str(error):
             raise InputError(f"data {source!r}, split {split!r}: no rows.") from error
