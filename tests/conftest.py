@@ -44,3 +44,19 @@ def deterministic() -> None:
     torch.set_num_threads(1)
     torch.manual_seed(0)
     np.random.seed(0)  # noqa: NPY002 - for dependencies that still draw from the global state
+
+
+# What a law is tried with for families beyond the three of `tiny_models`; the other choices are slow tests.
+_ONE_CHOICE = {"pattern": "tokens", "attention": "sdpa"}
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark as slow what the fast suite leaves out of the product of families, patterns and attention functions."""
+    for item in (item for item in items if item.path.name == "test_laws.py"):
+        from tiny_models import FAMILIES
+
+        params = getattr(getattr(item, "callspec", None), "params", {})
+        other = any(params.get(name, choice) != choice for name, choice in _ONE_CHOICE.items())
+        if other and params.get("family", FAMILIES[0]) not in FAMILIES:
+            item.add_marker(pytest.mark.slow)

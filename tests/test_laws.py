@@ -13,7 +13,8 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_models import FAMILIES, LAYERS, PATTERNS, ROWS, WIDTH, build, inputs
+from families import FAMILIES, LAYERS, ROWS, WIDTH, build, inputs
+from tiny_models import PATTERNS
 from torch import Tensor, nn
 from transformers import AutoModelForImageTextToText, DynamicCache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -302,7 +303,7 @@ class TestAloneIsPadded:
         together = logits(model, batch, policy=policy)
         for row in range(len(ROWS)):
             real = batch["attention_mask"][row].bool()
-            assert same(together[row][real], logits(model, _alone(family, batch, row), policy=policy)[0])
+            assert same(together[row][real], logits(model, inputs(family, ROWS[row : row + 1]), policy=policy)[0])
 
     @EVERY_FAMILY
     @EVERY_POLICY
@@ -314,7 +315,7 @@ class TestAloneIsPadded:
         with running(policy=policy):
             together = model.generate(**batch, **NEW_TOKENS)
             for row in range(len(ROWS)):
-                one = _alone(family, batch, row)
+                one = inputs(family, ROWS[row : row + 1])
                 alone = model.generate(**one, **NEW_TOKENS)
                 assert torch.equal(together[row, length:], alone[0, one["input_ids"].shape[1] :])
 
@@ -338,7 +339,7 @@ class TestSavedIsLoaded:
 
         dense, about = AutoModelForImageTextToText.from_pretrained(tmp_path / "out", output_loading_info=True)
         assert not any(about[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
-        assert type(dense) is FAMILY_CLASSES[family]
+        assert type(dense) is type(build(family))
         detach(model)
         assert torch.equal(logits(dense.eval(), batch), logits(model, batch))
 
@@ -372,9 +373,8 @@ class TestDetachLeavesNoTrace:
         _skip_all_by_gates(model)
         model.generate(**batch, **NEW_TOKENS)
         detach(model)
-        model.model.rope_deltas = None  # Qwen2.5-VL's own state
-        if family != "qwen2.5-vl":
-            del model.model.rope_deltas
+        if hasattr(model.model, "rope_deltas"):
+            model.model.rope_deltas = None  # Qwen's own state
         assert _anatomy(model) == before
         assert torch.equal(logits(model, batch), expected)
 
@@ -691,28 +691,6 @@ class TestTraining:
         detach(model)
         assert _anatomy(twin)["types"] == _anatomy(model)["types"]
         assert torch.equal(logits(twin, batch), logits(model, batch))
-
-
-FAMILY_CLASSES = {family: type(build(family)) for family in FAMILIES}
-
-
-def _alone(family: str, batch: dict[str, Tensor], row: int) -> dict[str, Tensor]:
-    """One row of a batch without its padding, with its own images."""
-    real = batch["attention_mask"][row].bool()
-    images = [sum(item == "image" for item in items) for items in ROWS]
-    per_image = batch["pixel_values"].shape[0] // sum(images)
-    start, count = sum(images[:row]), images[row]
-    one = {}
-    for name, value in batch.items():
-        if name == "pixel_values":
-            one[name] = value[start * per_image : (start + count) * per_image]
-        elif name == "image_grid_thw":
-            one[name] = value[start : start + count]
-        else:
-            one[name] = value[row : row + 1, real]
-    if count == 0:
-        one = {k: v for k, v in one.items() if k not in ("pixel_values", "image_grid_thw")}
-    return one
 
 
 def _skip_all_by_gates(model: Any) -> None:

@@ -60,8 +60,7 @@ def test_within_other_modules() -> None:
 
 
 def test_gates_go_where_the_layers_are() -> None:
-    with torch.device("meta"):
-        model = build("llava")
+    model = build("llava").to("meta")
     attach(model)
     assert all(p.is_meta for layer in gated_layers(model) for p in layer.layer_gate.parameters())
 

@@ -155,25 +155,7 @@ class TestProfile:
     def test_batch_size_changes_nothing(self, family: str) -> None:
         model, batch = build(family), labelled(family)
         together = profile(model, [batch], draws=1).tables
-        rows = []
-        first = 0
-        for row, items in enumerate(ROWS):
-            count = sum(item == "image" for item in items)
-            real = batch["attention_mask"][row].bool()
-            one = {}
-            per_image = batch["pixel_values"].shape[0] // 3
-            for name, value in batch.items():
-                if name == "pixel_values":
-                    value = value[first * per_image : (first + count) * per_image]
-                elif name == "image_grid_thw":
-                    value = value[first : first + count]
-                else:
-                    value = value[row : row + 1, real]
-                if len(value):
-                    one[name] = value
-            first += count
-            rows.append(one)
-        alone = profile(model, rows, draws=1).tables
+        alone = profile(model, [labelled(family, [row]) for row in ROWS], draws=1).tables
         for name in EXACT:
             torch.testing.assert_close(alone[name], together[name], atol=1e-5, rtol=1e-4)
 
