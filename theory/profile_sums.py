@@ -145,6 +145,9 @@ class ProfileSums:
         self.sums = {name: state[f"sums.{name}"] for name in self.sums}
         self.var, self.var_rows = state["var"], state["var_rows"]
         self.redundancy.merge_state({name: state[f"redundancy.{name}"] for name in self.redundancy.metric_state})
+        # An update with no token in it: a metric that was only merged warns that it was never updated.
+        nothing = torch.zeros(0, 1, 1, device=self.device)
+        self.redundancy.update(0, nothing, nothing, nothing[..., 0].long())
         for name, unit in self._units():
             for field in RIDGE_FIELDS:
                 setattr(unit, field, state[f"ridge.{name}.{field}"])

@@ -1,13 +1,17 @@
 """Redundancy of vision encoders, text encoders and sliding-window decoders."""
 
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from tiny_models import build, inputs
 from transformers import (
     BertConfig,
     BertModel,
+    CLIPConfig,
+    CLIPModel,
     CLIPVisionConfig,
     CLIPVisionModel,
     Gemma3ForCausalLM,
@@ -19,8 +23,9 @@ from transformers import (
 )
 
 from skipit.router.checkpoint import load_dense
-from skipit.router.errors import DecoderNotFoundError, InputError
-from skipit.theory.backbone import profile_backbone
+from skipit.router.errors import CheckpointError, DecoderNotFoundError, InputError
+from skipit.theory.artefact import load_backbone, load_profile, save_backbone
+from skipit.theory.backbone import find_stack, profile_backbone
 from skipit.theory.profile import profile
 from skipit.train.collate import Collator, batches
 from skipit.train.reference.data import reference_dataset
@@ -102,12 +107,50 @@ def test_text_models_are_measured_without_their_pads(build: Any) -> None:
 def test_the_reference_models_own_tower() -> None:
     model, processor = load_dense(str(WEIGHTS))
     rows = list(batches(reference_dataset("test", 4, 0), Collator(processor), 4))
-    with pytest.raises(DecoderNotFoundError, match=r"not exactly one stack of layers.*vision"):
-        profile_backbone(model, rows, "vision")
-    path = next(n for n, m in model.named_modules() if "vision" in n and isinstance(m, torch.nn.ModuleList))
-    found = profile_backbone(model, rows, "vision", layers=path)
-    assert found.layers == path
+    found = profile_backbone(model, rows, "vision")
+    assert (found.layers, found.rows) == ("model.vision_tower.encoder.layers", 4)
     assert ((found.table("geometric") > 0) & (found.table("geometric") < 2)).all()
+    named = profile_backbone(model, rows, "vision", layers=found.layers)
+    assert torch.equal(named.table("geometric"), found.table("geometric"))
+    with pytest.raises(DecoderNotFoundError, match=r"not exactly one stack of layers.*vision_tower.*language_model"):
+        find_stack(model)
+
+
+@pytest.mark.parametrize("family", ["llava", "qwen2.5-vl", "gemma3"])
+def test_the_tower_of_a_family_is_found_and_runs_alone(family: str) -> None:
+    model = build(family)
+    model.get_decoder().forward = None  # whatever runs the decoder fails
+    pixels = {k: v for k, v in inputs(family, [[5, "image", 6], [7, "image", 8]]).items() if "ids" not in k}
+    found = profile_backbone(model, [pixels], "vision")
+    assert found.rows == 2
+    assert "vis" in found.layers
+    assert (found.table("count") > 0).all()
+    assert ((found.table("geometric") > 0) & (found.table("geometric") < 2)).all()
+
+
+def test_towers_and_text_encoders_of_a_pair() -> None:
+    torch.manual_seed(0)
+    vision, text = dict(image_size=8, patch_size=4, **SMALL), dict(**TEXT, max_position_embeddings=16)
+    model = CLIPModel(CLIPConfig(text_config=text, vision_config=vision))
+    assert profile_backbone(model, [PIXELS], "vision").table("count").tolist() == [3 * 5] * 3
+    with pytest.raises(DecoderNotFoundError, match=r"Stacks found: text_model.*vision_model"):
+        profile_backbone(model, [WORDS], "text")
+    found = profile_backbone(model, [WORDS], "text", layers="text_model.encoder.layers")
+    assert found.table("count").tolist() == [8] * 3
+
+
+def test_it_survives_the_disk_and_is_no_decoders_profile(tmp_path: Path) -> None:
+    found = profile_backbone(_vision(SiglipVisionModel, SiglipVisionConfig), [PIXELS], "vision")
+    save_backbone(found, tmp_path / "b")
+    again = load_backbone(tmp_path / "b")
+    assert (again.modality, again.layers, again.rows, again.model) == ("vision", found.layers, 3, found.model)
+    for name in ("geometric", "angle", "update", "count", "histogram"):
+        assert torch.equal(again.table(name), found.table(name)), name
+    message = r"b is the profile of a vision stack, .*: damage is measured on answer tokens.*cross-attention needs"
+    with pytest.raises(CheckpointError, match=message):
+        load_profile(tmp_path / "b")
+    with pytest.raises(CheckpointError, match=r"is not a backbone: it has no backbone\.json"):
+        load_backbone(tmp_path)
 
 
 def test_notions_that_do_not_exist_say_so() -> None:
@@ -124,8 +167,8 @@ def test_errors() -> None:
     model = _vision(CLIPVisionModel, CLIPVisionConfig)
     with pytest.raises(InputError, match="`modality` is 'audio', expected one of text, vision"):
         profile_backbone(model, [PIXELS], "audio")
-    with pytest.raises(InputError, match="no batch"):
-        profile_backbone(model, [], "vision")
+    with pytest.raises(InputError, match="the profile got no image"):
+        profile_backbone(model, [{}], "vision")
     with pytest.raises(DecoderNotFoundError, match=r"no layers at `layers='h'` in .*Stacks found: .*3 x"):
         profile_backbone(model, [PIXELS], "vision", layers="h")
 
