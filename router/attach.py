@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from .attention import PREFIX, packed_implementation
 from .call import Router
 from .config import RouterConfig
-from .decoder import find_decoder
+from .decoder import find_decoder, why_not
 from .errors import SkipItError, UnsupportedModelError
 from .gates import TokenGate
 from .keys_only import unwrap_queries, wrap_queries
@@ -40,10 +40,8 @@ def attach(model: nn.Module, config: RouterConfig | None = None) -> Router:
     _, decoder, layers = find_decoder(model, config.layers)
     if not hasattr(decoder, "config"):
         raise UnsupportedModelError(f"`{type(decoder).__name__}` has no `config`: gates need a transformers decoder.")
-    if any(kind.startswith("linear") for kind in getattr(decoder.config, "layer_types", None) or []):
-        raise UnsupportedModelError(
-            f"`{type(decoder).__name__}` has linear-attention layers, whose recurrent state cannot leave tokens out."
-        )
+    if reason := why_not(decoder.config):
+        raise UnsupportedModelError(f"`{type(decoder).__name__}` has {reason}")
     implementation = packed_implementation(decoder.config._attn_implementation)  # type: ignore[union-attr, arg-type]
     hidden_size = decoder.config.hidden_size  # type: ignore[union-attr]
     for index, layer in enumerate(layers):

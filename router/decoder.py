@@ -1,4 +1,6 @@
-"""Finding the decoder layers of a model, whatever its family."""
+"""Finding the decoder layers of a model, whatever its family, and what kind each of them is."""
+
+from typing import Any
 
 from torch import nn
 from transformers import PreTrainedModel
@@ -31,6 +33,41 @@ def find_decoder(model: nn.Module, layers: str | None = None) -> tuple[str, nn.M
             parent, _, _ = layers.rpartition(".")
             return layers, model.get_submodule(parent), found
     raise DecoderNotFoundError(_describe(model, layers))
+
+
+# Kinds of attention in which a token may be left out: what others see is a matter of masks alone.
+GATED_KINDS = ("full_attention", "sliding_attention", "chunked_attention")
+
+
+def layer_kinds(config: Any) -> list[str]:
+    """The kind of every decoder layer, in transformers' names, from a decoder's configuration.
+
+    `full_attention`, `sliding_attention` and `chunked_attention` attend to the sequence itself, `cross_attention` to
+    what comes from elsewhere; others, such as `linear_attention`, keep a state.
+    """
+    count = config.num_hidden_layers
+    kinds = list(getattr(config, "layer_types", None) or getattr(config, "layers_block_type", None) or [])
+    if len(kinds) != count:
+        windowed = getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True)
+        kinds = ["sliding_attention" if windowed else "full_attention"] * count
+    for index in getattr(config, "cross_attention_layers", None) or []:
+        kinds[index] = "cross_attention"
+    return ["full_attention" if kind == "attention" else kind for kind in kinds]
+
+
+def why_not(config: Any) -> str | None:
+    """Why layers with this decoder configuration cannot have gates; None if they can."""
+    kinds = layer_kinds(config)
+    if "cross_attention" in kinds:
+        places = ", ".join(str(index) for index, kind in enumerate(kinds) if kind == "cross_attention")
+        return (
+            f"cross-attention layers ({places}), whose keys come from the image and not from the tokens: "
+            "there are no vision tokens to skip."
+        )
+    for kind in kinds:
+        if kind not in GATED_KINDS:
+            return f"{kind.replace('_', '-')} layers, whose recurrent state cannot leave tokens out."
+    return None
 
 
 def _describe(model: nn.Module, layers: str | None) -> str:

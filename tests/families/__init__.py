@@ -12,6 +12,7 @@ from . import deepseek, gemma, llava, others, qwen
 from .family import IMAGE, LAYERS, PAD, WIDTH, WORDS, Family, film, picture
 
 FAMILIES: dict[str, Family] = llava.FAMILIES | deepseek.FAMILIES | qwen.FAMILIES | gemma.FAMILIES | others.FAMILIES
+WORKING = [name for name, family in FAMILIES.items() if not family.refused]
 Item = int | str
 Row = list[Item]
 FIRST_SPECIAL = IMAGE + 1 + len(WORDS)
@@ -23,6 +24,7 @@ __all__ = [
     "PAD",
     "ROWS",
     "WIDTH",
+    "WORKING",
     "Family",
     "build",
     "config",

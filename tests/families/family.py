@@ -32,6 +32,7 @@ class Family:
         image: text that stands for an image in a prompt.
         video: the same for a video; None if the family has none.
         prefix_lm: a prompt's tokens see each other; its processor wants an image, and the answer as `suffix`.
+        refused: what `attach` says when it refuses the family; empty where it works.
     """
 
     processor: Callable[[], Any]
@@ -39,6 +40,7 @@ class Family:
     image: str
     video: str | None = None
     prefix_lm: bool = False
+    refused: str = ""
 
 
 def tokenizer(image: str, special: Sequence[str] = (), **named: str) -> PreTrainedTokenizerFast:
