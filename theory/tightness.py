@@ -42,6 +42,8 @@ from .bounds import (
 )
 from .damage import LayerStates, draw_choice
 from .measures import angular_distance, cosine_distance, eviction_term, relative_update
+from .pooling import Pool, PooledStates, join
+from .probes import fit_probe
 
 IGNORE = -100
 THRESHOLDS = (0.01, 0.1, 1.0)
@@ -123,18 +125,19 @@ def from_model(model: nn.Module, batches: Iterable[dict[str, Tensor]], *, seed: 
         gated = False
         attach(model)
     ratios, generator = _Ratios(), torch.Generator().manual_seed(seed)
-    was_training = model.training
+    was_training, pools = model.training, []
     try:
         for batch in batches:
-            _evaluate(model.eval(), batch, ratios, generator)
+            pools.append(_evaluate(model.eval(), batch, ratios, generator))
     finally:
         model.train(was_training)
         if not gated:
             detach(model)
+    _fitted_probes(join(pools), ratios)
     return ratios.list()
 
 
-def _evaluate(model: nn.Module, batch: dict[str, Tensor], ratios: _Ratios, generator: torch.Generator) -> None:
+def _evaluate(model: nn.Module, batch: dict[str, Tensor], ratios: _Ratios, generator: torch.Generator) -> Pool:
     device = next(model.parameters()).device
     inputs = {key: value.to(device) for key, value in batch.items() if key != "labels"}
     labels = batch["labels"].to(device)
@@ -164,6 +167,10 @@ def _evaluate(model: nn.Module, batch: dict[str, Tensor], ratios: _Ratios, gener
         for m in range(len(MODALITIES)):
             if bool((modality == m).any()):
                 _skip(model, layers, index, inputs, answer, modality == m, m, chain, ratios)
+    pool = Pool(modality, labels)
+    for boundary in chain:
+        pool.add(boundary)
+    return pool
 
 
 def _states(x: Tensor, y: Tensor, modality: Tensor, ratios: _Ratios) -> None:
@@ -233,6 +240,20 @@ def _probes(
             gap,
             probe_gap_bound_from_proximal(prox, t, 2**0.5 * norm),
         )
+
+
+def _fitted_probes(pooled: PooledStates, ratios: _Ratios) -> None:
+    """Statement 4 for probes fitted on each layer's input: what changes when they are given its output instead."""
+    for (x, y), distance in zip(pairwise(pooled.states), pooled.distance, strict=True):
+        for k, moved in enumerate(distance):
+            there = moved.isfinite()
+            _, z = torch.unique(pooled.answer[there], return_inverse=True)
+            if len(z) == 0 or int(z.max()) == 0:
+                continue
+            probe = fit_probe(x[k, there], z)
+            gap = (probe.loss(y[k, there], z) - probe.loss(x[k, there], z)).mean().abs()
+            bound = probe_gap_bound(moved[there].double().mean(), probe.norm)
+            ratios.add(4, "fitted probe's loss gap <= 2 B sqrt(geo), per layer and modality", gap, bound)
 
 
 def _information(
