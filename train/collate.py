@@ -3,6 +3,7 @@
 import io
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from inspect import signature
 from typing import Any
 
 import torch
@@ -35,7 +36,7 @@ class Collator:
             InputError: a column is missing, an image cannot be read, or images and placeholders do not match; the
                 message names the row, by its number in the data set where `Rows` or `batches` read it.
         """
-        places, prompts, images, texts = [], [], [], []
+        places, prompts, images, texts, suffixes = [], [], [], [], []
         for number, row in enumerate(rows):
             where = row.where if isinstance(row, Row) else f"row {number} of the batch"
             places.append(where)
@@ -47,8 +48,12 @@ class Collator:
             if self.with_completion:
                 reply = turns_of(row, "completion", "assistant", where)
                 texts.append(self._template([*turns, *reply], False, where))
+                suffixes.append(_plain(reply))
         if not self.with_completion:
             return self._process(places, prompts, images, "left")
+        if "suffix" in signature(self.processor.__call__).parameters:
+            # A prefix LM, such as PaliGemma: a prompt's tokens see each other, so it must know where the answer begins.
+            return self._process(places, prompts, images, "right", suffixes)
         batch = self._process(places, texts, images, "right")
         # The prompt alone, expanded the same way, says where the completion begins.
         lengths = self._process(places, prompts, images, "right")["attention_mask"].sum(-1)
@@ -64,7 +69,14 @@ class Collator:
             raise InputError(f"{where}: the processor's chat template refuses its messages: {error}") from error
         return text
 
-    def _process(self, places: list[str], texts: list[str], images: list[list[Any]], side: str) -> dict[str, Tensor]:
+    def _process(
+        self,
+        places: list[str],
+        texts: list[str],
+        images: list[list[Any]],
+        side: str,
+        suffixes: list[str] | None = None,
+    ) -> dict[str, Tensor]:
         token = getattr(self.processor, "image_token", None)
         for where, text, given in zip(places, texts, images, strict=True):
             if token and (found := text.count(token)) > len(given):
@@ -72,21 +84,30 @@ class Collator:
                     f"{where}: {found} image tokens, {len(given)} images. Its text must not hold `{token}` itself."
                 )
         try:
-            return self._inputs(texts, images, side)
+            return self._inputs(texts, images, side, suffixes)
         except (ValueError, TypeError, OSError, IndexError) as error:
-            for where, text, given in zip(places, texts, images, strict=True):
+            for number, (where, text, given) in enumerate(zip(places, texts, images, strict=True)):
                 try:
-                    self._inputs([text], [given], side)
+                    self._inputs([text], [given], side, suffixes and [suffixes[number]])
                 except (ValueError, TypeError, OSError, IndexError) as reason:
                     raise InputError(f"{where}: the processor cannot take it: {reason}") from reason
             raise InputError(f"{places[0]} to {places[-1]} cannot be processed together: {error}") from error
 
-    def _inputs(self, texts: list[str], images: list[list[Any]], side: str) -> dict[str, Tensor]:
-        given = images if any(images) else None
-        batch = self.processor(
-            images=given, text=texts, padding=True, padding_side=side, add_special_tokens=False, return_tensors="pt"
-        )
-        return dict(batch)
+    def _inputs(
+        self, texts: list[str], images: list[list[Any]], side: str, suffixes: list[str] | None = None
+    ) -> dict[str, Tensor]:
+        given = {"text": texts, "images": images if any(images) else None}
+        if suffixes is not None:
+            given["suffix"] = suffixes
+        batch = self.processor(**given, padding=True, padding_side=side, add_special_tokens=False, return_tensors="pt")
+        return {name: value for name, value in batch.items() if name != "labels" or suffixes is not None}
+
+
+def _plain(turns: list[dict[str, Any]]) -> str:
+    """The text of some messages, without roles."""
+    contents = [turn["content"] for turn in turns]
+    parts = [[{"text": content}] if isinstance(content, str) else content for content in contents]
+    return "".join(part.get("text", "") for content in parts for part in content)
 
 
 def turns_of(row: Mapping[str, Any], column: str, role: str, where: str) -> list[dict[str, Any]]:

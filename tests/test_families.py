@@ -1,0 +1,137 @@
+"""Every family goes through the whole data flow with its own processor; the README's matrix says what is tested."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from families import FAMILIES, IMAGE, LAYERS, WORKING, build, inputs, processor
+from families.family import picture
+
+from skipit.pipeline import export, profile_model
+from skipit.router import (
+    InputError,
+    RouterConfig,
+    Trace,
+    UnsupportedModelError,
+    attach,
+    detach,
+    find_router,
+    running,
+    set_gates,
+)
+from skipit.router.checkpoint import load
+from skipit.theory.plan import make_plan
+from skipit.train.collate import Collator
+from skipit.train.config import TrainConfig
+from skipit.train.run import train
+
+README = Path(__file__).parents[1] / "README.md"
+EVERY_FAMILY = pytest.mark.parametrize("family", WORKING)
+
+
+def row(number: int, images: int) -> dict[str, Any]:
+    """A row in TRL's conversational vision format."""
+    parts = [*({"type": "image"} for _ in range(images)), {"type": "text", "text": "what is it"}]
+    answer = [{"type": "text", "text": f"a cat t{number + 5}"}]
+    return {
+        "images": [picture(number + place, 0) for place in range(images)],
+        "prompt": [{"role": "user", "content": parts}],
+        "completion": [{"role": "assistant", "content": answer}],
+    }
+
+
+def rows(family: str) -> list[dict[str, Any]]:
+    """One and two images, and none where the family's processor allows it."""
+    return [row(number, images) for number, images in enumerate((1, 2, 0, 1))][
+        :: 3 if FAMILIES[family].prefix_lm else 1
+    ]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_collate(family: str) -> None:
+    data = rows(family)
+    batch = Collator(processor(family))(data)
+    words = processor(family).tokenizer
+    for number, labels in enumerate(batch["labels"]):
+        assert words.decode(labels[labels >= 0]).split() == [
+            *data[number]["completion"][0]["content"][0]["text"].split(),
+            "</s>",
+        ]
+    prompts = Collator(processor(family), with_completion=False)(data)
+    assert "labels" not in prompts
+    for number, ids in enumerate(prompts["input_ids"]):
+        assert words.decode(ids[prompts["attention_mask"][number] > 0]).split()[-2:] == ["ASSISTANT", ":"]
+    seen = (batch["input_ids"] == IMAGE).sum(-1)
+    assert torch.equal(seen, (prompts["input_ids"] == IMAGE).sum(-1))
+    assert all((count > 0) == bool(one["images"]) for count, one in zip(seen, data, strict=True))
+
+
+def test_a_prefix_lm_is_told_where_the_answer_is() -> None:
+    batch = Collator(processor("paligemma"))(rows("paligemma"))
+    assert torch.equal(batch["token_type_ids"] == 1, batch["labels"] != -100)
+    with pytest.raises(InputError, match="row 0 of the batch: the processor cannot take it: `images` are expected"):
+        Collator(processor("paligemma"))([row(0, 0)])
+
+
+@EVERY_FAMILY
+def test_data_flow(family: str, tmp_path: Path) -> None:
+    """Profile, plan, train, export, reload, generate: a run that leaves nothing out."""
+    model, data = build(family), rows(family)
+    model.save_pretrained(tmp_path / "base")
+    processor(family).save_pretrained(tmp_path / "base")
+    profile = profile_model(model, processor(family), data, batch_size=4)
+    assert profile.tables["damage_retain"].shape == (LAYERS, 2)
+    assert all(
+        profile.tables[name].isfinite().all() for name in ("geometric", "damage_retain", "damage_evict", "var_text")
+    )
+    settings = TrainConfig(budget=0.6, steps=2, batch_size=2, accumulation=1, lora_rank=2)
+    plan = make_plan(profile, budget=0.6)
+    train(
+        model, processor(family), data, plan, settings, tmp_path / "run", calibration=data, base=str(tmp_path / "base")
+    )
+    export(tmp_path / "run", tmp_path / "out")
+    model, reloaded = load(tmp_path / "out")
+    assert type(reloaded) is type(processor(family))
+    batch = Collator(reloaded, with_completion=False)(data)
+    trace = Trace()
+    with running(trace=trace):
+        answer = model.generate(**batch, max_new_tokens=3, do_sample=False, eos_token_id=None)
+    assert answer.shape == (len(data), batch["input_ids"].shape[1] + 3)
+    assert find_router(model)[1].config.operating_points
+    shares = torch.stack([step.run.sum((1, 2)) / step.real.sum() for step in trace.steps])
+    assert 0 < shares.mean() < 1
+
+
+@pytest.mark.parametrize("family", [name for name in WORKING if FAMILIES[name].video])
+@pytest.mark.parametrize("kv", ["retain", "evict"])
+def test_video(family: str, kv: str) -> None:
+    # SmolVLM's processor keeps the pixels of images or of videos, not of both.
+    other: list[int | str] = [8, "video" if family == "smolvlm" else "image", 9]
+    model, batch = build(family), inputs(family, [[5, "video", 6, 7], other])
+    with torch.no_grad():
+        base = model(**batch).logits
+        attach(model, RouterConfig(kv=kv))  # type: ignore[arg-type]
+        trace = Trace()
+        with running(trace=trace):
+            assert torch.equal(model(**batch).logits, base)
+        assert (trace.steps[0].modality.sum(-1) > 1).all()
+        torch.manual_seed(1)
+        set_gates(model, torch.randn(LAYERS, 2, 32), torch.randn(LAYERS, 2))
+        with running(mode="masked"):
+            masked = model(**batch).logits
+        real = batch["attention_mask"].bool()
+        assert (model(**batch).logits - masked)[real].abs().max() <= 1e-5 * masked.abs().max()
+        assert not torch.equal(masked, base)
+
+
+@pytest.mark.parametrize("family", [name for name in FAMILIES if FAMILIES[name].refused])
+def test_refused(family: str) -> None:
+    model = build(family)
+    before = {name: type(module) for name, module in model.named_modules()}
+    with pytest.raises(UnsupportedModelError, match=f"^{re.escape(FAMILIES[family].refused)}$"):
+        attach(model)
+    assert {name: type(module) for name, module in model.named_modules()} == before
+    with pytest.raises(Exception, match="has no gates"):
+        detach(model)
