@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import test_laws
 import torch
 from families import FAMILIES, IMAGE, LAYERS, WORKING, build, inputs, processor
 from families.family import picture
@@ -135,3 +136,24 @@ def test_refused(family: str) -> None:
     assert {name: type(module) for name, module in model.named_modules()} == before
     with pytest.raises(Exception, match="has no gates"):
         detach(model)
+
+
+def cases(test: Any) -> set[str]:
+    """The families a test is run with."""
+    return {case for mark in test.pytestmark if mark.args[:1] == ("family",) for case in mark.args[1]}
+
+
+def test_the_readme_claims_what_is_tested() -> None:
+    table = re.findall(r"^\| [^|]+\(`([\w.-]+)`\) \|(.+)\|$", README.read_text(encoding="utf-8"), flags=re.MULTILINE)
+    assert [name for name, _ in table] == list(FAMILIES)
+    laws = [
+        cases(getattr(group, name))
+        for group in (test_laws.TestAllRun, test_laws.TestMaskedIsGathered, test_laws.TestAloneIsPadded)
+        for name in ("test_forward", "test_generate")
+    ]
+    tested = [set.intersection(*laws), *[cases(test_data_flow)] * 3]
+    for name, cells in table:
+        *claims, notes = (cell.strip() for cell in cells.split("|"))
+        assert claims == ["yes" if name in families else "refused" for families in tested], name
+        assert FAMILIES[name].refused in notes
+        assert ("video" in notes) == bool(FAMILIES[name].video), name
