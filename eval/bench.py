@@ -97,7 +97,7 @@ def bench(
             trace = Trace()
             with torch.no_grad(), context(), running(trace=trace):
                 gated(**inputs, use_cache=True, logits_to_keep=1)
-            saved[name] = 1 - float(trace_compute(costs, trace.steps, kv).share)
+            saved[name] = 1 - float(trace_compute(costs, trace.steps).share)
     times = time_models(subjects, inputs, repeats=repeats, decode_steps=8)
     base = times["untouched"]
     rows = []

@@ -123,7 +123,7 @@ def greedy_answers(
         for a dense run).
     """
     config = find_router(model)[1].config
-    costs, kv = CostModel.of(model, config.layers), config.kv
+    costs = CostModel.of(model, config.layers)
     answers: list[list[int]] = []
     executed = dense = 0.0
     for inputs in _batches(model, rows, collate, batch_size):
@@ -134,7 +134,7 @@ def greedy_answers(
         answers += [_until_end(tokens, end) for tokens in new.tolist()]
         if trace.steps:
             leave_out_finished(trace.steps, new, end)
-            compute = trace_compute(costs, trace.steps, kv)
+            compute = trace_compute(costs, trace.steps)
             executed, dense = executed + float(compute.executed.sum()), dense + float(compute.dense.sum())
         progress(len(new))
     return answers, executed / dense if dense else 1.0

@@ -100,7 +100,7 @@ def run_dataset(
         answers += [text.strip() for text in processor.batch_decode(new, skip_special_tokens=True)]
         if trace.steps:
             leave_out_finished(trace.steps, new, model.generation_config.eos_token_id)
-            compute = trace_compute(costs, trace.steps, kv)
+            compute = trace_compute(costs, trace.steps)
             executed, dense = executed + compute.executed.cpu(), dense + compute.dense.cpu()
             for step in trace.steps:
                 rate.update(step.run.cpu(), step.modality.cpu(), step.real.cpu())

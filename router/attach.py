@@ -11,8 +11,8 @@ from .config import RouterConfig
 from .decoder import find_decoder, why_not
 from .errors import SkipItError, UnsupportedModelError
 from .gates import TokenGate
-from .keys_only import unwrap_queries, wrap_queries
-from .layer import GatedLayer
+from .layer import GatedLayer, mix_in_parts, take_out_parts
+from .projections import unwrap_projections, wrap_projections
 from .subclass import mix_in, take_out
 
 
@@ -49,8 +49,9 @@ def attach(model: nn.Module, config: RouterConfig | None = None) -> Router:
         # A meta device is kept: gates of a model without weights have none either.
         layer.layer_gate = TokenGate(hidden_size, index).to(parameter.device)  # type: ignore[arg-type]
         layer.skipit_index = index  # type: ignore[assignment]
+        mix_in_parts(layer)
         mix_in(layer, GatedLayer)
-        wrap_queries(layer)
+        wrap_projections(layer)
     for attention_config in _attention_configs(decoder):
         attention_config._attn_implementation_internal = implementation
     router = Router(config, len(layers))
@@ -67,7 +68,8 @@ def detach(model: nn.Module) -> None:
     top, router = find_router(model)
     _, decoder, layers = find_decoder(top, router.config.layers)
     for layer in layers:
-        unwrap_queries(layer)
+        unwrap_projections(layer)
+        take_out_parts(layer)
         take_out(layer)
         del layer.layer_gate, layer.skipit_index
     for attention_config in _attention_configs(decoder):

@@ -8,7 +8,7 @@ unpacks the queries into rows, calls the model's usual function and packs the re
 
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -23,6 +23,7 @@ LAYOUT_KWARG = "skipit_layout"
 OBSERVER_KWARG = "skipit_attention_observer"
 PREFIX = "skipit_"
 SUPPORTED = ("sdpa", "eager")
+SPAN = 128  # queries; shorter spans look at fewer keys in vain, and keep the kernels less busy
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,8 @@ class Layout:
         rows: int64 [tokens], the row of each packed token.
         columns: int64 [tokens], its place among all tokens of the call.
         slots: int64 [tokens], its place among the packed tokens of its row.
+        spans: (first, end, keys) of runs of packed tokens that together see only the first `keys` keys; empty where
+            that is not known.
     """
 
     batch: int
@@ -42,6 +45,7 @@ class Layout:
     rows: Tensor
     columns: Tensor
     slots: Tensor
+    spans: tuple[tuple[int, int, int], ...] = ()
 
     @classmethod
     def of(cls, chosen: Tensor) -> "Layout":
@@ -52,6 +56,12 @@ class Layout:
         slots = (chosen.cumsum(1) - 1)[rows, columns]
         width = int(slots.max()) + 1 if len(slots) else 0
         return cls(len(chosen), width, rows, columns, slots)
+
+    def with_spans(self, past: int) -> "Layout":
+        """The layout of one row's tokens when every token before is a key: later keys need not be looked at."""
+        ends = [*range(SPAN, len(self.columns), SPAN), len(self.columns)]
+        keys = (self.columns[[end - 1 for end in ends]] + past + 1).tolist()
+        return replace(self, spans=tuple(zip([0, *ends], ends, keys, strict=False)))
 
     def pack(self, tokens: Tensor) -> Tensor:
         """[..., batch or 1, seq, dim] to [..., 1, tokens, dim]."""
@@ -65,6 +75,18 @@ class Layout:
         out = heads.new_zeros(self.batch, self.width, heads.shape[1], heads.shape[3])
         out[self.rows, self.slots] = heads[0].transpose(0, 1)
         return out.transpose(1, 2)
+
+    def to_columns(self, heads: Tensor, tokens: int) -> Tensor:
+        """[1, heads, packed tokens, head_dim] to [batch, heads, tokens, head_dim], each at its place in the call."""
+        out = heads.new_zeros(self.batch, tokens, heads.shape[1], heads.shape[3])
+        out[self.rows, self.columns] = heads[0].transpose(0, 1)
+        return out.transpose(1, 2)
+
+    def unpack(self, tokens: Tensor, others: Tensor) -> Tensor:
+        """[1, tokens, dim] to [batch, seq, dim], `others` where no token was packed."""
+        out = others.clone()
+        out[self.rows, self.columns] = tokens[0]
+        return out
 
     def from_rows(self, rows: Tensor) -> Tensor:
         """[batch, width, heads, head_dim] to [1, tokens, heads, head_dim]."""
@@ -122,6 +144,12 @@ def _wrap(base: str) -> Callable[..., Any]:
             mask = observer(module, query, key, value, mask, kwargs.get("scaling"))
         if layout is None:
             return function(module, query, key, value, mask, **kwargs)
+        if layout.spans and mask is not None:
+            parts = [
+                function(module, query[:, :, a:b], key[:, :, :n], value[:, :, :n], mask[:, :, a:b, :n], **kwargs)[0]
+                for a, b, n in layout.spans
+            ]
+            return torch.cat(parts, dim=1), None
         output, weights = function(module, layout.to_rows(query), key, value, mask, **kwargs)
         return layout.from_rows(output), weights
 

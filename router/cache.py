@@ -20,6 +20,8 @@ class SkipCacheLayer(DynamicLayer):
     Attributes:
         index: int64 [batch, slots], the sequence index of each slot or -1; None while slot i holds token i.
         seen: tokens per row that have passed, whether or not they were kept.
+        decided: fp32 [batch, modalities], the gate logits that a prompt's tokens have decided by together (see
+            `Call.pooled`), NaN where none were there; None where tokens decide for themselves.
     """
 
     keys: Tensor
@@ -29,6 +31,7 @@ class SkipCacheLayer(DynamicLayer):
         super().__init__()
         self.index: Tensor | None = None
         self.seen = 0
+        self.decided: Tensor | None = None
 
     def append(self, keys: Tensor, values: Tensor, index: Tensor | None, tokens: int) -> tuple[Tensor, Tensor]:
         """Add slots for the next `tokens` tokens, of which some may be missing.
@@ -73,7 +76,7 @@ class SkipCacheLayer(DynamicLayer):
     def reset(self) -> None:
         """Forget everything."""
         super().reset()
-        self.index, self.seen = None, 0
+        self.index, self.seen, self.decided = None, 0, None
 
     def crop(self, tokens_to_remove: int) -> None:
         """Forget the last `-tokens_to_remove` tokens of every row; the argument is zero or negative."""
@@ -92,8 +95,7 @@ class SkipCacheLayer(DynamicLayer):
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Reorder rows for beam search."""
-        if self.is_initialized:
-            self.batch_select_indices(beam_idx.to(self.keys.device))
+        self.batch_select_indices(beam_idx)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat every row `repeats` times."""
@@ -102,13 +104,18 @@ class SkipCacheLayer(DynamicLayer):
             self.values = self.values.repeat_interleave(repeats, dim=0)
         if self.index is not None and len(self.index) > 1:
             self.index = self.index.repeat_interleave(repeats, dim=0)
+        if self.decided is not None:
+            self.decided = self.decided.repeat_interleave(repeats, dim=0)
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep only the rows `indices`."""
         if self.is_initialized:
-            self.keys, self.values = self.keys[indices], self.values[indices]
+            here = indices.to(self.keys.device)
+            self.keys, self.values = self.keys[here], self.values[here]
         if self.index is not None and len(self.index) > 1:
             self.index = self.index[indices.to(self.index.device)]
+        if self.decided is not None:
+            self.decided = self.decided[indices.to(self.decided.device)]
 
 
 class SkipCache(Cache):

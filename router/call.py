@@ -14,12 +14,13 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .cache import SkipCache
-from .config import KVPolicy, RouterConfig
+from .config import Granularity, KVPolicy, RouterConfig, Unit, check_choice
 from .errors import InputError
-from .modality import token_modality
+from .modality import MODALITIES, token_modality
 from .policies import Gated, Policy
 from .trace import Step, Trace
 
@@ -34,29 +35,56 @@ class Call:
     Attributes:
         policy: decides which token runs which layer.
         kv: what becomes of the keys and values of skipped tokens.
+        unit: what a token skips.
+        granularity: who decides.
         mode: `masked` computes every token and discards; `gathered` computes only the tokens that run.
         modality: int64 [batch, seq], 0 text, 1 vision.
         real: bool [batch, seq], False at padding.
+        prompt: bool [batch, seq], the tokens that decide for their row under `sequence`.
         position: int64 [batch, seq], how many real tokens of the row come before; the same however it is padded.
         past: tokens per row already in the cache, padding counted.
+        tokens: how many are real, over all rows.
+        cache: of keys and values, and of what a prompt has decided; or None.
         step: where decisions are recorded, or None.
     """
 
     policy: Policy
     kv: KVPolicy
+    unit: Unit
+    granularity: Granularity
     mode: Mode
     modality: Tensor
     real: Tensor
+    prompt: Tensor
     position: Tensor
     past: int
+    tokens: int
+    cache: SkipCache | None
     step: Step | None
 
     def to(self, device: torch.device) -> "Call":
         """The call with its tensors on a device: the layers of a model may be spread over several."""
         if self.real.device == device:
             return self
-        moved = {name: getattr(self, name).to(device) for name in ("modality", "real", "position")}
+        moved = {name: getattr(self, name).to(device) for name in ("modality", "real", "prompt", "position")}
         return replace(self, **moved)
+
+    def pooled(self, layer: int, logits: Tensor) -> Tensor:
+        """Logits of every token [batch, seq] replaced by their mean over the prompt's tokens of row and modality.
+
+        What a prompt has decided is kept in the cache and holds for the tokens after it. A token of a modality that no
+        prompt has had decides for itself.
+        """
+        chosen = F.one_hot(self.modality, len(MODALITIES)) * self.prompt[..., None]
+        count = chosen.sum(1)
+        means, known = (logits[..., None] * chosen).sum(1) / count.clamp(min=1), count > 0
+        if self.cache is not None:
+            held = self.cache.layers[layer]
+            if held.decided is not None:
+                earlier = ~held.decided.isnan()
+                means, known = torch.where(earlier, held.decided, means), known | earlier
+            held.decided = means.detach().masked_fill(~known, torch.nan)
+        return torch.where(known.gather(1, self.modality), means.gather(1, self.modality), logits)
 
 
 @dataclass(frozen=True)
@@ -65,7 +93,15 @@ class _Running:
     budget: float | str | None = None
     mode: Mode | None = None
     kv: KVPolicy | None = None
+    unit: Unit | None = None
+    granularity: Granularity | None = None
+    prompt: Tensor | None = None
     trace: Trace | None = None
+
+    def __post_init__(self) -> None:
+        for name, kind in (("mode", Mode), ("kv", KVPolicy), ("unit", Unit), ("granularity", Granularity)):
+            if getattr(self, name) is not None:
+                check_choice(name, getattr(self, name), kind)
 
 
 _running: ContextVar[_Running] = ContextVar("skipit_running", default=_Running())  # noqa: B039 - frozen
@@ -77,8 +113,10 @@ def running(**options: Any) -> Iterator[None]:
 
     Args:
         **options: `policy` (instead of the gates), `budget` (a calibrated operating point), `mode` ("masked",
-            "gathered", or "dense": as if nothing were attached), `kv` ("retain", "evict"), `trace` (a `Trace`
-            that receives every step).
+            "gathered", or "dense": as if nothing were attached), `kv` ("retain", "evict"), `unit` ("block",
+            "attention", "mlp"), `granularity` ("token", "sequence"), `prompt` (bool [batch, seq]: where answers are
+            part of the input, as in training, the tokens that may decide for their row), `trace` (a `Trace` that
+            receives every step).
 
     Example:
         >>> with running(mode="dense"):
@@ -104,6 +142,8 @@ class Router:
         mode = options.mode or ("masked" if model.training else "gathered")
         if mode == "dense":
             return args, kwargs
+        if mode == "gathered" and _wants_attention_weights(model, kwargs):
+            mode = "masked"  # the weights of every token, which gathered execution does not compute
         if args:
             kwargs = {**dict(zip(("input_ids", "pixel_values"), args, strict=False)), **kwargs}
         cache = self._cache(model, kwargs)
@@ -111,12 +151,26 @@ class Router:
             kwargs = {**kwargs, "past_key_values": cache}
         past = cache.get_seq_length() if cache is not None else 0
         modality, real, position = self._tokens(model, kwargs, past)
+        kv, unit = options.kv or self.config.kv, options.unit or self.config.unit
         step = None
         if options.trace is not None:
-            step = Step(modality, real, past)
+            step = Step(modality, real, past, kv, unit)
             options.trace.steps.append(step)
-        policy = options.policy or Gated(self.config.threshold_at(options.budget))
-        call = Call(policy, options.kv or self.config.kv, mode, modality, real, position, past, step)
+        call = Call(
+            policy=options.policy or Gated(self.config.threshold_at(options.budget)),
+            kv=kv,
+            unit=unit,
+            granularity=options.granularity or self.config.granularity,
+            mode=mode,
+            modality=modality,
+            real=real,
+            prompt=real if options.prompt is None else real & options.prompt.to(real.device),
+            position=position,
+            past=past,
+            tokens=int(real.sum()),
+            cache=cache,
+            step=step,
+        )
         return (), {**kwargs, KWARG: call}
 
     def _cache(self, model: nn.Module, kwargs: dict[str, Any]) -> SkipCache | None:
@@ -145,3 +199,10 @@ class Router:
             real = torch.ones(batch, length, dtype=torch.bool, device=modality.device)
             position = torch.arange(past, past + length, device=modality.device).expand(batch, -1)
         return modality, real, position
+
+
+def _wants_attention_weights(model: nn.Module, kwargs: dict[str, Any]) -> bool:
+    wanted = kwargs.get("output_attentions")
+    if wanted is None:
+        wanted = getattr(model.config.get_text_config(), "output_attentions", False)  # type: ignore[union-attr, operator]
+    return bool(wanted)

@@ -9,7 +9,19 @@ from typing import Any, Literal, Self, get_args
 from .errors import RouterConfigError
 
 KVPolicy = Literal["retain", "evict"]
+Unit = Literal["block", "attention", "mlp"]
+Granularity = Literal["token", "sequence"]
 FORMAT_VERSION = 1
+
+
+def check_choice(name: str, value: Any, kind: Any) -> None:
+    """Refuse a value that is not one of a `Literal`'s.
+
+    Raises:
+        RouterConfigError: names what is allowed.
+    """
+    if value not in get_args(kind):
+        raise RouterConfigError(f"`{name}`: got {value!r}, expected one of {', '.join(get_args(kind))}.")
 
 
 @dataclass(frozen=True)
@@ -19,6 +31,9 @@ class RouterConfig:
     Args:
         kv: what happens to the keys and values of a token that skips a layer. `retain`: they are still computed
             and others may attend to them; `evict`: the token does not exist for that layer.
+        unit: what a token skips: the whole layer (`block`), or the `attention` or the `mlp` inside it.
+        granularity: `token`, each decides for itself; `sequence`, the prompt's tokens of a modality decide together,
+            by the mean of their logits, for themselves and for all tokens that are generated.
         layers: dotted path of the decoder layers, such as "model.language_model.layers"; None finds them.
         threshold: a token runs a layer when its gate logit exceeds this; the default operating point.
         operating_points: named thresholds, such as {"0.5": -0.3} for half of the dense compute.
@@ -26,6 +41,8 @@ class RouterConfig:
     """
 
     kv: KVPolicy = "retain"
+    unit: Unit = "block"
+    granularity: Granularity = "token"
     layers: str | None = None
     threshold: float = 0.0
     operating_points: dict[str, float] = field(default_factory=dict)
@@ -37,8 +54,8 @@ class RouterConfig:
                 f"`format_version`: got {self.format_version!r}, this skipit reads {FORMAT_VERSION}. "
                 "Load the checkpoint with the skipit version that wrote it, or a newer one."
             )
-        if self.kv not in get_args(KVPolicy):
-            raise RouterConfigError(f"`kv`: got {self.kv!r}, expected one of {', '.join(get_args(KVPolicy))}.")
+        for name, kind in (("kv", KVPolicy), ("unit", Unit), ("granularity", Granularity)):
+            check_choice(name, getattr(self, name), kind)
         if self.layers is not None and not isinstance(self.layers, str):
             raise RouterConfigError(f"`layers`: got {self.layers!r}, expected a dotted path or null.")
         if not isinstance(self.operating_points, dict):

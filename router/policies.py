@@ -44,6 +44,8 @@ class Gated:
     def decide(self, layer: int, hidden: Tensor, call: "Call", gate: TokenGate) -> Decision:
         """Run where the gate's logit exceeds the threshold."""
         logits = gate(hidden, call.modality) - self.threshold
+        if call.granularity == "sequence":
+            logits = call.pooled(layer, logits)
         return Decision(logits > 0, torch.sigmoid(logits))
 
 

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from .config import KVPolicy, Unit
 from .policies import Decision
 
 
@@ -16,12 +17,16 @@ class Step:
         modality: int64 [batch, seq], 0 text, 1 vision.
         real: bool [batch, seq], False at padding.
         past: tokens per row already in the cache, padding counted.
+        kv: what became of the keys and values of skipped tokens.
+        unit: what they skipped.
         decisions: by layer index; the first one counts when gradient checkpointing replays a layer.
     """
 
     modality: Tensor
     real: Tensor
     past: int
+    kv: KVPolicy = "retain"
+    unit: Unit = "block"
     decisions: dict[int, Decision] = field(default_factory=dict)
 
     @property

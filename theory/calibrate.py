@@ -11,6 +11,7 @@ from skipit.router.config import KVPolicy, RouterConfig
 
 from .cost import Compute, CostModel, trace_compute
 from .plan import check_budget
+from .profile import IGNORE
 
 
 @torch.no_grad()
@@ -23,9 +24,11 @@ def measured_share(
     for batch in batches:
         trace = Trace()
         inputs = {key: value.to(device) for key, value in batch.items() if key != "labels"}
-        with running(policy=Gated(threshold), mode="gathered", kv=kv, trace=trace):
+        # Where answers are part of the rows, they do not decide for their prompt.
+        prompt = batch["labels"] == IGNORE if "labels" in batch else None
+        with running(policy=Gated(threshold), mode="gathered", kv=kv, prompt=prompt, trace=trace):
             model(**inputs, use_cache=False)
-        compute: Compute = trace_compute(costs, trace.steps, kv)
+        compute: Compute = trace_compute(costs, trace.steps)
         executed, dense = executed + float(compute.executed.sum()), dense + float(compute.dense.sum())
     return executed / dense
 

@@ -13,7 +13,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from skipit.router import MODALITIES, Step
-from skipit.router.config import KVPolicy
+from skipit.router.config import KVPolicy, Unit
 from skipit.router.decoder import find_decoder
 from skipit.router.errors import UnsupportedModelError
 
@@ -26,6 +26,7 @@ class LayerCost:
         linear: per token, all linear maps.
         keys_values: per token, the key and value projections among them: what `retain` still pays for a skip.
         attention: per pair of a query token and a key it can see.
+        mlp: per token, the linear maps outside attention: what skipping the MLP alone saves.
         gate: per token, scoring it.
         kv_bytes: bytes of cache per token.
     """
@@ -33,6 +34,7 @@ class LayerCost:
     linear: float
     keys_values: float
     attention: float
+    mlp: float
     gate: float
     kv_bytes: int
 
@@ -80,19 +82,24 @@ def _layer_cost(layer: nn.Module, width: int) -> LayerCost:
     head_dim = int(attention.head_dim)  # type: ignore[arg-type]
     heads = int(attention.config.num_attention_heads)  # type: ignore[union-attr, arg-type]
     kv_width = int(attention.config.num_key_value_heads) * head_dim  # type: ignore[union-attr, arg-type]
-    # LoRA's factors are left out: exported, they are merged into the maps they adapt.
-    linear = sum(
-        2 * module.in_features * module.out_features
-        for name, module in layer.named_modules()
-        if isinstance(module, nn.Linear) and "lora_" not in name
-    )
+    linear = _linear(layer)
     size = next(layer.parameters()).element_size()
     return LayerCost(
         linear=float(linear),
         keys_values=float(2 * 2 * width * kv_width),
         attention=float(4 * heads * head_dim),
+        mlp=float(linear - _linear(attention)),
         gate=float(2 * width * len(MODALITIES)),
         kv_bytes=2 * kv_width * size,
+    )
+
+
+def _linear(module: nn.Module) -> int:
+    # LoRA's factors are left out: exported, they are merged into the maps they adapt.
+    return sum(
+        2 * part.in_features * part.out_features
+        for name, part in module.named_modules()
+        if isinstance(part, nn.Linear) and "lora_" not in name
     )
 
 
@@ -117,6 +124,7 @@ def step_compute(
     kv: KVPolicy,
     held: Float[Tensor, "layers batch"] | None = None,
     seen: Float[Tensor, " batch"] | None = None,
+    unit: Unit = "block",
 ) -> Compute:
     """FLOPs of one call of the model.
 
@@ -129,30 +137,36 @@ def step_compute(
         kv: what skipped tokens leave behind.
         held: keys per layer and row from earlier calls; None is none.
         seen: real tokens per row from earlier calls; None is none.
+        unit: what a token skips.
     """
     run = run * real
     tokens = real.to(run.dtype)
     everything = tokens.cumsum(-1) if seen is None else tokens.cumsum(-1) + seen[:, None]
     # Where keys are evicted, a token that runs sees itself in full; a soft gate weighs the keys of others.
     others = run.cumsum(-1) - run + (0 if held is None else held[..., None])
-    keys = everything if kv == "retain" else others + 1
-    linear, pair, kept, gate = (
-        costs.column(name).to(run)[:, None, None] for name in ("linear", "attention", "keys_values", "gate")
+    keys = everything if kv == "retain" or unit == "mlp" else others + 1
+    linear, pair, kept, mlp, gate = (
+        costs.column(name).to(run)[:, None, None] for name in ("linear", "attention", "keys_values", "mlp", "gate")
     )
-    executed = run * (linear + pair * keys) + gate * tokens
-    if kv == "retain":
-        executed = executed + (tokens - run) * kept
     dense = tokens * linear + tokens * pair * everything
+    if unit == "mlp":
+        executed = dense - (tokens - run) * mlp
+    else:
+        executed = run * (linear + pair * keys)
+        if kv == "retain":
+            executed = executed + (tokens - run) * kept
+        if unit == "attention":
+            executed = executed + (tokens - run) * mlp
+    executed = executed + gate * tokens
     return Compute(_by_modality(executed, modality), _by_modality(dense, modality))
 
 
-def trace_compute(costs: CostModel, steps: list[Step], kv: KVPolicy) -> Compute:
+def trace_compute(costs: CostModel, steps: list[Step]) -> Compute:
     """FLOPs of a prefill and the decoding steps after it, from what ran in each.
 
     Args:
         costs: of this model's layers.
         steps: of one trace, one generation; a step whose `past` is 0 begins a new one.
-        kv: the policy they ran with.
     """
     total: Compute | None = None
     held = seen = None
@@ -160,9 +174,10 @@ def trace_compute(costs: CostModel, steps: list[Step], kv: KVPolicy) -> Compute:
         if step.past == 0:
             held = seen = None
         run = step.run.double()
-        one = step_compute(costs, run, step.modality, step.real, kv, held, seen)
+        one = step_compute(costs, run, step.modality, step.real, step.kv, held, seen, step.unit)
         total = one if total is None else Compute(total.executed + one.executed, total.dense + one.dense)
-        held = run.sum(-1) if held is None else held + run.sum(-1)
+        kept = run if step.kv == "evict" and step.unit != "mlp" else step.real.double().expand_as(run)
+        held = kept.sum(-1) if held is None else held + kept.sum(-1)
         seen = step.real.double().sum(-1) if seen is None else seen + step.real.double().sum(-1)
     if total is None:
         raise ValueError("`steps`: got none; run the model inside `with running(trace=trace)`.")

@@ -1,10 +1,10 @@
 """What can be set about a training run: one dial, `budget`; everything else has a default."""
 
 from dataclasses import asdict, dataclass, fields
-from typing import Any, Self, get_args
+from typing import Any, Self
 
 from skipit.router import RouterConfigError
-from skipit.router.config import KVPolicy
+from skipit.router.config import Granularity, KVPolicy, Unit, check_choice
 from skipit.theory.plan import check_budget
 
 
@@ -15,6 +15,8 @@ class TrainConfig:
     Args:
         budget: share of the dense decoder's FLOPs to spend, in (0, 1].
         kv: K/V policy of skipped tokens, `retain` or `evict`.
+        unit: what a token skips, `block`, `attention` or `mlp`.
+        granularity: `token`, or `sequence`: a prompt's tokens of a modality decide together.
         steps: optimizer steps.
         batch_size: rows per device and step.
         accumulation: batches per optimizer step.
@@ -33,6 +35,8 @@ class TrainConfig:
 
     budget: float = 0.5
     kv: KVPolicy = "retain"
+    unit: Unit = "block"
+    granularity: Granularity = "token"
     steps: int = 250
     batch_size: int = 16
     accumulation: int = 1
@@ -50,8 +54,8 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         check_budget(self.budget)
-        if self.kv not in get_args(KVPolicy):
-            raise RouterConfigError(f"`kv`: got {self.kv!r}, expected one of {', '.join(get_args(KVPolicy))}.")
+        for name, choices in (("kv", KVPolicy), ("unit", Unit), ("granularity", Granularity)):
+            check_choice(name, getattr(self, name), choices)
         for name, default in self.__dataclass_fields__.items():
             value, kind = getattr(self, name), type(default.default)
             if kind is int:

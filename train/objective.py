@@ -15,7 +15,6 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from skipit.router import Step
-from skipit.router.config import KVPolicy
 from skipit.theory.cost import Compute, CostModel, step_compute
 
 IGNORE = -100
@@ -42,11 +41,11 @@ def answer_losses(
     return ce, F.kl_div(predicted, wanted, reduction="sum", log_target=True)
 
 
-def gated_compute(costs: CostModel, step: Step, kv: KVPolicy) -> Compute:
+def gated_compute(costs: CostModel, step: Step) -> Compute:
     """FLOPs of a masked training step: from the hard decisions, differentiated through the gates' probabilities."""
     probability = step.probability
     straight_through = step.run.float() + (probability - probability.detach())
-    return step_compute(costs, straight_through, step.modality, step.real, kv)
+    return step_compute(costs, straight_through, step.modality, step.real, step.kv, unit=step.unit)
 
 
 @dataclass

@@ -29,7 +29,18 @@ ADAPTER = "adapter"
 RUN_FILE = "run.json"
 CONFIG_FILE = "train_config.json"
 # A resumed run may not change these: its data, its weights or its schedule would be another run's.
-FIXED = ("budget", "kv", "steps", "batch_size", "accumulation", "lora_rank", "lora_alpha", "seed")
+FIXED = (
+    "budget",
+    "kv",
+    "unit",
+    "granularity",
+    "steps",
+    "batch_size",
+    "accumulation",
+    "lora_rank",
+    "lora_alpha",
+    "seed",
+)
 
 
 def lora_targets(model: nn.Module) -> str:
@@ -54,7 +65,7 @@ def prepare(model: Any, plan: Plan, config: TrainConfig) -> Any:
     from peft import LoraConfig, get_peft_model
 
     check_same_model(plan, fingerprint(model))
-    attach(model, RouterConfig(kv=config.kv))
+    attach(model, RouterConfig(kv=config.kv, unit=config.unit, granularity=config.granularity))
     set_gates(model, plan.weight, plan.bias)
     torch.manual_seed(config.seed)
     lora = LoraConfig(

@@ -16,7 +16,7 @@ from skipit.router.artefact import load_json, save_json
 from skipit.theory.cost import CostModel
 
 from .config import TrainConfig
-from .objective import DualAscent, answer_losses, gated_compute
+from .objective import IGNORE, DualAscent, answer_losses, gated_compute
 
 GATE = "layer_gate"
 STATE_FILE = "skipit_state.json"
@@ -63,14 +63,14 @@ class SkipTrainer(Trainer):
         inputs = dict(inputs)
         labels = inputs.pop("labels")
         trace = Trace()
-        with running(mode="masked", kv=self.settings.kv, trace=trace):
+        with running(mode="masked", prompt=labels == IGNORE, trace=trace):
             outputs = model(**inputs, use_cache=False)
         teacher = self._teacher(model, inputs) if self.settings.distillation else None
         ce, kl = answer_losses(outputs.logits, teacher, labels)
-        compute = gated_compute(self.costs, trace.steps[-1], self.settings.kv)
+        compute = gated_compute(self.costs, trace.steps[-1])
         executed, dense = compute.executed.sum(), compute.dense.sum()
         over = (executed - self.settings.budget * dense) / self.dense_per_answer
-        items = num_items_in_batch if num_items_in_batch is not None else (labels[:, 1:] != -100).sum()
+        items = num_items_in_batch if num_items_in_batch is not None else (labels[:, 1:] != IGNORE).sum()
         loss = (ce + self.settings.distillation * kl + self.ascent.price * over) / items
         if not bool(torch.isfinite(loss)):
             raise TrainingError(

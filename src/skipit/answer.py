@@ -106,6 +106,6 @@ def answer(
     reply = processor.decode(ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
     if dense:
         return Reply(prompt, reply, None, None, images)
-    compute = float(trace_compute(CostModel.of(model), trace.steps, config.kv).share)
+    compute = float(trace_compute(CostModel.of(model), trace.steps).share)
     depth = answer_depth(trace.steps, ids[0], processor.tokenizer, images=len(images))
     return Reply(prompt, reply, compute, depth, images)

@@ -144,6 +144,8 @@ def _train(verb: Parser) -> None:
         "--resume", action=argparse.BooleanOptionalAction, default=False, help="continue the run in --out"
     )
     verb.add_argument("--report-to", default="none", help="as in transformers' Trainer, such as tensorboard")
+    verb.add_argument("--unit", choices=("block", "attention", "mlp"), default=None, help=UNIT)
+    verb.add_argument("--granularity", choices=("token", "sequence"), default=None, help=GRANULARITY)
     # Settings of `TrainConfig` that neither the plan nor the data decide; None keeps their defaults.
     for name, kind in (
         ("steps", _positive),
@@ -225,6 +227,8 @@ def _demo(verb: Parser) -> None:
 
 
 BUDGET = "share of the dense decoder's FLOPs to spend"
+UNIT = "what a token skips: the whole layer, or the attention or MLP inside it (default block)"
+GRANULARITY = "each token decides for itself, or a prompt's tokens of a modality together (default token)"
 KV = "keys and values of skipped tokens (default %(default)s)"
 DATA = "`reference`, a folder, a .jsonl or .parquet file, or a Hub id"
 

@@ -46,7 +46,7 @@ def test_answers_are_those_of_generate_row_by_row_and_end_where_they_end(model: 
         with torch.no_grad(), running(trace=trace):
             alone = model.generate(**batch, max_new_tokens=6, do_sample=False)[0, batch["input_ids"].shape[1] :]
         assert answer == alone.tolist()
-        cost = trace_compute(CostModel.of(model), trace.steps, "retain")
+        cost = trace_compute(CostModel.of(model), trace.steps)
         executed, dense = executed + float(cost.executed.sum()), dense + float(cost.dense.sum())
     assert any(len(answer) < 6 for answer in answers)
     assert compute == pytest.approx(executed / dense, abs=1e-6)

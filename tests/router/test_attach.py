@@ -9,6 +9,7 @@ from skipit.router import (
     Router,
     RouterConfig,
     SkipItError,
+    UnsupportedModelError,
     attach,
     detach,
     find_router,
@@ -89,5 +90,5 @@ def test_a_layer_that_stores_its_keys_otherwise() -> None:
     layer.self_attn.forward = lambda hidden_states, **_: (hidden_states, None)
     policy = FixedUnits(torch.tensor([[True] * 2, [False] * 2, [True] * 2, [True] * 2]))
     message = "`LlamaDecoderLayer` does not store its keys and values through `past_key_values.update`"
-    with running(policy=policy, kv="retain"), pytest.raises(RuntimeError, match=message):
+    with running(policy=policy, kv="retain"), pytest.raises(UnsupportedModelError, match=message):
         model(**batch)

@@ -25,7 +25,7 @@ def test_round_trip(config: RouterConfig, tmp_path: Path) -> None:
         (
             {"kvs": "retain", "budgets": 1},
             "router config: unknown keys budgets, kvs; "
-            "known keys: format_version, kv, layers, operating_points, threshold.",
+            "known keys: format_version, granularity, kv, layers, operating_points, threshold, unit.",
         ),
         ({"kv": "drop"}, "`kv`: got 'drop', expected one of retain, evict."),
         ({"layers": 3}, "`layers`: got 3, expected a dotted path or null."),

@@ -15,7 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from skipit.router import RouterConfig, Step, Trace, UnsupportedModelError, attach, running
 from skipit.theory.cost import Compute, CostModel, LayerCost, step_compute, trace_compute
 
-COSTS = CostModel(tuple(LayerCost(100.0 + i, 30.0 + i, 7.0 + i, 3.0, 16) for i in range(3)))
+COSTS = CostModel(tuple(LayerCost(100.0 + i, 30.0 + i, 7.0 + i, 60.0 + i, 3.0, 16) for i in range(3)))
 
 
 def counted(model: Any, batch: dict[str, Tensor], **options: Any) -> tuple[list[int], Trace]:
@@ -151,8 +151,8 @@ def test_a_generation(kv: str, pattern: str) -> None:
         for _ in range(2):
             model.generate(**batch, max_new_tokens=4, do_sample=False)
     assert len(trace.steps) == 8
-    one = trace_compute(costs, trace.steps[:4], kv)  # type: ignore[arg-type]
-    twice = trace_compute(costs, trace.steps, kv)  # type: ignore[arg-type]
+    one = trace_compute(costs, trace.steps[:4])
+    twice = trace_compute(costs, trace.steps)
     torch.testing.assert_close(twice.executed, 2 * one.executed)
     whole = {
         name: torch.cat([getattr(step, name) for step in trace.steps[:4]], dim=-1)
@@ -214,4 +214,4 @@ def test_errors() -> None:
         CostModel.of(model)
     steps: list[Step] = []
     with pytest.raises(ValueError, match=r"`steps`: got none; run the model inside `with running\(trace=trace\)`"):
-        trace_compute(COSTS, steps, "retain")
+        trace_compute(COSTS, steps)

@@ -48,7 +48,7 @@ def measured(
         "ridge_weight_retain": torch.zeros(layers, 2, dim),
         "ridge_weight_evict": torch.zeros(layers, 2, dim),
     }
-    cost = LayerCost(linear=100.0, keys_values=20.0, attention=0.0, gate=1.0, kv_bytes=8)
+    cost = LayerCost(linear=100.0, keys_values=20.0, attention=0.0, mlp=0.0, gate=1.0, kv_bytes=8)
     return Profile(tables, CostModel((cost,) * layers), "model", {"rows": 8})
 
 

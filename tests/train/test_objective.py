@@ -62,7 +62,7 @@ def step_loss(model: Any, batch: dict[str, Tensor], costs: CostModel, kv: str, i
     with torch.no_grad(), running(mode="dense"):
         teacher = model(**batch, use_cache=False).logits
     ce, kl = answer_losses(logits, teacher, labels)
-    compute = gated_compute(costs, trace.steps[0], kv)  # type: ignore[arg-type]
+    compute = gated_compute(costs, trace.steps[0])
     over = (compute.executed.sum() - 0.5 * compute.dense.sum()) / 1e4
     return (ce + kl + 0.7 * over) / items
 
@@ -105,8 +105,8 @@ def test_compute_counts_decisions_and_blames_probabilities(kv: str) -> None:
     costs, trace = CostModel.of(model), Trace()
     with running(mode="masked", trace=trace):
         model(**batch, use_cache=False)
-    compute = gated_compute(costs, trace.steps[0], kv)  # type: ignore[arg-type]
-    counted = trace_compute(costs, trace.steps, kv)  # type: ignore[arg-type]
+    compute = gated_compute(costs, trace.steps[0])
+    counted = trace_compute(costs, trace.steps)
     torch.testing.assert_close(compute.executed.double(), counted.executed, rtol=1e-5, atol=0)
     torch.testing.assert_close(compute.dense.double(), counted.dense, rtol=1e-5, atol=0)
 
@@ -120,7 +120,7 @@ def test_running_costs(kv: str) -> None:
     trace = Trace()
     with running(mode="masked", trace=trace):
         model(**batch, use_cache=False)
-    gated_compute(CostModel.of(model), trace.steps[0], kv).executed.sum().backward()  # type: ignore[arg-type]
+    gated_compute(CostModel.of(model), trace.steps[0]).executed.sum().backward()
     for layer in gated_layers(model):
         assert (layer.layer_gate.bias.grad > 0).all()
 

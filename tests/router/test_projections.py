@@ -11,7 +11,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from skipit.router import FixedUnits, attach, detach, running
-from skipit.router.keys_only import QueryProjection, keys_only, unwrap_queries, wrap_queries
+from skipit.router.projections import KeyValueProjection, QueryProjection, only, unwrap_projections, wrap_projections
 from skipit.router.subclass import mix_in, take_out
 
 NOTHING = FixedUnits(torch.zeros(4, 2, dtype=torch.bool))
@@ -46,19 +46,25 @@ def test_only_within_the_block() -> None:
     layer = nn.ModuleDict({"q_proj": nn.Linear(3, 5), "k_proj": nn.Linear(3, 5)})
     x = torch.randn(2, 3)
     expected = layer["q_proj"](x)
-    wrap_queries(layer)
+    wrap_projections(layer)
     assert isinstance(layer["q_proj"], QueryProjection)
-    assert not isinstance(layer["k_proj"], QueryProjection)
+    assert isinstance(layer["k_proj"], KeyValueProjection)
     assert torch.equal(layer["q_proj"](x), expected)
-    with keys_only():
+    keys = layer["k_proj"](x)
+    with only("queries"):
+        assert torch.equal(layer["q_proj"](x), expected)
+        assert not layer["k_proj"](x).any()
+        with only("everything"):
+            assert torch.equal(layer["k_proj"](x), keys)
+    with only("keys and values"):
         assert torch.equal(layer["q_proj"](x), torch.zeros(2, 5))
-        with keys_only():
+        with only("keys and values"):
             pass
         assert not layer["q_proj"](x).any()
-    with pytest.raises(KeyError), keys_only():
+    with pytest.raises(KeyError), only("keys and values"):
         raise KeyError
     assert torch.equal(layer["q_proj"](x), expected)
-    unwrap_queries(layer)
+    unwrap_projections(layer)
     assert type(layer["q_proj"]) is nn.Linear
     assert torch.equal(layer["q_proj"](x), expected)
 
@@ -66,7 +72,7 @@ def test_only_within_the_block() -> None:
 def test_other_layouts_are_left_alone() -> None:
     layer = nn.ModuleDict({"qkv": nn.Linear(2, 2), "q_proj": nn.Identity()})
     types = [type(module) for module in layer.modules()]
-    wrap_queries(layer)
+    wrap_projections(layer)
     assert [type(module) for module in layer.modules()] == types
 
 
@@ -75,10 +81,10 @@ def test_subclasses_of_linear_keep_their_class() -> None:
         pass
 
     layer = nn.ModuleDict({"q_proj": Quantized(2, 2)})
-    wrap_queries(layer)
+    wrap_projections(layer)
     assert isinstance(layer["q_proj"], Quantized)
     assert type(layer["q_proj"]).__name__ == "Quantized"
-    unwrap_queries(layer)
+    unwrap_projections(layer)
     assert type(layer["q_proj"]) is Quantized
 
 
