@@ -3,13 +3,12 @@
 The unit is a training step without the optimizer: forward, loss and backward to all parameters, on the same batches.
 Times are the processor time of one thread, so that other load on the machine counts little, of interleaved repeats. A
 profile costs so much per row, and once, at the end, the ridge regressions: both are told apart by profiling n batches
-and 2 n. Peak memory is the most a process of its own ever held (getrusage's ru_maxrss, which sees what torch
-allocates), less what it held with the model and the batches loaded.
+and 2 n. Peak memory is the most that a process of its own held while it ran (resident memory, so it sees what torch
+allocates), less what it held with the model and the batches loaded; Linux counts it anew when asked to.
 """
 
 import argparse
 import json
-import resource
 import subprocess
 import sys
 import time
@@ -41,9 +40,9 @@ def reference() -> tuple[Any, Batches]:
 
 
 def random_llava() -> tuple[Any, Batches]:
-    """A LLaVA of hidden size 512 and 8 layers with random weights, and two batches of 4 rows of 256 + 64 tokens."""
-    model = bench_small(hidden=512, layers=8, image_tokens=256)
-    batch = prompt(256, 64, 4)
+    """A LLaVA of hidden size 512 and 6 layers with random weights, and two batches of 2 rows of 256 + 64 tokens."""
+    model = bench_small(hidden=512, layers=6, image_tokens=256)
+    batch = prompt(256, 64, 2)
     labels = torch.full_like(batch["input_ids"], -100)
     labels[:, -ANSWER:] = batch["input_ids"][:, -ANSWER:]
     return model, [{**batch, "labels": labels}] * 2
@@ -53,7 +52,7 @@ CASES: dict[str, Callable[[], tuple[Any, Batches]]] = {"reference": reference, "
 
 
 def dense(model: Any, rows: Batches) -> None:
-    """The unit: forward and backward to all parameters."""
+    """The unit: forward and backward to all parameters; their gradients are dropped after every batch."""
     for batch in rows:
         model(**batch, use_cache=False).loss.backward()
         model.zero_grad(set_to_none=True)
@@ -64,7 +63,7 @@ def measure(model: Any, rows: Batches) -> None:
     profile(model, rows)
 
 
-TASKS: dict[str, Callable[[Any, Batches], None]] = {"load": lambda *_: None, "dense": dense, "profile": measure}
+TASKS: dict[str, Callable[[Any, Batches], None]] = {"dense": dense, "profile": measure}
 
 
 def seconds(run: Callable[[], None]) -> float:
@@ -94,8 +93,23 @@ def cost(case: str, repeats: int) -> dict[str, float]:
     return {"unit_s": unit, "per_row": per_row, "once_s": once, "total": total}
 
 
+def resident(name: str) -> int:
+    """Bytes of this process in memory: `VmRSS` now, `VmHWM` at most since the count began."""
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(name))
+    return int(line.split()[1]) * 1024
+
+
+def peak_here(case: str, task: str) -> int:
+    """Bytes that a task takes at most in this process, beyond the model and the batches."""
+    model, rows = CASES[case]()
+    Path("/proc/self/clear_refs").write_text("5")  # begins the count of VmHWM anew
+    before = resident("VmRSS")
+    TASKS[task](model, rows)
+    return resident("VmHWM") - before
+
+
 def peak(case: str, task: str) -> int:
-    """Most bytes that a process held which ran a task once."""
+    """The same in a process of its own."""
     code = [sys.executable, "-m", "skipit.bench_profile", "--peak", case, task]
     return int(json.loads(subprocess.run(code, capture_output=True, text=True, check=True).stdout))
 
@@ -104,6 +118,7 @@ def main() -> None:
     """Print a table and optionally write JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=5, help="(default %(default)s)")
+    parser.add_argument("--case", choices=CASES, action="append", help="(default: all)")
     parser.add_argument("--out", type=Path, default=None, help="JSON file")
     parser.add_argument("--peak", nargs=2, metavar=("CASE", "TASK"), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -111,15 +126,13 @@ def main() -> None:
     torch.set_num_threads(1)
     if arguments.peak:
         case, task = arguments.peak
-        TASKS[task](*CASES[case]())
-        print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024))
+        print(peak_here(case, task))
         return
     print(f"{'':14}{'unit s':>8}{'per row':>9}{'once s':>8}{'total':>7}{'dense MB':>10}{'profile MB':>12}")
     results = {}
-    for case in CASES:
+    for case in arguments.case or CASES:
         found = cost(case, arguments.repeats)
-        loaded = peak(case, "load")
-        found |= {f"{task}_mb": (peak(case, task) - loaded) / 1e6 for task in ("dense", "profile")}
+        found |= {f"{task}_mb": peak(case, task) / 1e6 for task in TASKS}
         results[case] = found
         times = f"{found['unit_s']:8.2f}{found['per_row']:9.2f}{found['once_s']:8.2f}{found['total']:7.2f}"
         print(f"{case:14}{times}{found['dense_mb']:10.0f}{found['profile_mb']:12.0f}")
