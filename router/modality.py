@@ -11,12 +11,12 @@ TEXT, VISION = 0, 1
 MODALITIES = ("text", "vision")
 
 # The names under which transformers' configurations keep the placeholder ids of image and video tokens.
-_PLACEHOLDERS = ("image_token_id", "image_token_index", "video_token_id", "video_token_index")
+PLACEHOLDERS = ("image_token_id", "image_token_index", "video_token_id", "video_token_index")
 
 
 def vision_token_ids(config: Any) -> list[int]:
     """Token ids that stand for image or video features in `input_ids`, from a model's configuration."""
-    ids = {getattr(config, name, None) for name in _PLACEHOLDERS}
+    ids = {getattr(config, name, None) for name in PLACEHOLDERS}
     return sorted(i for i in ids if isinstance(i, int) and i >= 0)
 
 

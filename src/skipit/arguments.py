@@ -112,6 +112,11 @@ def _plan(verb: Parser) -> None:
     verb.add_argument("--nu", type=_number, default=None, help="... where at most this share of attention is on vision")
 
 
+def _inspect(verb: Parser) -> None:
+    verb.add_argument("model", help="`reference`, a folder with a config.json, or a Hub id; weights are not needed")
+    verb.add_argument("--json", action=argparse.BooleanOptionalAction, default=False, help="print JSON")
+
+
 def _theory(verb: Parser) -> None:
     verb.add_argument("profile", type=Path, help="folder made by `skipit profile`")
     verb.add_argument("--model", default=None, help="`reference`, a folder, or a Hub id: measure its tensors too")
@@ -234,6 +239,7 @@ DATA = "`reference`, a folder, a .jsonl or .parquet file, or a Hub id"
 
 # What a verb does, an example of it, and its arguments; in the order of the data flow.
 VERBS: dict[str, tuple[str, str, Callable[[Parser], None]]] = {
+    "inspect": ("say what a model is and whether it can have gates", "skipit inspect reference", _inspect),
     "profile": ("measure a model on data", "skipit profile reference reference --out runs/profile", _profile),
     "plan": ("turn a profile into gates", "skipit plan runs/profile --budget 0.5 --out runs/plan", _plan),
     "theory": (

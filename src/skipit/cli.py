@@ -203,6 +203,22 @@ def _plan_mode(arguments: argparse.Namespace) -> None:
     print(f"Next: skipit export {arguments.out} --model MODEL --out DIR")
 
 
+def _inspect(arguments: argparse.Namespace) -> None:
+    import json
+
+    from rich.console import Console
+
+    from .inspection import inspect_model, inspection_table
+
+    found = inspect_model(arguments.model)
+    if arguments.json:
+        print(json.dumps(found.to_json(), indent=2))
+    else:
+        # A file or a pipe has no width; a line of a table is not broken there.
+        width = None if sys.stdout.isatty() else 160
+        Console(highlight=False, markup=False, width=width).print(inspection_table(found))
+
+
 def _theory(arguments: argparse.Namespace) -> None:
     from skipit.router.errors import InputError
     from skipit.theory.artefact import check_same_model, load_profile
@@ -419,6 +435,7 @@ def _demo(arguments: argparse.Namespace) -> None:
 
 
 RUNS: dict[str, Verb] = {
+    "inspect": _inspect,
     "profile": _profile,
     "plan": _plan,
     "theory": _theory,

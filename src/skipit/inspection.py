@@ -1,0 +1,222 @@
+"""What skipit would find in a model, from its configuration alone: no weights are read, none are made."""
+
+from dataclasses import asdict, dataclass
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Group
+from rich.table import Table
+
+from skipit.router import MODALITIES, RouterConfig, SkipItError, attach
+from skipit.router.attention import SUPPORTED
+from skipit.router.checkpoint import ROUTER_FILE
+from skipit.router.decoder import find_decoder, layer_kinds
+from skipit.router.errors import CheckpointError, UnsupportedModelError
+from skipit.router.modality import PLACEHOLDERS
+from skipit.theory.cost import CostModel
+
+from .sources import resolve_model
+
+
+@dataclass(frozen=True)
+class LayerFacts:
+    """One decoder layer.
+
+    Attributes:
+        kind: of its attention, in transformers' names.
+        name: its class.
+        parameters: its own weights.
+        gate_parameters: what a gate adds.
+        flops_per_token: all linear maps; a multiply-accumulate is 2 FLOPs.
+        flops_per_key: attention, for each key that a token sees.
+        flops_if_skipped: per token that skips it under `retain`: its keys and values; `evict` spends nothing.
+        kv_bytes: of cache per token.
+    """
+
+    kind: str
+    name: str
+    parameters: int
+    gate_parameters: int
+    flops_per_token: float
+    flops_per_key: float
+    flops_if_skipped: float
+    kv_bytes: int
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """What a model's configuration says.
+
+    Attributes:
+        model: what was asked for.
+        name: class of the model.
+        model_type: of its configuration.
+        dtype: in which its weights are stored; bytes are counted in it.
+        parameters: of the whole model.
+        decoder: dotted path of the decoder layers.
+        layers: of the decoder, in order.
+        vision_tokens: the placeholders of image and video features in `input_ids`, by their name in the configuration.
+        attention: whether each attention implementation of the model can run gated.
+        refused: why gates cannot be attached; None if they can.
+        router: settings of the gates beside the configuration, if it is a gated checkpoint.
+    """
+
+    model: str
+    name: str
+    model_type: str
+    dtype: str
+    parameters: int
+    decoder: str
+    layers: tuple[LayerFacts, ...]
+    vision_tokens: dict[str, int]
+    attention: dict[str, bool]
+    refused: str | None
+    router: dict[str, Any] | None
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values, with totals over the layers."""
+        names = ("gate_parameters", "flops_per_token", "kv_bytes")
+        totals = {name: sum(getattr(layer, name) for layer in self.layers) for name in names}
+        return {**asdict(self), "supported": self.refused is None, "totals": totals}
+
+
+def inspect_model(source: str) -> Inspection:
+    """Inspect a model on the meta device: a folder with a config.json, a Hub id, or `reference`.
+
+    Raises:
+        CheckpointError: there is no configuration, or transformers does not know it.
+        UnsupportedModelError: it is not a vision-language model, or transformers cannot build it.
+        DecoderNotFoundError: its decoder layers are not found; the message lists what could be named.
+    """
+    folder = resolve_model(source)
+    config = _config(source, folder)
+    model = _on_meta(source, config)
+    path, decoder, layers = find_decoder(model)
+    width = int(decoder.config.hidden_size)  # type: ignore[union-attr, arg-type]
+    gate = len(MODALITIES) * (width + 1)
+    costs = CostModel.of(model).layers
+    facts = tuple(
+        LayerFacts(
+            kind,
+            type(layer).__name__,
+            sum(p.numel() for p in layer.parameters()),
+            gate,
+            cost.linear,
+            cost.attention,
+            cost.keys_values,
+            cost.kv_bytes,
+        )
+        for kind, layer, cost in zip(layer_kinds(decoder.config), layers, costs, strict=True)
+    )
+    router = Path(folder) / ROUTER_FILE
+    return Inspection(
+        source,
+        type(model).__name__,
+        config.model_type,
+        str(model.dtype).removeprefix("torch."),
+        sum(p.numel() for p in model.parameters()),
+        path,
+        facts,
+        {name: getattr(config, name) for name in PLACEHOLDERS if isinstance(getattr(config, name, None), int)},
+        _attention(model),
+        _refused(model),
+        RouterConfig.from_file(router).to_dict() if router.is_file() else None,
+    )
+
+
+def _config(source: str, folder: str) -> Any:
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(folder)
+    except Exception as error:  # a configuration may be wrong in any way
+        raise CheckpointError(
+            f"model {source!r} has no configuration that transformers can read: {' '.join(str(error).split())}\n"
+            "Give a folder with a config.json, a Hub id, or `reference` for the embedded model."
+        ) from error
+
+
+def _on_meta(source: str, config: Any) -> Any:
+    from transformers import AutoModelForImageTextToText
+
+    if type(config) not in AutoModelForImageTextToText._model_mapping:
+        raise UnsupportedModelError(
+            f"model {source!r} is no vision-language model: `{config.model_type}` has no image-text-to-text class in "
+            "transformers. Its decoder can still have gates: attach(model)."
+        )
+    try:
+        with torch.device("meta"):
+            return AutoModelForImageTextToText.from_config(config, dtype=config.dtype or torch.float32)
+    except Exception as error:  # a configuration may be wrong in any way
+        raise UnsupportedModelError(f"model {source!r} cannot be built from its configuration: {error}") from error
+
+
+def _attention(model: Any) -> dict[str, bool]:
+    """Whether gated execution wraps each implementation that the model has."""
+    has = {
+        "eager": True,
+        "sdpa": model._supports_sdpa,
+        "flash_attention_2": model._supports_flash_attn,
+        "flex_attention": model._supports_flex_attn,
+    }
+    return {name: name in SUPPORTED for name, there in has.items() if there}
+
+
+def _refused(model: Any) -> str | None:
+    try:
+        attach(model)
+    except SkipItError as error:
+        return str(error)
+    return None
+
+
+def inspection_table(found: Inspection) -> Group:
+    """What was found, to read: one line per stretch of equal layers."""
+    about = Table.grid(padding=(0, 2))
+    whole = found.to_json()["totals"]
+    vision = ", ".join(f"{name} {value}" for name, value in found.vision_tokens.items()) or "none in the configuration"
+    attention = ", ".join(f"{name} ({'gated' if yes else 'dense only'})" for name, yes in found.attention.items())
+    lines = {
+        "model": f"{found.name} ({found.model_type}), {found.parameters:,} parameters in {found.dtype}",
+        "decoder": f"{found.decoder}, {len(found.layers)} layers",
+        "modalities": f"text; vision: {vision}",
+        "attention": attention,
+        "gates": f"{whole['gate_parameters']:,} parameters",
+        "per token": f"{_short(whole['flops_per_token'])} FLOPs in linear maps, {whole['kv_bytes']:,} bytes of K/V",
+        "supported": "yes: masked and gathered execution, K/V policies retain and evict"
+        if found.refused is None
+        else f"no: {found.refused}",
+    }
+    if found.router is not None:
+        points = ", ".join(found.router["operating_points"]) or "none"
+        lines["router"] = f"a gated checkpoint: K/V policy {found.router['kv']}, operating points: {points}"
+    for name, text in lines.items():
+        about.add_row(name, text)
+    table = Table("layers", "kind", "class", "FLOPs/token", "per key", "if skipped", "K/V bytes", "gate parameters")
+    for column in table.columns[3:]:
+        column.justify = "right"
+    first = 0
+    for layer, equal in groupby(found.layers):
+        last = first + len(list(equal)) - 1
+        table.add_row(
+            str(first) if first == last else f"{first}-{last}",
+            layer.kind.removesuffix("_attention"),
+            layer.name,
+            _short(layer.flops_per_token),
+            _short(layer.flops_per_key),
+            _short(layer.flops_if_skipped),
+            f"{layer.kv_bytes:,}",
+            f"{layer.gate_parameters:,}",
+        )
+        first = last + 1
+    return Group(about, table)
+
+
+def _short(count: float) -> str:
+    """A count with three digits and a unit: 405M."""
+    for size, unit in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if count >= size:
+            return f"{count / size:.3g}{unit}"
+    return f"{count:g}"
