@@ -148,5 +148,5 @@ def _digest(before: bytes, batch: dict[str, Tensor]) -> bytes:
     digest = hashlib.sha256(before)
     for name, value in sorted(batch.items()):
         digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
-        digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+        digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return digest.digest()

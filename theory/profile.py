@@ -121,7 +121,7 @@ def _profile(
 ) -> Profile:
     _, decoder, layers = find_decoder(model, path)
     sums = ProfileSums(len(layers), int(decoder.config.hidden_size), next(model.parameters()).device)  # type: ignore[union-attr, arg-type]
-    of = {"model": fingerprint(model, path), "draws": draws, "temperature": temperature, "seed": seed}
+    of: dict[str, Any] = {"model": fingerprint(model, path), "draws": draws, "temperature": temperature, "seed": seed}
     if partial is not None:
         _restore(sums, partial, of)
     for number, batch in enumerate(batches) if partial is None else partial.unmeasured(batches):
@@ -241,7 +241,8 @@ def _add_draw(
     apart = torch.stack([slopes(grad, change.apart) for grad, change in zip(states, taken, strict=True)])
     seen = torch.stack([torch.zeros_like(own[0]) if bias is None else bias[:, 0, 0].float() for bias in grads[count:]])
     margin, mass = choice.margin[:, None], choice.mass[:, None]
-    for kv, alone in (("retain", own), ("evict", own + seen)):
+    drops: dict[KVPolicy, Tensor] = {"retain": own, "evict": own + seen}
+    for kv, alone in drops.items():
         tokens.damage[kv].add_(choice_damage(margin, mass, alone), alpha=weight)
         tokens.signal[kv].add_(tempered_damage(margin, alone), alpha=weight)
     for m in range(len(MODALITIES)):

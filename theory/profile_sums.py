@@ -131,7 +131,7 @@ class ProfileSums:
         }
         rows = {"rows": torch.tensor([self.rows, self.bad_rows]), "bad_numbers": torch.tensor(self.bad_numbers).long()}
         sums = {f"sums.{name}": value for name, value in self.sums.items()}
-        return {**rows, **sums, **redundancy, **ridge, "var": self.var, "var_rows": self.var_rows}  # type: ignore[dict-item]
+        return {**rows, **sums, **redundancy, **ridge, "var": self.var, "var_rows": self.var_rows}
 
     def restore(self, state: dict[str, Tensor]) -> None:
         """Take back what `state` gave.
