@@ -4,6 +4,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from skipit.adapter import load as load
     from skipit.router import Gated as Gated
     from skipit.router import RouterConfig as RouterConfig
     from skipit.router import SkipItError as SkipItError
@@ -12,7 +13,6 @@ if TYPE_CHECKING:
     from skipit.router import detach as detach
     from skipit.router import running as running
     from skipit.router import set_gates as set_gates
-    from skipit.router.checkpoint import load as load
     from skipit.router.checkpoint import save_gated as save_gated
     from skipit.theory.calibrate import calibrate as calibrate
     from skipit.theory.plan import make_plan as make_plan
@@ -35,7 +35,7 @@ _PUBLIC = {
     "batches": "skipit.train.collate",
     "calibrate": "skipit.theory.calibrate",
     "detach": "skipit.router",
-    "load": "skipit.router.checkpoint",
+    "load": "skipit.adapter",
     "make_plan": "skipit.theory.plan",
     "profile": "skipit.theory.profile",
     "running": "skipit.router",

@@ -170,6 +170,12 @@ def _train(verb: Parser) -> None:
 def _export(verb: Parser) -> None:
     verb.add_argument("run_folder", metavar="run", type=Path, help="folder made by `skipit train` or `skipit plan`")
     verb.add_argument("--model", default=None, help="of a plan that nothing was trained for: the dense model")
+    verb.add_argument(
+        "--adapter",
+        action=argparse.BooleanOptionalAction,
+        default=False,
+        help="gates and LoRA alone, in PEFT's format, to be loaded on top of the base",
+    )
     _out(verb)
 
 

@@ -315,10 +315,23 @@ def _train(arguments: argparse.Namespace) -> None:
 
 
 def _export(arguments: argparse.Namespace) -> None:
+    from skipit.router.errors import InputError
+
     from .display import loading
     from .pipeline import export, export_plan
 
     _check_out(arguments)
+    if arguments.adapter:
+        from .adapter import export_adapter
+
+        if arguments.model is not None:
+            raise InputError("--adapter is of a run: a plan has no LoRA. Leave out --model or --adapter.")
+        with loading("exporting"):
+            size = export_adapter(arguments.run_folder, arguments.out, overwrite=arguments.overwrite)
+        print(
+            f"{arguments.out}: adapter checkpoint, {size / 1e6:.2f} MB. It needs its base: skipit.load(DIR, base=...)."
+        )
+        return
     with loading("exporting"):
         if arguments.model is None:
             export(arguments.run_folder, arguments.out, overwrite=arguments.overwrite)
@@ -365,9 +378,9 @@ def _calibrate(arguments: argparse.Namespace) -> None:
 
 
 def _generate(arguments: argparse.Namespace) -> None:
-    from skipit.router.checkpoint import load
     from skipit.router.errors import InputError
 
+    from .adapter import load
     from .answer import answer, open_images
     from .display import loading
 

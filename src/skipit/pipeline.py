@@ -1,9 +1,10 @@
 """One function per arrow of the data flow; the command line's verbs are thin over these."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from safetensors import SafetensorError
+from torch import Tensor
 
 from skipit.router import find_router
 from skipit.router.artefact import load_json, new_directory, provenance, save_json
@@ -75,14 +76,22 @@ def add_operating_point(model: Any, processor: Any, calibration: Any, budget: fl
     return share
 
 
-def merge_run(run: str | Path) -> tuple[Any, Any]:
-    """The gated model of a run: LoRA merged into the weights, gates attached.
+class Run(NamedTuple):
+    """A finished run: its record, the router's settings, its gates, and the dense model it started from."""
+
+    record: dict[str, Any]
+    config: RouterConfig
+    gates: dict[str, Tensor]
+    model: Any
+    processor: Any
+
+
+def open_run(run: str | Path) -> Run:
+    """Read a run folder and load its base.
 
     Raises:
         CheckpointError: not a finished run, or its base is not what it was.
     """
-    from peft import PeftModel
-
     run = Path(run)
     if not (run / RUN_FILE).is_file():
         hint = " Finish it with `skipit train ... --resume`." if (run / CONFIG_FILE).is_file() else ""
@@ -94,13 +103,25 @@ def merge_run(run: str | Path) -> tuple[Any, Any]:
         raise CheckpointError(
             f"{run} was trained from a model with fingerprint {record['model']}; {record['base']} now has {found}."
         )
-    attach(model, config)
+    return Run(record, config, gates, model, processor)
+
+
+def merge_run(run: str | Path) -> tuple[Any, Any]:
+    """The gated model of a run: LoRA merged into the weights, gates attached.
+
+    Raises:
+        CheckpointError: not a finished run, or its base is not what it was.
+    """
+    from peft import PeftModel
+
+    found = open_run(run)
+    attach(found.model, found.config)
     try:
-        merged: Any = PeftModel.from_pretrained(model, run / ADAPTER).merge_and_unload()
+        merged: Any = PeftModel.from_pretrained(found.model, Path(run) / ADAPTER).merge_and_unload()
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise CheckpointError(f"{run / ADAPTER} cannot be loaded: {error}") from error
-    set_gates(merged, **gates)
-    return merged.eval(), processor
+        raise CheckpointError(f"{Path(run) / ADAPTER} cannot be loaded: {error}") from error
+    set_gates(merged, **found.gates)
+    return merged.eval(), found.processor
 
 
 def export(run: str | Path, out: str | Path, *, overwrite: bool = False) -> None:
@@ -112,8 +133,8 @@ def export(run: str | Path, out: str | Path, *, overwrite: bool = False) -> None
     with new_directory(out, overwrite) as folder:
         model, processor = merge_run(run)
         record = load_json(Path(run) / RUN_FILE)
-        card = _card(record, find_router(model)[1].config)
-        save_gated(model, processor, folder, card=card, overwrite=True)
+        about = card(record, find_router(model)[1].config)
+        save_gated(model, processor, folder, card=about, overwrite=True)
         save_json(folder / PROVENANCE_FILE, {**record, "exported_by": provenance()})
 
 
@@ -146,18 +167,27 @@ def check_profile(profile: Profile, checkpoint: Path, dense: Any) -> None:
     check_same_model(profile, found)
 
 
-def _card(record: dict[str, Any], config: RouterConfig) -> str:
+def card(record: dict[str, Any], config: RouterConfig, adapter: bool = False) -> str:
+    """The model card of a run's checkpoint."""
     settings, share = record["config"], record["calibrated_share"]
     points = "\n".join(f"| {name} | {value:.4f} |" for name, value in config.operating_points.items())
     version = record["made_by"]["versions"].get("skipit")
     measured = "not calibrated" if share is None else f"{share:.1%} on the calibration rows, in gathered execution"
+    kind, library, plain = (
+        "Gated checkpoint",
+        "transformers",
+        ("`from_pretrained` without skipit gives the dense model with the fine-tuned weights, which runs every layer."),
+    )
+    if adapter:
+        kind, library = "Gated adapter", "peft"
+        plain = "`PeftModel.from_pretrained(base, ...)` without skipit gives the LoRA alone, which runs every layer."
     return f"""---
-library_name: transformers
+library_name: {library}
 pipeline_tag: image-text-to-text
 base_model: {record["base"]}
 tags: [skipit, layer-skipping]
 ---
-# Gated checkpoint
+# {kind}
 
 `{record["base"]}` with one gate per decoder layer, fine-tuned by skipit {version} to spend {settings["budget"]:.0%} of
 the dense decoder's FLOPs (measured: {measured}). K/V policy of skipped tokens: `{config.kv}`.
@@ -168,7 +198,7 @@ import skipit
 model, processor = skipit.load("this folder")  # gated; generate() as usual
 ```
 
-`from_pretrained` without skipit gives the dense model with the fine-tuned weights, which runs every layer.
+{plain}
 
 | operating point (share of FLOPs) | threshold |
 |---|---|
