@@ -61,7 +61,7 @@ def time_models(
     for repeat in range(repeats + 2):
         for name, subject in subjects.items():
             with subject.context():
-                first, step = _one(subject.model, inputs, decode_steps)
+                first, step = run_once(subject.model, inputs, decode_steps)
             if repeat >= 2:
                 prefill[name].append(first)
                 decode[name].append(step)
@@ -82,7 +82,8 @@ def time_models(
     }
 
 
-def _one(model: Any, inputs: dict[str, Tensor], steps: int) -> tuple[float, float]:
+def run_once(model: Any, inputs: dict[str, Tensor], steps: int) -> tuple[float, float]:
+    """Seconds of a prefill, and of one of the `steps` greedy decoding steps after it."""
     device = next(model.parameters()).device
     started = _now(device)
     outputs = model(**inputs, use_cache=True, logits_to_keep=1)

@@ -18,6 +18,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .errors import UnsupportedModelError
+from .eviction import KEY_WEIGHT_KWARG, KeyWeights, weighted_attention
 
 LAYOUT_KWARG = "skipit_layout"
 OBSERVER_KWARG = "skipit_attention_observer"
@@ -137,6 +138,9 @@ def _wrap(base: str) -> Callable[..., Any]:
     ) -> Any:
         layout: Layout | None = kwargs.pop(LAYOUT_KWARG, None)
         observer = kwargs.pop(OBSERVER_KWARG, None)
+        learning: KeyWeights | None = kwargs.pop(KEY_WEIGHT_KWARG, None)
+        if learning is not None and kwargs.get("softcap") is None and kwargs.get("s_aux") is None:
+            return weighted_attention(query, key, value, *learning, kwargs.get("scaling")), None
         # "eager" is no entry of the interface: every modeling file has its own, with the family's extras.
         eager: Any = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
         function = ALL_ATTENTION_FUNCTIONS.get_interface(base, eager)

@@ -1,6 +1,7 @@
 """The gate of one layer: a linear score per token, with weights of its own for each modality."""
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
@@ -9,8 +10,7 @@ from .modality import MODALITIES
 
 def normalize(hidden: Float[Tensor, "*batch dim"]) -> Float[Tensor, "*batch dim"]:
     """Scale each state to root mean square 1, in fp32: what the gates read, whatever a layer's own norm does."""
-    hidden = hidden.float()
-    return hidden * torch.rsqrt(hidden.square().mean(-1, keepdim=True) + 1e-6)
+    return F.rms_norm(hidden.float(), hidden.shape[-1:], eps=1e-6)
 
 
 class TokenGate(nn.Module):
@@ -31,5 +31,5 @@ class TokenGate(nn.Module):
         self, hidden: Float[Tensor, "batch seq dim"], modality: Int[Tensor, "batch seq"]
     ) -> Float[Tensor, "batch seq"]:
         """Gate logits of every token."""
-        scores = normalize(hidden) @ self.weight.float().T + self.bias.float()
+        scores = F.linear(normalize(hidden), self.weight.float(), self.bias.float())
         return scores.gather(-1, modality[..., None]).squeeze(-1)

@@ -21,6 +21,7 @@ from .cache import SkipCache, SkipCacheLayer
 from .call import KWARG, Call
 from .config import Unit
 from .errors import UnsupportedModelError
+from .eviction import KEY_WEIGHT_KWARG, KeyWeights
 from .gates import TokenGate
 from .gathered import dense, mask_over, states_of, with_attention, with_states, without_attention
 from .policies import Decision
@@ -154,9 +155,12 @@ def _execute(forward: Any, hidden: Tensor, skipped: Tensor, skip: _Skip, kwargs:
     if call.mode == "gathered":
         return with_attention(forward, hidden, skipped, decision.run, call, store, kwargs)
     run = decision.run
-    if call.kv == "retain" or bool((run | ~call.real).all()):
+    weight = decision.straight_through()
+    if call.kv == "retain" or (weight is None and bool((run | ~call.real).all())):
         output = dense(forward, hidden, call, store, kwargs)
     else:
+        if weight is not None and store is None:
+            kwargs = {**kwargs, KEY_WEIGHT_KWARG: KeyWeights(kwargs.get("attention_mask"), weight)}
         kwargs = {**kwargs, "attention_mask": mask_over(hidden, store, kwargs, call.past, run)}
         if store is not None:
             index = torch.arange(call.past, call.past + hidden.shape[1], device=hidden.device)
@@ -167,11 +171,10 @@ def _execute(forward: Any, hidden: Tensor, skipped: Tensor, skip: _Skip, kwargs:
 
 def _select(skipped: Tensor, output: Tensor, decision: Decision) -> Tensor:
     """A module's output where a token runs, else `skipped`; straight-through when there is a gradient."""
-    run, probability = decision.run[..., None], decision.probability
-    if probability is None or not (torch.is_grad_enabled() and probability.requires_grad):
-        return torch.where(run, output, skipped)
-    gate = run + (probability - probability.detach())[..., None]
-    gate = gate.to(output.dtype)
+    weight = decision.straight_through()
+    if weight is None:
+        return torch.where(decision.run[..., None], output, skipped)
+    gate = weight[..., None].to(output.dtype)
     return gate * output + (1 - gate) * skipped
 
 

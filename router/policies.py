@@ -26,6 +26,12 @@ class Decision(NamedTuple):
     run: Tensor
     probability: Tensor | None = None
 
+    def straight_through(self) -> Tensor | None:
+        """1 where a token runs, 0 where it skips, with the probability's gradient; None where there is no gradient."""
+        if self.probability is None or not (torch.is_grad_enabled() and self.probability.requires_grad):
+            return None
+        return self.run + (self.probability - self.probability.detach())
+
 
 class Policy(Protocol):
     """Decides, before a layer runs, which tokens run it. Deterministic, and causal: a token's own past only."""
@@ -46,7 +52,8 @@ class Gated:
         logits = gate(hidden, call.modality) - self.threshold
         if call.granularity == "sequence":
             logits = call.pooled(layer, logits)
-        return Decision(logits > 0, torch.sigmoid(logits))
+        wanted = call.step is not None or logits.requires_grad  # for a trace, or to learn
+        return Decision(logits > 0, torch.sigmoid(logits) if wanted else None)
 
 
 @dataclass(frozen=True)

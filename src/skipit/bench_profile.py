@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from skipit.eval.bench import bench_small, prompt
+from skipit.eval.bench_shapes import bench_small, prompt
 from skipit.router.artefact import provenance, save_json
 from skipit.theory.profile import profile
 from skipit.train.collate import Collator, batches
