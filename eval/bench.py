@@ -114,14 +114,14 @@ def schemes(shape: str, batches: list[int], repeats: int, **size: int) -> list[d
     for batch in batches:
         bench = Bench(shape, batch, 576, **size)
         layers = len(bench.costs.layers)
-        some = max(1, round(layers / 3))
+        frozen, dropped = (units(layers, round(layers * s), of) for s, of in ((0.4, "vision"), (0.33, "all")))
         cases: dict[str, dict[str, Any]] = {
             "tokens, masked (multiplied by 0)": {"policy": EvenShare(0.65), "kv": "retain", "mode": "masked"},
             "tokens, retain": {"policy": EvenShare(0.65), "kv": "retain"},
             "tokens, evict": {"policy": EvenShare(0.7), "kv": "evict"},
             "rows (sequence plans), evict": {"policy": EvenShare(0.7, by_row=True), "kv": "evict"},
-            "vision frozen in layers (ShortV)": {"policy": units(layers, round(layers * 0.4), "vision"), "kv": "retain"},
-            "layers dropped (ShortGPT)": {"policy": units(layers, some, "all"), "kv": "evict"},
+            "vision frozen in layers (ShortV)": {"policy": frozen, "kv": "retain"},
+            "layers dropped (ShortGPT)": {"policy": dropped, "kv": "evict"},
             "attention only, evict": {"policy": EvenShare(0.2), "kv": "evict", "unit": "attention"},
             "MLP only": {"policy": EvenShare(0.5), "unit": "mlp"},
         }
@@ -130,7 +130,7 @@ def schemes(shape: str, batches: list[int], repeats: int, **size: int) -> list[d
 
 
 def scaling(shape: str, image_tokens: list[int], batches: list[int], repeats: int, **size: int) -> list[dict[str, Any]]:
-    """Time against image tokens at batch 1, and against batch at 576 image tokens, when a quarter of the vision runs."""
+    """Time against image tokens at batch 1, and against batch at 576 image tokens, when a quarter of tokens run."""
     cases = {f"{kv}, 25% of tokens run": {"policy": EvenShare(0.25), "kv": kv} for kv in get_args(KVPolicy)}
     sizes = [(1, tokens) for tokens in image_tokens] + [(batch, 576) for batch in batches]
     return [row for batch, tokens in sizes for row in Bench(shape, batch, tokens, **size).time(cases, repeats)]

@@ -32,7 +32,7 @@ def bench_small(hidden: int = 1024, layers: int = 12, image_tokens: int = 576) -
     return _build(vision, text, torch.float32, "cpu")
 
 
-def bench_7b(layers: int = 32, image_tokens: int = 576) -> Any:
+def bench_7b(layers: int = 32, image_tokens: int = 576, device: str | None = None) -> Any:
     """The shape of LLaVA-1.5-7B, bf16, on a GPU when there is one."""
     from transformers import CLIPVisionConfig, LlamaConfig
 
@@ -52,7 +52,7 @@ def bench_7b(layers: int = 32, image_tokens: int = 576) -> Any:
         num_attention_heads=32,
         max_position_embeddings=4096,
     )
-    return _build(vision, text, torch.bfloat16, "cuda" if torch.cuda.is_available() else "cpu")
+    return _build(vision, text, torch.bfloat16, device or ("cuda" if torch.cuda.is_available() else "cpu"))
 
 
 SHAPES = {"small": bench_small, "7b": bench_7b}

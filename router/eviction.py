@@ -37,10 +37,10 @@ def weighted_attention(
 ) -> Float[Tensor, "batch queries heads head_dim"]:
     """Attention in which every key counts by a weight, but for its own token, which always sees itself.
 
-    With a the attention over all keys, w the weights, A = sum_j a_j w_j and o the output: o = sum_j a_j w_j v_j / A. The
-    derivative at a key that is there is a_j (v_j - o) / A. At one that is not, adding it for real changes the output by
-    a_j (v_j - o) / (A + a_j); this, not the slope a_j (v_j - o) / A, is the derivative given to it (ours): the slope has
-    no bound when what was evicted held most of the attention.
+    With a the attention over all keys, w the weights, A = sum_j a_j w_j and o the output: o = sum_j a_j w_j v_j / A.
+    The derivative at a key that is there is a_j (v_j - o) / A. At one that is not, adding it for real changes the
+    output by a_j (v_j - o) / (A + a_j); this, not the slope a_j (v_j - o) / A, is the derivative given to it (ours):
+    the slope has no bound when what was evicted held most of the attention.
 
     Args:
         query: of all tokens.

@@ -116,23 +116,21 @@ class Compute:
         return self.executed.sum() / self.dense.sum()
 
 
-def step_compute(
+def token_flops(
     costs: CostModel,
     run: Float[Tensor, "layers batch seq"],
-    modality: Int[Tensor, "batch seq"],
     real: Bool[Tensor, "batch seq"],
     kv: KVPolicy,
     held: Float[Tensor, "layers batch"] | None = None,
     seen: Float[Tensor, " batch"] | None = None,
     unit: Unit = "block",
-) -> Compute:
-    """FLOPs of one call of the model.
+) -> tuple[Float[Tensor, "layers batch seq"], Float[Tensor, "layers batch seq"]]:
+    """FLOPs of every token in every layer in one call of the model: executed, and those of the dense decoder.
 
     Args:
         costs: of this model's layers.
         run: 1 where a token runs a layer, 0 where it skips; may be soft (the FLOPs are then the expected ones of
             independent decisions), and carry a gradient.
-        modality: 0 text, 1 vision.
         real: False at padding.
         kv: what skipped tokens leave behind.
         held: keys per layer and row from earlier calls; None is none.
@@ -157,7 +155,21 @@ def step_compute(
             executed = executed + (tokens - run) * kept
         if unit == "attention":
             executed = executed + (tokens - run) * mlp
-    executed = executed + gate * tokens
+    return executed + gate * tokens, dense
+
+
+def step_compute(
+    costs: CostModel,
+    run: Float[Tensor, "layers batch seq"],
+    modality: Int[Tensor, "batch seq"],
+    real: Bool[Tensor, "batch seq"],
+    kv: KVPolicy,
+    held: Float[Tensor, "layers batch"] | None = None,
+    seen: Float[Tensor, " batch"] | None = None,
+    unit: Unit = "block",
+) -> Compute:
+    """FLOPs of one call of the model by unit; `modality` is 0 text, 1 vision, the rest as in `token_flops`."""
+    executed, dense = token_flops(costs, run, real, kv, held, seen, unit)
     return Compute(_by_modality(executed, modality), _by_modality(dense, modality))
 
 
@@ -168,20 +180,35 @@ def trace_compute(costs: CostModel, steps: list[Step]) -> Compute:
         costs: of this model's layers.
         steps: of one trace, one generation; a step whose `past` is 0 begins a new one.
     """
-    total: Compute | None = None
+    executed, dense = (
+        torch.stack([_by_modality(values, step.modality) for step, values in zip(steps, every, strict=True)]).sum(0)
+        for every in trace_flops(costs, steps)
+    )
+    return Compute(executed, dense)
+
+
+def trace_flops(costs: CostModel, steps: list[Step]) -> tuple[list[Tensor], list[Tensor]]:
+    """FLOPs of every token in every layer, executed and dense, [layers, batch, seq] for each step of a trace.
+
+    Raises:
+        ValueError: there are no steps.
+    """
+    if not steps:
+        raise ValueError("`steps`: got none; run the model inside `with running(trace=trace)`.")
+    executed, dense = [], []
     held = seen = None
     for step in steps:
         if step.past == 0:
             held = seen = None
         run = step.run.double()
-        one = step_compute(costs, run, step.modality, step.real, step.kv, held, seen, step.unit)
-        total = one if total is None else Compute(total.executed + one.executed, total.dense + one.dense)
+        for values, found in zip(
+            (executed, dense), token_flops(costs, run, step.real, step.kv, held, seen, step.unit), strict=True
+        ):
+            values.append(found)
         kept = run if step.kv == "evict" and step.unit != "mlp" else step.real.double().expand_as(run)
         held = kept.sum(-1) if held is None else held + kept.sum(-1)
         seen = step.real.double().sum(-1) if seen is None else seen + step.real.double().sum(-1)
-    if total is None:
-        raise ValueError("`steps`: got none; run the model inside `with running(trace=trace)`.")
-    return total
+    return executed, dense
 
 
 def _by_modality(values: Tensor, modality: Tensor) -> Tensor:

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from skipit.adapter import load as load
+    from skipit.generation import generate as generate
     from skipit.router import Gated as Gated
     from skipit.router import RouterConfig as RouterConfig
     from skipit.router import SkipItError as SkipItError
@@ -35,6 +36,7 @@ _PUBLIC = {
     "batches": "skipit.train.collate",
     "calibrate": "skipit.theory.calibrate",
     "detach": "skipit.router",
+    "generate": "skipit.generation",
     "load": "skipit.adapter",
     "make_plan": "skipit.theory.plan",
     "profile": "skipit.theory.profile",

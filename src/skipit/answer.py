@@ -5,10 +5,10 @@ from pathlib import Path
 from textwrap import shorten
 from typing import Any
 
-from skipit.router import InputError, Trace, find_router, running
-from skipit.router.config import RouterConfig
-from skipit.theory.cost import CostModel, trace_compute
+from skipit.router import InputError, running
 from skipit.train.collate import Collator, Row
+
+from .generation import generate
 
 
 def open_images(paths: list[Path]) -> list[Any]:
@@ -94,18 +94,17 @@ def answer(
     """
     from skipit.eval.depth import answer_depth
 
-    config: RouterConfig = find_router(model)[1].config
-    config.threshold_at(budget)  # an unknown budget is refused before anything runs
     row = Row({"images": images, "prompt": prompt}, "the question")
     batch = Collator(processor, with_completion=False)([row])
     inputs = {name: value.to(model.device) for name, value in batch.items()}
-    trace = Trace()
-    mode = {"mode": "dense"} if dense else {"budget": budget}
-    with running(trace=trace, **mode):
-        ids = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
-    reply = processor.decode(ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
+    settings = {**inputs, "max_new_tokens": max_new_tokens, "do_sample": False}
     if dense:
+        with running(mode="dense"):
+            ids, trace = model.generate(**settings), None
+    else:
+        ids, trace = generate(model, return_trace=True, budget=budget, **settings)
+    reply = processor.decode(ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
+    if trace is None:
         return Reply(prompt, reply, None, None, images)
-    compute = float(trace_compute(CostModel.of(model), trace.steps).share)
-    depth = answer_depth(trace.steps, ids[0], processor.tokenizer, images=len(images))
-    return Reply(prompt, reply, compute, depth, images)
+    depth = answer_depth(trace.trace.steps, ids[0], processor.tokenizer, images=len(images))
+    return Reply(prompt, reply, trace.share, depth, images)

@@ -81,7 +81,7 @@ def test_training_has_the_values_of_execution_without_gradient(family: str) -> N
 
 
 def test_a_gate_learns_what_others_lose() -> None:
-    """The last token's logits depend on the first token's gate, which under a mask alone they would not in one layer."""
+    """The last token's logits depend on the last layer's gate of every token before, which a mask does not show."""
     model, batch = build("llava"), inputs("llava", [[5, 6, 7, 8]])
     attach(model, RouterConfig(kv="evict"))
     bias = torch.full((LAYERS, 2), 4.0)
