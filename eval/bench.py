@@ -65,8 +65,7 @@ class Bench:
     """An untouched model and its gated twin, and how to time both on one batch of prompts."""
 
     def __init__(self, shape: str, batch: int, image_tokens: int, **size: int) -> None:
-        build: Callable[..., Any] = SHAPES[shape]
-        self.dense, self.gated = (build(image_tokens=image_tokens, **size) for _ in range(2))
+        self.dense, self.gated = (SHAPES[shape](image_tokens=image_tokens, **size) for _ in range(2))
         attach(self.gated)
         self.costs = CostModel.of(self.dense)
         self.batch, self.image_tokens = batch, image_tokens

@@ -1,5 +1,6 @@
 """LLaVA-shaped models with random weights, to be timed: speed does not depend on what the weights say."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -55,7 +56,7 @@ def bench_7b(layers: int = 32, image_tokens: int = 576, device: str | None = Non
     return _build(vision, text, torch.bfloat16, device or ("cuda" if torch.cuda.is_available() else "cpu"))
 
 
-SHAPES = {"small": bench_small, "7b": bench_7b}
+SHAPES: dict[str, Callable[..., Any]] = {"small": bench_small, "7b": bench_7b}
 
 
 def prompt(image_tokens: int, text_tokens: int, batch: int) -> dict[str, Tensor]:

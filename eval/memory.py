@@ -43,7 +43,7 @@ def peak_bytes(model: Any, inputs: dict[str, Tensor]) -> int:
 
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
         model(**inputs, use_cache=True, logits_to_keep=1)
-    events = [e for e in record.profiler.kineto_results.events() if e.name() == "[memory]"]  # type: ignore[union-attr]
+    events = [e for e in record.profiler.kineto_results.events() if e.name() == "[memory]"]
     held = peak = 0
     for event in sorted(events, key=lambda e: e.start_ns()):
         held += event.nbytes()

@@ -195,7 +195,8 @@ def trace_flops(costs: CostModel, steps: list[Step]) -> tuple[list[Tensor], list
     """
     if not steps:
         raise ValueError("`steps`: got none; run the model inside `with running(trace=trace)`.")
-    executed, dense = [], []
+    executed: list[Tensor] = []
+    dense: list[Tensor] = []
     held = seen = None
     for step in steps:
         if step.past == 0:
