@@ -14,6 +14,9 @@ from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 from .errors import UnsupportedModelError
 
 
+SPARE = 32  # tokens of room that a layer makes when it is extended: so many decoding steps without a copy
+
+
 class SkipCacheLayer(DynamicLayer):
     """Keys and values [batch, heads, slots, head_dim] of the tokens that exist for one layer.
 
@@ -32,6 +35,8 @@ class SkipCacheLayer(DynamicLayer):
         self.index: Tensor | None = None
         self.seen = 0
         self.decided: Tensor | None = None
+        self._room_for_keys: Tensor | None = None
+        self._room_for_values: Tensor | None = None
 
     def append(self, keys: Tensor, values: Tensor, index: Tensor | None, tokens: int) -> tuple[Tensor, Tensor]:
         """Add slots for the next `tokens` tokens, of which some may be missing.
@@ -50,7 +55,11 @@ class SkipCacheLayer(DynamicLayer):
                 index = torch.arange(self.seen, self.seen + tokens, device=keys.device).expand(len(keys), -1)
             self.index = torch.cat([self.slots(len(keys), keys.device), index], dim=1)
         self.seen += tokens
-        return super().update(keys, values)
+        if not self.is_initialized:
+            self.lazy_initialization(keys, values)
+        self.keys, self._room_for_keys = _extend(self.keys, self._room_for_keys, keys)
+        self.values, self._room_for_values = _extend(self.values, self._room_for_values, values)
+        return self.keys, self.values
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Add tokens all of which run; see `transformers.Cache`."""
@@ -77,6 +86,7 @@ class SkipCacheLayer(DynamicLayer):
         """Forget everything."""
         super().reset()
         self.index, self.seen, self.decided = None, 0, None
+        self._room_for_keys = self._room_for_values = None
 
     def crop(self, tokens_to_remove: int) -> None:
         """Forget the last `-tokens_to_remove` tokens of every row; the argument is zero or negative."""
@@ -118,6 +128,24 @@ class SkipCacheLayer(DynamicLayer):
             self.decided = self.decided[indices.to(self.decided.device)]
 
 
+def _extend(held: Tensor, room: Tensor | None, new: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Append `new` to `held` [batch, heads, slots, head_dim], without a copy of `held` where its room has space.
+
+    Returns:
+        Both together, a view of the room; and the room.
+    """
+    slots, more = held.shape[-2] if held.dim() == 4 else 0, new.shape[-2]
+    if slots == 0 or (torch.is_grad_enabled() and (held.requires_grad or new.requires_grad)):
+        return torch.cat([held, new], dim=-2) if slots else new, None
+    # Whatever selected, repeated or moved the held ones has given them memory of their own.
+    fits = room is not None and room.data_ptr() == held.data_ptr() and room.shape[:2] == held.shape[:2]
+    if room is None or not fits or slots + more > room.shape[-2]:
+        room = held.new_empty(*held.shape[:2], slots + more + SPARE, held.shape[-1])
+        room[..., :slots, :] = held
+    room[..., slots : slots + more, :] = new
+    return room[..., : slots + more, :], room
+
+
 class SkipCache(Cache):
     """A cache for gated models; a gated model makes one by itself wherever transformers would make its own."""
 
@@ -151,7 +179,7 @@ class SkipCache(Cache):
         return taken
 
     def num_bytes(self) -> int:
-        """Memory held by keys and values, in bytes."""
+        """Memory of the keys and values that are held, in bytes, without room to spare."""
         return sum(
             layer.keys.numel() * layer.keys.element_size() + layer.values.numel() * layer.values.element_size()
             for layer in self.layers

@@ -1,5 +1,7 @@
 """A cache whose layers hold different tokens keeps count of them through everything transformers does to a cache."""
 
+import copy
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -9,7 +11,7 @@ from transformers import DynamicCache, StaticCache
 from transformers.cache_utils import DynamicSlidingWindowLayer
 
 from skipit.router import SkipCache, UnsupportedModelError
-from skipit.router.cache import SkipCacheLayer
+from skipit.router.cache import SPARE, SkipCacheLayer
 
 
 def states(index: Tensor, heads: int = 2) -> Tensor:
@@ -148,3 +150,57 @@ def test_caches_that_cannot_be_taken_over() -> None:
         UnsupportedModelError, match=r"a sliding window has already dropped tokens.*Start from an empty cache"
     ):
         SkipCache.from_dynamic(sliding, 1)
+
+
+def test_decoding_steps_do_not_copy_what_is_held() -> None:
+    layer = SkipCacheLayer()
+    whole = torch.randn(2, 3, 10 + 2 * SPARE, 4)
+    layer.append(whole[:, :, :10], whole[:, :, :10], None, 10)
+    places = set()
+    for slot in range(10, 10 + 2 * SPARE):
+        new = whole[:, :, slot : slot + 1]
+        keys, values = layer.append(new, 2 * new, None, 1)
+        places.add(keys.data_ptr())
+        assert torch.equal(keys, whole[:, :, : slot + 1])
+        assert torch.equal(values[:, :, 10:], 2 * whole[:, :, 10 : slot + 1])
+    assert len(places) <= 3  # room is made twice
+
+
+@pytest.mark.parametrize("change", ["crop", "reorder", "repeat", "select", "deepcopy"])
+def test_room_is_not_shared_by_mistake(change: str) -> None:
+    layer = SkipCacheLayer()
+    start = torch.randn(2, 1, 5, 4)
+    layer.append(start, start, None, 5)
+    one = torch.randn(2, 1, 1, 4)
+    layer.append(one, one, None, 1)
+    held, _ = layer.append(one + 1, one + 1, None, 1)
+    before = held.clone()
+    expected = held.clone()
+    if change == "crop":
+        layer.crop(-2)
+        expected = expected[:, :, :5]
+    elif change == "reorder":
+        layer.reorder_cache(torch.tensor([1, 0]))
+        expected = expected[[1, 0]]
+    elif change == "repeat":
+        layer.batch_repeat_interleave(2)
+        expected = expected.repeat_interleave(2, dim=0)
+    elif change == "select":
+        layer.batch_select_indices(torch.tensor([1]))
+        expected = expected[1:]
+    else:
+        layer = copy.deepcopy(layer)
+    new = torch.randn(len(expected), 1, 1, 4)
+    keys, _ = layer.append(new, new, None, 1)
+    assert torch.equal(keys, torch.cat([expected, new], dim=2))
+    if change != "crop":
+        assert torch.equal(held, before)
+
+
+def test_growing_under_gradient() -> None:
+    layer = SkipCacheLayer()
+    first, second = (torch.randn(1, 1, 2, 4, requires_grad=True) for _ in range(2))
+    layer.append(first, first, None, 2)
+    keys, _ = layer.append(second, second, None, 2)
+    keys.sum().backward()
+    assert (first.grad == 1).all() and (second.grad == 1).all()  # type: ignore[union-attr] # noqa: PT018
