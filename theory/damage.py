@@ -36,7 +36,7 @@ def draw_choice(
     logits: Float[Tensor, "batch seq vocabulary"],
     answer: Bool[Tensor, "batch seq"],
     temperature: float,
-    generator: torch.Generator,
+    uniform: Float[Tensor, "batch 2"],
 ) -> Choice:
     """Draw an answer position of every row, and there an alternative to the most likely token.
 
@@ -44,18 +44,25 @@ def draw_choice(
         logits: of the next token.
         answer: positions that predict an answer token; rows without any are left out.
         temperature: of the distribution p^(1/T), without the first answer, from which the alternative is drawn.
-        generator: on the CPU, so that every device draws the same.
+        uniform: numbers in [0, 1) that make both draws of a row, so that they depend on nothing but the row.
     """
     rows = answer.any(-1).nonzero()[:, 0]
-    position = torch.multinomial(answer[rows].float().cpu(), 1, generator=generator)[:, 0].to(logits.device)
+    first_draw, second_draw = uniform.to(logits.device)[rows].unbind(-1)
+    position = _drawn(answer[rows], first_draw)
     log_p = torch.log_softmax(logits[rows, position].float(), dim=-1)
     first = log_p.detach().argmax(-1, keepdim=True)
     others = torch.softmax(log_p.detach().scatter(-1, first, -torch.inf) / temperature, dim=-1)
-    other = torch.multinomial(others.cpu(), 1, generator=generator).to(logits.device)
+    other = _drawn(others, second_draw)[:, None]
     pair = log_p.gather(-1, torch.cat([first, other], dim=-1))
     nothing = logits.new_zeros(len(logits), dtype=torch.float32)
     margin = nothing.index_put((rows,), pair[:, 0] - pair[:, 1])
     return Choice(margin, nothing.index_put((rows,), pair.detach().exp().sum(-1)))
+
+
+def _drawn(weights: Tensor, uniform: Tensor) -> Tensor:
+    """One index per row, in proportion to its weights: the inverse of their distribution function."""
+    cumulative = weights.double().cumsum(-1)
+    return torch.searchsorted(cumulative, uniform[:, None] * cumulative[:, -1:], right=True)[:, 0]
 
 
 def choice_damage(margin: Tensor, mass: Tensor, drop: Tensor) -> Tensor:

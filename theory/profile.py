@@ -73,7 +73,7 @@ def profile(
         batches: model inputs with `labels` (-100 everywhere but on answer tokens).
         draws: drawn choices per row for the damage.
         temperature: at which a choice's alternative is drawn.
-        seed: of the draws; those of a batch depend on the seed and the batch's number alone.
+        seed: of the draws; those of a row depend on it and on the row's number in the data, not on the batches.
         layers: decoder path for models whose decoder is not found.
         partial: where to keep the sums while measuring, and to go on from; remove it when the profile is written.
 
@@ -125,9 +125,7 @@ def _profile(
     if partial is not None:
         _restore(sums, partial, of)
     for number, batch in enumerate(batches) if partial is None else partial.unmeasured(batches):
-        # A batch's draws depend on its number alone, so a run that goes on draws what the first would have drawn.
-        drawn = int(np.random.SeedSequence([seed, number]).generate_state(1, np.uint64)[0])
-        _measure(model, layers, batch, number, sums, draws, temperature, torch.Generator().manual_seed(drawn))
+        _measure(model, layers, batch, number, sums, draws, temperature, seed)
         if partial is not None:
             partial.save(number, sums.state)
     if sums.rows == 0:
@@ -156,7 +154,7 @@ def _measure(
     sums: ProfileSums,
     draws: int,
     temperature: float,
-    generator: torch.Generator,
+    seed: int,
 ) -> None:
     labels = batch.get("labels")
     if labels is None or not bool((labels[:, 1:] != IGNORE).any(-1).all()):
@@ -170,6 +168,8 @@ def _measure(
         logits = model(**inputs, use_cache=False, **{OBSERVER_KWARG: attention}).logits
     finite = torch.stack([left.detach().isfinite().all(-1) for left in states.left]).all(0).all(-1)
     finite &= logits.detach().isfinite().all(-1).all(-1)
+    first = sums.rows + sums.bad_rows
+    numbers = range(first, first + len(finite))
     sums.add_rows(finite)
     if not bool(finite.any()):
         return
@@ -180,7 +180,7 @@ def _measure(
     sums.add_keys(modality, real)
     tokens = _TokenSums.zeros(real, len(layers))
     for draw in range(draws):
-        choice = draw_choice(logits[:, :-1], answer, temperature, generator)
+        choice = draw_choice(logits[:, :-1], answer, temperature, _uniform(seed, numbers, draw))
         grads = torch.autograd.grad(
             choice.margin.sum(), [*states.left, *attention.bias], retain_graph=draw + 1 < draws, allow_unused=True
         )
@@ -189,6 +189,13 @@ def _measure(
         sums.redundancy.update(index, x.detach(), states.left[index].detach(), kinds)
         damage, signal = ({kv: table[kv][index] for kv in POLICIES} for table in tokens)
         sums.add_tokens(index, x.detach(), damage, signal, kinds)
+
+
+def _uniform(seed: int, rows: Iterable[int], draw: int) -> Tensor:
+    """Numbers in [0, 1) for the draws of each row: the same whatever the batches, and when a run goes on."""
+    # In fp32 they stay below 1 when they are scaled in fp64.
+    drawn = [np.random.default_rng([seed, row, draw]).random(2, dtype=np.float32) for row in rows]
+    return torch.from_numpy(np.stack(drawn))
 
 
 class _TokenSums(NamedTuple):

@@ -11,7 +11,7 @@ from skipit.router.gates import normalize
 
 from .accumulate import RedundancyMetric
 from .damage import CrossAttention
-from .ridge import RidgeSums
+from .ridge import RidgeFit, RidgeSums, projection
 
 POLICIES: tuple[KVPolicy, ...] = ("retain", "evict")
 RIDGE_FIELDS = tuple(field.name for field in fields(RidgeSums))
@@ -38,9 +38,10 @@ class ProfileSums:
         self.sums = {name: torch.zeros(units, dtype=torch.float64, device=device) for name in names}
         self.var = torch.zeros(2, layers, dtype=torch.float64, device=device)
         self.var_rows = torch.zeros(2, layers, dtype=torch.float64, device=device)
-        self.ridge = {
-            kv: [[RidgeSums.empty(dim, device) for _ in MODALITIES] for _ in range(layers)] for kv in POLICIES
-        }
+        found = projection(dim)
+        self.projection = None if found is None else found.to(device)
+        features = dim if found is None else found.shape[1]
+        self.ridge = [[RidgeSums.empty(features, len(POLICIES), device) for _ in MODALITIES] for _ in range(layers)]
 
     def add_rows(self, finite: Tensor) -> None:
         """Count rows, bool [batch]: those that are not finite are left out and named by their number in the data."""
@@ -77,6 +78,10 @@ class ProfileSums:
     ) -> None:
         """Add the damages of tokens taken one by one, and the signal from which gates learn to tell tokens apart.
 
+        Both policies learn from the same tokens, those that have a signal under both: they share the sums of the
+        states (ours). Halves are even and odd rows of the data, whatever the batches; `add_rows` must have counted
+        this batch.
+
         Args:
             layer: index.
             x: states that enter it.
@@ -85,28 +90,34 @@ class ProfileSums:
             kinds: the modality of every token, -1 for those that do not count.
         """
         states = normalize(x)
+        if self.projection is not None:
+            states = states @ self.projection
+        targets = torch.stack([signal[kv] for kv in POLICIES], dim=-1)
+        # A token after which no answer depends on this layer has no signal at all, hence no logarithm.
+        used = (targets > 0).all(-1)
+        first = self.rows + self.bad_rows - len(x)
+        half = (first + torch.arange(len(x), device=x.device)) % 2
         for m in range(len(MODALITIES)):
             chosen = kinds == m
             for kv in POLICIES:
                 self.sums[f"tokens_{kv}"][layer, m] += damage[kv][chosen].sum()
-                # A token after which no answer depends on this layer has no signal at all, hence no logarithm.
-                used = chosen & (signal[kv] > 0)
-                for half in (0, 1):
-                    rows = used[half::2]
-                    self.ridge[kv][layer][m].add(half, states[half::2][rows], signal[kv][half::2][rows].log())
+            for number in (0, 1):
+                tokens = used & chosen & (half == number)[:, None]
+                self.ridge[layer][m].add(number, states[tokens], targets[tokens].log())
 
     def tables(self) -> dict[str, Tensor]:
         """The tables of a profile, on the CPU."""
         s = self.sums
         redundancy = self.redundancy.compute()
-        fits = {kv: [[unit.solve() for unit in layer] for layer in self.ridge[kv]] for kv in POLICIES}
+        fits = [[unit.solve() for unit in layer] for layer in self.ridge]
         ridge = {
-            f"ridge_{name}_{kv}": torch.stack(
-                [torch.stack([getattr(fit, name) for fit in layer]) for layer in fits[kv]]
-            )
-            for name in ("weight", "bias", "mean", "std", "r2")
-            for kv in POLICIES
+            f"ridge_{name}_{kv}": torch.stack([torch.stack([getattr(unit, name)[at] for unit in row]) for row in fits])
+            for name in RidgeFit._fields
+            for at, kv in enumerate(POLICIES)
         }
+        if self.projection is not None:
+            back = self.projection.T.cpu()
+            ridge |= {name: table @ back for name, table in ridge.items() if name.startswith("ridge_weight")}
         tables = {
             "geometric": redundancy.geometric,
             "update": redundancy.update,
@@ -153,9 +164,4 @@ class ProfileSums:
                 setattr(unit, field, state[f"ridge.{name}.{field}"])
 
     def _units(self) -> list[tuple[str, RidgeSums]]:
-        return [
-            (f"{kv}.{layer}.{m}", unit)
-            for kv in POLICIES
-            for layer, row in enumerate(self.ridge[kv])
-            for m, unit in enumerate(row)
-        ]
+        return [(f"{layer}.{m}", unit) for layer, row in enumerate(self.ridge) for m, unit in enumerate(row)]

@@ -1,7 +1,9 @@
 """Ridge regression of a token's log damage on its normalized state, per layer and modality, in closed form.
 
 Sums only (Gram matrix, moments), so batches and data-parallel ranks add up; two halves of the samples are kept
-apart, and the penalty that predicts the other half best is chosen.
+apart, and the penalty that predicts the other half best is chosen. All targets (one per K/V policy) are regressed on
+the same samples, so they share one Gram matrix, which is nearly all of the memory. Its size is bounded: states wider
+than `MOST_FEATURES` are projected first.
 """
 
 from dataclasses import dataclass
@@ -12,81 +14,115 @@ from jaxtyping import Float
 from torch import Tensor
 
 PENALTIES = (1e-3, 1e-2, 1e-1, 1.0, 10.0)
+MOST_FEATURES = 1024
 
 
 class RidgeFit(NamedTuple):
-    """A linear prediction of log damage.
+    """Linear predictions of log damage, one per target.
 
     Attributes:
-        weight: [dim].
-        bias: scalar.
+        weight: [targets, dim].
+        bias: [targets].
         mean: of the prediction over the samples.
         std: of the prediction over the samples.
         r2: share of the variance of log damage predicted in the half that was not fitted; below 0 is worse than
             the mean; NaN without samples.
     """
 
-    weight: Float[Tensor, " dim"]
-    bias: Float[Tensor, ""]
-    mean: Float[Tensor, ""]
-    std: Float[Tensor, ""]
-    r2: Float[Tensor, ""]
+    weight: Float[Tensor, "targets dim"]
+    bias: Float[Tensor, " targets"]
+    mean: Float[Tensor, " targets"]
+    std: Float[Tensor, " targets"]
+    r2: Float[Tensor, " targets"]
 
 
 @dataclass
 class RidgeSums:
-    """Moments of augmented features [x, 1] and targets y, in fp64, in two halves: [2, dim + 1, dim + 1] and so on."""
+    """Moments of augmented features [x, 1] and of targets, in fp64, in two halves.
+
+    Attributes:
+        gram: [2, dim + 1, dim + 1]; its last entry is the number of samples.
+        cross: [2, dim + 1, targets].
+        square: [2, targets].
+    """
 
     gram: Tensor
     cross: Tensor
     square: Tensor
-    count: Tensor
 
     @classmethod
-    def empty(cls, dim: int, device: torch.device) -> "RidgeSums":
+    def empty(cls, dim: int, targets: int, device: torch.device) -> "RidgeSums":
         """No samples yet."""
         gram = torch.zeros(2, dim + 1, dim + 1, dtype=torch.float64, device=device)
-        return cls(gram, gram.new_zeros(2, dim + 1), gram.new_zeros(2), gram.new_zeros(2))
+        return cls(gram, gram.new_zeros(2, dim + 1, targets), gram.new_zeros(2, targets))
 
-    def add(self, half: int, x: Float[Tensor, "tokens dim"], y: Float[Tensor, " tokens"]) -> None:
+    def add(self, half: int, x: Float[Tensor, "tokens dim"], y: Float[Tensor, "tokens targets"]) -> None:
         """Add samples to one half."""
-        ones = torch.ones(len(x), 1, device=x.device)
-        features = torch.cat([x.float(), ones], dim=1).double()
+        features = torch.cat([x.double(), torch.ones(len(x), 1, dtype=torch.float64, device=x.device)], dim=1)
         target = y.double()
         self.gram[half] += features.T @ features
         self.cross[half] += features.T @ target
-        self.square[half] += target.square().sum()
-        self.count[half] += len(x)
+        self.square[half] += target.square().sum(0)
 
     def solve(self) -> RidgeFit:
-        """Fit on all samples, with the penalty that does best from each half on the other."""
-        dim = self.gram.shape[-1] - 1
-        if self.count.sum() == 0:
-            nan = torch.tensor(torch.nan)
-            return RidgeFit(torch.zeros(dim), nan, nan, nan, nan)
-        errors = [sum(self._error(1 - half, self._fit(half, a)) for half in (0, 1)) for a in PENALTIES]
-        best = min(range(len(PENALTIES)), key=lambda i: float(errors[i]))
-        total = self.square.sum() - self.cross[:, -1].sum() ** 2 / self.count.sum()
-        fit = self._fit(None, PENALTIES[best])
-        weight, bias = fit[:-1], fit[-1]
-        moments = self.gram.sum(0) / self.count.sum()
-        centre = moments[:-1, -1]
-        variance = weight @ (moments[:-1, :-1] - torch.outer(centre, centre)) @ weight
-        r2 = 1 - errors[best] / total.clamp(min=1e-30)
-        parts = (weight, bias, weight @ centre + bias, variance.clamp(min=0).sqrt(), r2)
+        """Fit on all samples, each target with the penalty that does best from each half on the other.
+
+        A penalty is one Cholesky factorization of the centred moments per half, for all targets.
+        """
+        dim, targets = self.gram.shape[-1] - 1, self.square.shape[-1]
+        count = self.gram[:, -1, -1].sum()
+        if count == 0:
+            nan = torch.full((targets,), torch.nan)
+            return RidgeFit(torch.zeros(targets, dim), nan, nan, nan, nan)
+        even, odd = (_Moments.of(self.gram[half], self.cross[half]) for half in (0, 1))
+        errors = torch.stack([self._error(1, even.fit(a)) + self._error(0, odd.fit(a)) for a in PENALTIES])
+        lowest, best = errors.min(0)
+        both = _Moments.of(self.gram.sum(0), self.cross.sum(0))
+        fits = {i: both.fit(PENALTIES[i]) for i in set(best.tolist())}
+        fit = torch.stack([fits[i][:, target] for target, i in enumerate(best.tolist())])
+        weight, bias = fit[:, :-1], fit[:, -1]
+        variance = ((weight @ both.covariance) * weight).sum(-1)
+        total = self.square.sum(0) - count * both.target.square()
+        parts = (weight, bias, weight @ both.mean + bias, variance.clamp(min=0).sqrt(), 1 - lowest / total.clamp(1e-30))
         return RidgeFit(*(part.float().cpu() for part in parts))
 
-    def _fit(self, half: int | None, penalty: float) -> Tensor:
-        gram = self.gram.sum(0) if half is None else self.gram[half]
-        cross = self.cross.sum(0) if half is None else self.cross[half]
-        count = gram[-1, -1].clamp(min=1)
-        # The states have mean square 1 per coordinate, so the penalty is in units of one sample's information;
-        # the intercept is (all but) free.
-        diagonal = torch.full((len(gram),), penalty, dtype=gram.dtype, device=gram.device)
-        diagonal[-1] = 1e-9
-        fitted: Tensor = torch.linalg.solve(gram / count + diagonal.diag(), cross / count)
-        return fitted
+    def _error(self, half: int, fit: Float[Tensor, "features targets"]) -> Float[Tensor, " targets"]:
+        """Squared error of a fit on one half."""
+        explained = 2 * self.cross[half] - self.gram[half] @ fit
+        return self.square[half] - (fit * explained).sum(0)
 
-    def _error(self, half: int, fit: Tensor) -> Tensor:
-        error: Tensor = self.square[half] - 2 * fit @ self.cross[half] + fit @ self.gram[half] @ fit
-        return error
+
+class _Moments(NamedTuple):
+    """Means and centred second moments: the intercept, which has no penalty, is eliminated."""
+
+    mean: Float[Tensor, " dim"]
+    target: Float[Tensor, " targets"]
+    covariance: Float[Tensor, "dim dim"]
+    cross: Float[Tensor, "dim targets"]
+
+    @classmethod
+    def of(cls, gram: Tensor, cross: Tensor) -> "_Moments":
+        count = gram[-1, -1].clamp(min=1)
+        mean, target = gram[-1, :-1] / count, cross[-1] / count
+        covariance = gram[:-1, :-1] / count - torch.outer(mean, mean)
+        return cls(mean, target, covariance, cross[:-1] / count - torch.outer(mean, target))
+
+    def fit(self, penalty: float) -> Float[Tensor, "features targets"]:
+        """Weights and, last, the intercept. States have mean square 1 per coordinate: that is the penalty's unit."""
+        ridge = self.covariance + penalty * torch.eye(len(self.mean), dtype=self.mean.dtype, device=self.mean.device)
+        weight = torch.cholesky_solve(self.cross, torch.linalg.cholesky(ridge))
+        return torch.cat([weight, (self.target - self.mean @ weight)[None]])
+
+
+def projection(dim: int, most: int = MOST_FEATURES, seed: int = 0) -> Float[Tensor, "dim features"] | None:
+    """A fixed random projection of states onto at most `most` features, or None where they are no more than that.
+
+    Its columns are orthonormal, so features keep mean square 1 per coordinate. A weight w of the features is exactly
+    the weight `projection @ w` of the states. A regression on randomly projected features is compressed least squares
+    (Maillard and Munos 2009); its use and size here are ours.
+    """
+    if dim <= most:
+        return None
+    random = torch.randn(dim, most, generator=torch.Generator().manual_seed(seed))
+    columns: Tensor = torch.linalg.qr(random).Q
+    return columns

@@ -152,7 +152,7 @@ def _evaluate(model: nn.Module, batch: dict[str, Tensor], ratios: _Ratios, gener
 
     with torch.enable_grad(), running(mode="dense"), LayerStates(layers) as states:
         logits = model(**inputs, use_cache=False, **{OBSERVER_KWARG: evict}).logits[:, :-1]
-    margin = draw_choice(logits, answer, 1.0, generator).margin
+    margin = draw_choice(logits, answer, 1.0, torch.rand(len(logits), 2, generator=generator)).margin
     grads = torch.autograd.grad(margin.sum(), states.left)
     for grad, x, y in zip(grads, states.entered, states.left, strict=True):
         _sums(grad, (y - x).detach(), modality, ratios)

@@ -39,7 +39,7 @@ from skipit.theory.profile import Profile, profile
 ANSWER = 3
 # What no draw of an answer has a part in.
 EXACT = ("geometric", "update", "histogram", "count", "keys", "tokens_per_row", "var_text", "var_last")
-NO_DAMAGE = ("ridge_bias_retain", "ridge_mean_retain", "ridge_std_retain", "ridge_r2_retain")
+NO_DAMAGE = tuple(f"ridge_{name}_{kv}" for name in ("bias", "mean", "std", "r2") for kv in ("retain", "evict"))
 KV = pytest.mark.parametrize("kv", ["retain", "evict"])
 
 
@@ -84,6 +84,16 @@ def unit_divergences(model: Any, batches: list[dict[str, Tensor]], kv: str) -> T
     return table
 
 
+def _same_tables(left: dict[str, Tensor], right: dict[str, Tensor]) -> None:
+    """Equal to rounding: draws and halves belong to rows, not to batches."""
+    assert left.keys() == right.keys()
+    for name, table in left.items():
+        tolerance = {"atol": 1e-5, "rtol": 1e-4} if name in EXACT else {"atol": 1e-3, "rtol": 1e-2}
+        torch.testing.assert_close(
+            table, right[name], equal_nan=True, **tolerance, msg=lambda m, name=name: f"{name}: {m}"
+        )
+
+
 @pytest.fixture(scope="module")
 def measured() -> Profile:
     torch.set_num_threads(1)
@@ -102,7 +112,8 @@ class TestProfile:
         for name, table in result.tables.items():
             assert table.shape[0] == LAYERS
             bad = ~table.isfinite()
-            # No answer attends to what vision tokens do in the last layer, so there is no logarithm to regress.
+            # No answer attends to what vision tokens do in the last layer, so there is no logarithm to regress under
+            # `retain`, and `evict` learns from the same tokens.
             assert not bad.any() or (name in NO_DAMAGE and bad.nonzero().tolist() == [[LAYERS - 1, 1]]), name
         t = result.tables
         batch = labelled(family)
@@ -146,18 +157,14 @@ class TestProfile:
     def test_padding_changes_nothing(self, family: str) -> None:
         model = build(family)
         left, right = (profile(model, [labelled(family, padding=side)], draws=2).tables for side in ("left", "right"))
-        for name in EXACT:
-            torch.testing.assert_close(left[name], right[name], atol=1e-5, rtol=1e-4)
-        for name, table in left.items():
-            assert torch.equal(table.isfinite(), right[name].isfinite())
+        _same_tables(left, right)
 
     @pytest.mark.parametrize("family", FAMILIES)
     def test_batch_size_changes_nothing(self, family: str) -> None:
         model, batch = build(family), labelled(family)
         together = profile(model, [batch], draws=1).tables
         alone = profile(model, [labelled(family, [row]) for row in ROWS], draws=1).tables
-        for name in EXACT:
-            torch.testing.assert_close(alone[name], together[name], atol=1e-5, rtol=1e-4)
+        _same_tables(alone, together)
 
     @pytest.mark.parametrize("padding", ["left", "right"])
     def test_attention_to_vision(self, padding: str) -> None:
