@@ -15,7 +15,13 @@ from .cost import CostModel
 from .plan import Plan
 from .profile import Profile
 
-VERSION = 1
+# Of every artefact, counted up when what is written changes. Profile 2: the cost of an MLP alone.
+VERSIONS = {"profile": 2, "plan": 1, "backbone": 1}
+AGAIN = {
+    "profile": "Profile again: `skipit profile MODEL DATA --out P`.",
+    "plan": "Plan again: `skipit plan P --out PLAN`.",
+    "backbone": "Profile that part again: `skipit profile MODEL DATA --part PART --out P`.",
+}
 
 
 def save_profile(profile: Profile, out: str | Path, overwrite: bool = False) -> None:
@@ -26,7 +32,7 @@ def save_profile(profile: Profile, out: str | Path, overwrite: bool = False) -> 
         save_json(
             folder / "profile.json",
             {
-                "version": VERSION,
+                "version": VERSIONS["profile"],
                 "model": profile.model,
                 "about": profile.about,
                 "costs": profile.costs.to_json(),
@@ -61,7 +67,8 @@ def save_backbone(found: Backbone, out: str | Path, overwrite: bool = False) -> 
     small = {name: found.table(name) for name in tables if name != "histogram"}
     with new_directory(out, overwrite) as folder:
         save_tensors(folder / "backbone.safetensors", tables)
-        save_json(folder / "backbone.json", {"version": VERSION, **rest, "tables": small, "made_by": provenance()})
+        values = {"version": VERSIONS["backbone"], **rest, "tables": small, "made_by": provenance()}
+        save_json(folder / "backbone.json", values)
 
 
 def load_backbone(path: str | Path) -> Backbone:
@@ -83,7 +90,7 @@ def save_plan(plan: Plan, out: str | Path, overwrite: bool = False) -> None:
     rest = {f.name: getattr(plan, f.name) for f in fields(plan) if f.name not in ("weight", "bias")}
     with new_directory(out, overwrite) as folder:
         save_tensors(folder / "plan.safetensors", tensors)
-        save_json(folder / "plan.json", {"version": VERSION, **rest, "made_by": provenance()})
+        save_json(folder / "plan.json", {"version": VERSIONS["plan"], **rest, "made_by": provenance()})
 
 
 def load_plan(path: str | Path) -> Plan:
@@ -127,8 +134,11 @@ def _load(folder: Path, kind: str, keys: tuple[str, ...]) -> dict[str, Any]:
     if not path.is_file():
         raise CheckpointError(f"{folder} is not a {kind}: it has no {path.name}.")
     values = load_json(path)
-    if values.get("version") != VERSION:
-        raise CheckpointError(f"{path}: got version {values.get('version')!r}, this skipit reads {VERSION}.")
+    if values.get("version") != VERSIONS[kind]:
+        raise CheckpointError(
+            f"{path}: got version {values.get('version')!r}, this skipit reads {VERSIONS[kind]}: another version of "
+            f"skipit wrote it. {AGAIN[kind]}"
+        )
     if missing := [key for key in keys if key not in values]:
         raise CheckpointError(f"{path}: no {', '.join(missing)}; the file is incomplete.")
     return values

@@ -17,7 +17,7 @@ from torch import Tensor
 from skipit.router.artefact import load_json, load_tensors, new_directory, save_json, save_tensors
 from skipit.router.errors import CheckpointError, InputError
 
-VERSION = 1
+VERSION = 2
 RECORD, SUMS = "partial.json", "sums.safetensors"
 
 

@@ -499,7 +499,9 @@ class TestOnDisk:
             save()
         values = json.loads(file.read_text())
         file.write_text(json.dumps(values | {"version": 99}))
-        refused(rf"{kind}.json: got version 99, this skipit reads \d")
+        refused(
+            rf"{kind}.json: got version 99, this skipit reads \d: another version .* wrote it. {kind.title()} again"
+        )
         file.write_text(json.dumps({k: v for k, v in values.items() if k != "model"}))
         refused(f"{kind}.json: no model; the file is incomplete")
         file.write_text("{")
@@ -516,6 +518,18 @@ class TestOnDisk:
         else:
             save_tensors(tensors, {"weight": torch.zeros(1)})
         refused("its files do not belong together or are damaged: .*missing")
+
+    def test_a_profile_of_before_costs_knew_the_mlp(self, measured: Profile, tmp_path: Path) -> None:
+        save_profile(measured, tmp_path / "p")
+        file = tmp_path / "p" / "profile.json"
+        values = json.loads(file.read_text())
+        costs = [{name: cost for name, cost in layer.items() if name != "mlp"} for layer in values["costs"]]
+        file.write_text(json.dumps(values | {"version": 1, "costs": costs}))
+        message = (
+            "got version 1, this skipit reads 2: another version of skipit wrote it. Profile again: `skipit profile"
+        )
+        with pytest.raises(CheckpointError, match=message):
+            load_profile(tmp_path / "p")
 
     def test_another_model(self, measured: Profile) -> None:
         check_same_model(measured, measured.model)
