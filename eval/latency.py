@@ -50,6 +50,8 @@ def time_models(
 ) -> dict[str, Latency]:
     """Time models on the same inputs, one repeat of each in turn, so that a drifting machine touches all alike.
 
+    Every repeat begins with another model: none is always the one after the slowest.
+
     Args:
         subjects: by name; the first is what speed-ups compare with, and should be the untouched dense model.
         inputs: a prompt batch.
@@ -59,9 +61,10 @@ def time_models(
     prefill: dict[str, list[float]] = {name: [] for name in subjects}
     decode: dict[str, list[float]] = {name: [] for name in subjects}
     for repeat in range(repeats + 2):
-        for name, subject in subjects.items():
-            with subject.context():
-                first, step = run_once(subject.model, inputs, decode_steps)
+        names = list(subjects)
+        for name in (names * 2)[repeat % len(names) :][: len(names)]:
+            with subjects[name].context():
+                first, step = run_once(subjects[name].model, inputs, decode_steps)
             if repeat >= 2:
                 prefill[name].append(first)
                 decode[name].append(step)

@@ -60,14 +60,14 @@ def test_models_take_turns_and_are_compared_pair_by_pair(machine: Machine) -> No
 
     @contextmanager
     def drifting() -> Iterator[None]:
-        machine.slowness *= 2  # before the second model of each repeat
+        machine.slowness *= 2  # before the fast model of each repeat
         yield
 
     result = time_models({"dense": Subject(dense), "fast": Subject(fast, drifting)}, INPUTS, decode_steps=2, repeats=3)
-    assert log == ["dense", "fast"] * 5, "two repeats warm up"
-    # Repeats 3, 4, 5 ran at slowness 4, 8, 16 and twice that.
-    assert result["dense"].prefill_ms == pytest.approx(40 * 8)
-    assert result["dense"].decode_ms == pytest.approx(8 * 8)
+    assert log == ["dense", "fast", "fast", "dense"] * 2 + ["dense", "fast"], "two repeats warm up"
+    # In repeats 3, 4, 5 the dense model ran at slowness 4, 16, 16 and the fast one at 8, 16, 32.
+    assert result["dense"].prefill_ms == pytest.approx(40 * 16)
+    assert result["dense"].decode_ms == pytest.approx(8 * 16)
     assert result["fast"].prefill_ms == pytest.approx(10 * 16)
     assert result["fast"].decode_ms == pytest.approx(4 * 16)
     assert (result["dense"].prefill_speed_up, result["dense"].decode_speed_up) == (1, 1)
