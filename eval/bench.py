@@ -1,7 +1,8 @@
 """Speed of gated execution on LLaVA-shaped models with random weights: python -m skipit.eval.bench.
 
 Parts: `efficiency` (time saved for FLOPs saved, prefill and decoding), `schemes` (what peers do, on the same engine),
-`scaling` (image tokens and batch), `memory` (keys and values against the ideal, and the peak). Skips are spread evenly
+`scaling` (image tokens and batch), `memory` (keys and values against the ideal, and the peak), `operators` (where the
+time of a prefill goes). Skips are spread evenly
 over tokens and layers, so that nothing is flattered by whole layers falling away, unless a row says otherwise. Every
 time is a median of interleaved repeats against the untouched model.
 """
@@ -12,6 +13,7 @@ from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import median
 from typing import Any, get_args
 
 import torch
@@ -30,6 +32,8 @@ from .memory import cache_bytes, peak_bytes
 
 UNTOUCHED, ATTACHED = "untouched", "gates attached, all run"
 DECODE_STEPS = 8
+TOP_OPERATORS = 12
+PARTS = ("efficiency", "schemes", "scaling", "memory", "operators")
 TEXT_TOKENS = 64
 
 
@@ -159,6 +163,29 @@ def memory(shape: str, shares: list[float], **size: int) -> list[dict[str, Any]]
     return rows
 
 
+def operators(shape: str, repeats: int, **size: int) -> list[dict[str, Any]]:
+    """Where a prefill's time goes: milliseconds in each of torch's operators, medians over repeats, by case."""
+    from torch.profiler import ProfilerActivity, profile
+
+    bench = Bench(shape, 1, 576, **size)
+    cases: dict[str, dict[str, Any]] = {UNTOUCHED: {"mode": "dense"}, ATTACHED: {}}
+    cases |= {f"{kv}, 50% skipped": {"policy": EvenShare(0.5), "kv": kv} for kv in get_args(KVPolicy)}
+    spent: dict[str, dict[str, list[float]]] = {name: {} for name in cases}
+    for repeat in range(repeats + 1):
+        for name, options in cases.items():
+            with torch.no_grad(), running(**options), profile(activities=[ProfilerActivity.CPU]) as record:
+                bench.gated(**bench.inputs, use_cache=True, logits_to_keep=1)
+            if repeat:
+                for event in record.key_averages():
+                    spent[name].setdefault(event.key, []).append(event.self_cpu_time_total / 1000)
+    totals = {name: {op: median(ms) for op, ms in found.items()} for name, found in spent.items()}
+    names = {op for found in totals.values() for op in found}
+    order = sorted(names, key=lambda op: -max(found.get(op, 0) for found in totals.values()))
+    rows = [{"operator": op, **{name: totals[name].get(op, 0.0) for name in cases}} for op in order[:TOP_OPERATORS]]
+    rest = {name: sum(found.get(op, 0) for op in order[TOP_OPERATORS:]) for name, found in totals.items()}
+    return [*rows, {"operator": "all others", **rest}]
+
+
 def _context(options: dict[str, Any]) -> Callable[[], AbstractContextManager[Any]]:
     return lambda: running(**options)
 
@@ -194,10 +221,20 @@ def memory_table(rows: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def operator_table(rows: list[dict[str, Any]]) -> str:
+    """Milliseconds by operator as a Markdown table."""
+    names = [name for name in rows[0] if name != "operator"]
+    lines = [f"| ms | {' | '.join(names)} |", "|---" + "|---:" * len(names) + "|"]
+    for row in rows:
+        lines.append(f"| `{row['operator']}` | " + " | ".join(f"{row[name]:.1f}" for name in names) + " |")
+    lines.append("| *sum* | " + " | ".join(f"{sum(row[name] for row in rows):.1f}" for name in names) + " |")
+    return "\n".join(lines)
+
+
 def main() -> None:
     """Print tables and optionally write JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--part", nargs="+", choices=("efficiency", "schemes", "scaling", "memory"), default=None)
+    parser.add_argument("--part", nargs="+", choices=PARTS, default=None, help="(default efficiency)")
     parser.add_argument("--shape", choices=tuple(SHAPES), default="small", help="(default %(default)s)")
     parser.add_argument("--layers", type=int, default=None, help="fewer than the shape has")
     parser.add_argument("--batch", type=int, nargs="+", default=[1], help="batch sizes (default 1)")
@@ -213,6 +250,10 @@ def main() -> None:
         if part == "memory":
             found[part] = memory(given.shape, given.shares, **size)
             print(memory_table(found[part]))
+            continue
+        if part == "operators":
+            found[part] = operators(given.shape, given.repeats, **size)
+            print(operator_table(found[part]))
             continue
         if part == "efficiency":
             found[part] = efficiency(given.shape, given.batch, given.shares, given.repeats, **size)

@@ -84,6 +84,17 @@ def test_the_shape_of_llava_7b() -> None:
     assert [layer.linear for layer in layers] == [2 * (4 * 4096**2 + 3 * 4096 * 11008)] * 32
 
 
+def test_operators_add_up() -> None:
+    rows = bench.operators("small", repeats=1, **TINY)
+    assert rows[-1]["operator"] == "all others"
+    assert any("mm" in row["operator"] for row in rows)
+    names = ["untouched", "gates attached, all run", "retain, 50% skipped", "evict, 50% skipped"]
+    assert all(list(row) == ["operator", *names] for row in rows)
+    mm = next(row for row in rows if row["operator"] in ("aten::mm", "aten::addmm"))
+    assert mm["evict, 50% skipped"] < mm["untouched"]
+    assert bench.operator_table(rows).count("\n") == len(rows) + 2
+
+
 def test_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     build = bench.SHAPES["small"]
     monkeypatch.setitem(bench.SHAPES, "small", lambda **given: build(**{**given, "hidden": 64}))
