@@ -40,12 +40,12 @@ def reference() -> tuple[Any, Batches]:
 
 
 def random_llava() -> tuple[Any, Batches]:
-    """A LLaVA of hidden size 512 and 6 layers with random weights, and two batches of 2 rows of 256 + 64 tokens."""
-    model = bench_small(hidden=512, layers=6, image_tokens=256)
-    batch = prompt(256, 64, 2)
+    """A LLaVA of hidden size 512 and 4 layers with random weights, and a batch of 2 rows of 144 + 64 tokens."""
+    model = bench_small(hidden=512, layers=4, image_tokens=144)
+    batch = prompt(144, 64, 2)
     labels = torch.full_like(batch["input_ids"], -100)
     labels[:, -ANSWER:] = batch["input_ids"][:, -ANSWER:]
-    return model, [{**batch, "labels": labels}] * 2
+    return model, [{**batch, "labels": labels}]
 
 
 CASES: dict[str, Callable[[], tuple[Any, Batches]]] = {"reference": reference, "random LLaVA": random_llava}
