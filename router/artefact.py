@@ -10,17 +10,18 @@ import platform
 import shutil
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import Tensor
 
 from .errors import CheckpointError
 
+_T = TypeVar("_T")
 _RECORDED = ("skipit", "torch", "transformers", "peft", "datasets", "accelerate")
 
 
@@ -70,7 +71,7 @@ def load_json(path: Path) -> dict[str, Any]:
         values = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise CheckpointError(f"{path} does not exist.") from error
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, RecursionError) as error:  # UnicodeDecodeError and huge numbers are ValueErrors
         raise CheckpointError(f"{path} is not readable JSON: {error}") from error
     if not isinstance(values, dict):
         raise CheckpointError(f"{path}: got a JSON {type(values).__name__}, expected an object.")
@@ -90,15 +91,34 @@ def load_tensors(path: Path) -> dict[str, Tensor]:
     Raises:
         CheckpointError: no such file, or damaged.
     """
-    from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    if not path.is_file():
-        raise CheckpointError(f"{path} does not exist.")
+    return _read(path, load_file)
+
+
+def tensor_names(path: Path) -> set[str]:
+    """The names in a safetensors file, whose header must fit its size.
+
+    Raises:
+        CheckpointError: no such file, or damaged.
+    """
+    from safetensors import safe_open
+
+    def names(path: Path) -> set[str]:
+        with safe_open(path, "pt") as file:
+            return set(file.keys())
+
+    return _read(path, names)
+
+
+def _read(path: Path, reader: Callable[[Path], _T]) -> _T:
     try:
-        return load_file(path)
-    except (SafetensorError, OSError, ValueError) as error:
-        raise CheckpointError(f"{path} is not a readable safetensors file: {error}") from error
+        if path.is_file():
+            return reader(path)
+    except Exception as error:  # a damaged header comes out as almost anything
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+        raise CheckpointError(f"{path} is not a readable safetensors file: {reason}") from error
+    raise CheckpointError(f"{path} does not exist.")
 
 
 def provenance() -> dict[str, Any]:

@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
+from zlib import crc32
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +23,8 @@ from .eviction import KEY_WEIGHT_KWARG, KeyWeights, weighted_attention
 
 LAYOUT_KWARG = "skipit_layout"
 OBSERVER_KWARG = "skipit_attention_observer"
-PREFIX = "skipit_"
+# The copy of this code inside a checkpoint, perhaps of another version, registers functions of its own.
+PREFIX = "skipit_" if __name__.startswith("skipit.") else f"skipit_{crc32(__name__.encode()):08x}_"
 SUPPORTED = ("sdpa", "eager")
 SPAN = 128  # queries; shorter spans look at fewer keys in vain, and keep the kernels less busy
 

@@ -1,4 +1,4 @@
-"""A gated checkpoint: a normal Hugging Face folder with the gates and the router's settings beside the weights."""
+"""A gated checkpoint: a normal Hugging Face folder with the gates, their settings and their code beside the weights."""
 
 from pathlib import Path
 from typing import Any
@@ -10,9 +10,13 @@ from .artefact import load_tensors, new_directory, save_json, save_tensors
 from .attach import attach, detach, find_router, gate_state, set_gates
 from .config import RouterConfig
 from .errors import CheckpointError, SkipItError
+from .files import check_files
+from .standalone import add_code
 
 ROUTER_FILE = "router_config.json"
 GATES_FILE = "gates.safetensors"
+_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+_HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token")
 
 
 def save_router(folder: Path, config: RouterConfig, gates: dict[str, Tensor]) -> None:
@@ -37,9 +41,35 @@ def load_router(folder: Path) -> tuple[RouterConfig, dict[str, Tensor]]:
     if set(gates) != {"weight", "bias"}:
         raise CheckpointError(f"{folder / GATES_FILE}: got tensors {sorted(gates)}, expected bias and weight.")
     for name, tensor in gates.items():
+        if tensor.dtype not in _DTYPES:
+            raise CheckpointError(f"{folder / GATES_FILE}: `{name}` has dtype {tensor.dtype}, expected a floating one.")
         if not bool(torch.isfinite(tensor).all()):
             raise CheckpointError(f"{folder / GATES_FILE}: `{name}` has values that are not finite.")
     return config, gates
+
+
+def local_folder(source: str | Path, **options: Any) -> Path:
+    """Where the router's files of a checkpoint are on this machine; those of a Hub id are downloaded.
+
+    Args:
+        source: a folder, or a Hub id.
+        **options: of `from_pretrained`; those that say where on the Hub are used.
+
+    Raises:
+        CheckpointError: neither a folder nor a repository with these files.
+    """
+    if Path(source).is_dir():
+        return Path(source) / options.get("subfolder", "")
+    from transformers.utils import cached_file
+
+    where = {name: options[name] for name in _HUB_OPTIONS if options.get(name) is not None}
+    try:
+        found = [cached_file(str(source), name, **where) for name in (GATES_FILE, ROUTER_FILE)]
+    except (OSError, ValueError) as error:
+        raise CheckpointError(
+            f"{source} is not a folder, and {ROUTER_FILE} cannot be had from the Hub: {error}"
+        ) from error
+    return Path(str(found[0])).parent
 
 
 def attach_from(model: nn.Module, folder: str | Path) -> nn.Module:
@@ -59,11 +89,12 @@ def attach_from(model: nn.Module, folder: str | Path) -> nn.Module:
 
 
 def save_gated(
-    model: Any, processor: Any, out: str | Path, *, card: str | None = None, overwrite: bool = False
+    model: Any, processor: Any, out: str | Path, *, card: str | None = None, overwrite: bool = False, **options: Any
 ) -> None:
     """Write a gated model as a folder that transformers loads as the dense model and `load` as the gated one.
 
-    The weights are saved by the model itself, without its gates, so the folder holds what any tool expects.
+    The weights are saved by the model itself, without its gates, so the folder holds what any tool expects. With
+    `trust_remote_code=True` transformers loads the gated model too, where skipit is not installed.
 
     Args:
         model: a gated transformers model, LoRA merged.
@@ -71,18 +102,20 @@ def save_gated(
         out: folder to make.
         card: text of the README.md inside.
         overwrite: replace an existing folder.
+        **options: passed to the model's `save_pretrained`, such as `max_shard_size`.
     """
     config, gates = find_router(model)[1].config, gate_state(model)
     with new_directory(out, overwrite) as folder:
         detach(model)
         try:
-            model.save_pretrained(folder)
+            model.save_pretrained(folder, **options)
         finally:
             attach(model, config)
             set_gates(model, **gates)
         if processor is not None:
             processor.save_pretrained(folder)
         save_router(folder, config, gates)
+        add_code(folder)
         if card is not None:
             (folder / "README.md").write_text(card, encoding="utf-8")
 
@@ -91,31 +124,59 @@ def load(folder: str | Path, **options: Any) -> tuple[Any, Any]:
     """Load a gated checkpoint: the model with its gates, in eval mode, and its processor.
 
     Args:
-        folder: made by `save_gated` or `skipit export`.
-        **options: passed to transformers' `from_pretrained`, such as `dtype` and `device_map`.
+        folder: made by `save_gated` or `skipit export`, or the Hub id of one.
+        **options: passed to transformers' `from_pretrained`, such as `dtype` and `device_map`. Code inside the
+            checkpoint is never run.
 
     Raises:
         CheckpointError: not a gated checkpoint, or damaged.
     """
-    load_router(Path(folder))  # before the weights: a broken router is found in milliseconds
-    model, processor = load_dense(folder, **options)
-    return attach_from(model, folder), processor
+    router = local_folder(folder, **options)
+    load_router(router)  # before the weights: a broken router is found in milliseconds
+    model, processor = load_dense(folder, exact=True, **options)
+    return attach_from(model, router), processor
 
 
-def load_dense(source: str | Path, **options: Any) -> tuple[Any, Any]:
-    """Load any vision-language model and its processor, from a folder or a Hub id.
+def load_dense(source: str | Path, *, exact: bool = False, **options: Any) -> tuple[Any, Any]:
+    """Load any vision-language model and its processor, from a folder or a Hub id; no pickle, no code of its own.
+
+    Args:
+        source: a folder with config.json and safetensors weights, or a Hub id.
+        exact: refuse weights that the model has no place for, too.
+        **options: passed to transformers' `from_pretrained`.
 
     Raises:
-        CheckpointError: transformers cannot load it; the message says why.
+        CheckpointError: transformers cannot load it, or would leave a weight random; the message says why.
     """
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
+    if Path(source).is_dir():
+        check_files(local_folder(source, **options))
+    # What does not fit is refused below, by name; transformers names it in a table on the log only.
+    options |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
+    options |= {"trust_remote_code": False, "use_safetensors": True}
+    where = {name: value for name, value in options.items() if name in (*_HUB_OPTIONS, "trust_remote_code")}
     try:
-        model = AutoModelForImageTextToText.from_pretrained(source, **options)
-        processor = AutoProcessor.from_pretrained(source)
-    except (OSError, ValueError, KeyError) as error:
+        model, info = AutoModelForImageTextToText.from_pretrained(source, **options)
+        processor = AutoProcessor.from_pretrained(source, **where)
+    except Exception as error:  # what transformers raises for a damaged folder is almost anything
         raise CheckpointError(
-            f"model {str(source)!r} cannot be loaded: {error}\n"
+            f"model {str(source)!r} cannot be loaded: {type(error).__name__}: {error}\n"
             "Give a folder with config.json and safetensors weights, a Hub id, or `reference` for the embedded model."
         ) from error
+    _check_weights(str(source), info, exact)
     return model.eval(), processor
+
+
+def _check_weights(source: str, info: dict[str, Any], exact: bool) -> None:
+    """Refuse a model some of whose weights did not come from its files.
+
+    Raises:
+        CheckpointError: names the first weight.
+    """
+    if shapes := sorted((name, tuple(got), tuple(wanted)) for name, got, wanted in info["mismatched_keys"]):
+        name, got, wanted = shapes[0]
+        raise CheckpointError(f"model {source!r}: `{name}` has shape {got}, but config.json makes it {wanted}.")
+    for what, names in (("lacks", info["missing_keys"]), ("has, without a place for it,", info["unexpected_keys"])):
+        if names and (exact or what == "lacks"):
+            raise CheckpointError(f"model {source!r} {what} `{min(names)}` ({len(names)} such weights).")

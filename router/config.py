@@ -2,8 +2,8 @@
 
 import json
 from dataclasses import asdict, dataclass, field, fields
-from math import isfinite
 from pathlib import Path
+from sys import float_info
 from typing import Any, Literal, Self, get_args
 
 from .errors import RouterConfigError
@@ -49,7 +49,7 @@ class RouterConfig:
     format_version: int = FORMAT_VERSION
 
     def __post_init__(self) -> None:
-        if self.format_version != FORMAT_VERSION:
+        if type(self.format_version) is not int or self.format_version != FORMAT_VERSION:
             raise RouterConfigError(
                 f"`format_version`: got {self.format_version!r}, this skipit reads {FORMAT_VERSION}. "
                 "Load the checkpoint with the skipit version that wrote it, or a newer one."
@@ -62,7 +62,8 @@ class RouterConfig:
             raise RouterConfigError(f"`operating_points`: got {self.operating_points!r}, expected a mapping.")
         for name, value in {"threshold": self.threshold, **self.operating_points}.items():
             # NaN would silently skip everything, and JSON has no infinity.
-            if not isinstance(value, int | float) or isinstance(value, bool) or not isfinite(value):
+            number = isinstance(value, int | float) and not isinstance(value, bool)
+            if not (number and -float_info.max <= value <= float_info.max):
                 raise RouterConfigError(f"threshold {name!r}: got {value!r}, expected a finite number.")
 
     def threshold_at(self, budget: float | str | None) -> float:
@@ -107,7 +108,7 @@ class RouterConfig:
         """
         try:
             return cls.from_dict(json.loads(Path(path).read_text(encoding="utf-8")))
-        except (ValueError, RouterConfigError) as error:  # JSONDecodeError and UnicodeDecodeError are ValueErrors
+        except (ValueError, OSError, RecursionError, RouterConfigError) as error:  # ValueError: not JSON, not UTF-8
             raise RouterConfigError(f"{path}: {error}") from error
 
     def to_dict(self) -> dict[str, Any]:

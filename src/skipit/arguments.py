@@ -176,6 +176,7 @@ def _export(verb: Parser) -> None:
         default=False,
         help="gates and LoRA alone, in PEFT's format, to be loaded on top of the base",
     )
+    verb.add_argument("--push-to-hub", metavar="OWNER/NAME", help="upload it, too; a new repository is private")
     _out(verb)
 
 

@@ -318,9 +318,12 @@ def _export(arguments: argparse.Namespace) -> None:
     from skipit.router.errors import InputError
 
     from .display import loading
+    from .hub import check_repository, push
     from .pipeline import export, export_plan
 
     _check_out(arguments)
+    if arguments.push_to_hub is not None:
+        check_repository(arguments.push_to_hub)
     if arguments.adapter:
         from .adapter import export_adapter
 
@@ -331,14 +334,17 @@ def _export(arguments: argparse.Namespace) -> None:
         print(
             f"{arguments.out}: adapter checkpoint, {size / 1e6:.2f} MB. It needs its base: skipit.load(DIR, base=...)."
         )
-        return
-    with loading("exporting"):
-        if arguments.model is None:
-            export(arguments.run_folder, arguments.out, overwrite=arguments.overwrite)
-        else:
-            export_plan(arguments.run_folder, arguments.model, arguments.out, overwrite=arguments.overwrite)
-    print(f"{arguments.out}: gated checkpoint.")
-    print(f"Next: skipit generate {arguments.out} --image FILE --prompt TEXT")
+    else:
+        with loading("exporting"):
+            if arguments.model is None:
+                export(arguments.run_folder, arguments.out, overwrite=arguments.overwrite)
+            else:
+                export_plan(arguments.run_folder, arguments.model, arguments.out, overwrite=arguments.overwrite)
+        print(f"{arguments.out}: gated checkpoint.")
+    if arguments.push_to_hub is not None:
+        print(f"Uploaded to {push(arguments.out, arguments.push_to_hub)}")
+    if not arguments.adapter:
+        print(f"Next: skipit generate {arguments.out} --image FILE --prompt TEXT")
 
 
 def _calibrate(arguments: argparse.Namespace) -> None:

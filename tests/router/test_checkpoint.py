@@ -103,6 +103,9 @@ def test_a_model_that_cannot_be_loaded(tmp_path: Path) -> None:
     ):
         load_dense(tmp_path / "nowhere")
     (tmp_path / "config.json").write_text('{"model_type": "no such family"}')
+    with pytest.raises(CheckpointError, match=r"has no model\.safetensors and no model\.safetensors\.index\.json"):
+        load_dense(tmp_path)
+    save_tensors(tmp_path / "model.safetensors", {})
     with pytest.raises(CheckpointError, match="cannot be loaded"):
         load_dense(tmp_path)
 

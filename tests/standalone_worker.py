@@ -1,0 +1,39 @@
+"""Started by test_standalone.py in an interpreter without skipit: loads checkpoints with their own code and runs them.
+
+Prints, as JSON, for each folder named: the class of the model, where its router comes from, the generated tokens, and
+how many tokens ran in all layers of each step.
+"""
+
+import importlib
+import json
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForImageTextToText
+
+assert find_spec("skipit") is None, "skipit can be imported here"
+assert find_spec("jaxtyping") is None or "jaxtyping" not in sys.modules
+torch.set_num_threads(1)
+results = []
+for folder in map(Path, sys.argv[1:]):
+    model = AutoModelForImageTextToText.from_pretrained(folder, trust_remote_code=True)
+    (router,) = [hook for hook in model._forward_pre_hooks.values() if hasattr(hook, "config")]
+    code = type(router).__module__.rpartition(".")[0]
+    trace = importlib.import_module(f"{code}.trace").Trace()
+    with importlib.import_module(f"{code}.call").running(trace=trace):
+        tokens = model.generate(**load_file(folder / "inputs.safetensors"), max_new_tokens=5, do_sample=False)
+    results.append(
+        {
+            "class": f"{type(model).__module__}.{type(model).__name__}",
+            "code": code,
+            "dtype": str(model.dtype),
+            "tokens": tokens.tolist(),
+            "ran": [int(step.run.sum()) for step in trace.steps],
+        }
+    )
+assert "skipit" not in sys.modules
+assert "jaxtyping" not in sys.modules
+print(json.dumps(results))
