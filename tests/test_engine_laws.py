@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from families import LAYERS, ROWS, WIDTH, build, inputs
-from tiny_models import PATTERNS
+from tiny_models import PATTERNS, logits, same
 from torch import Tensor, nn
 
 from skipit.router import (
@@ -32,16 +32,6 @@ EVERY_UNIT = pytest.mark.parametrize("unit", ["block", "attention", "mlp"])
 EVERY_PART = pytest.mark.parametrize("unit", ["attention", "mlp"])
 EVERY_PATTERN = pytest.mark.parametrize("pattern", ["first", "all", "units", "tokens", "gates"])
 NEW_TOKENS = {"max_new_tokens": 5, "do_sample": False}
-
-
-@torch.no_grad()
-def logits(model: Any, batch: dict[str, Tensor], **options: Any) -> Tensor:
-    with running(**options):
-        return model(**batch).logits
-
-
-def same(got: Tensor, expected: Tensor) -> bool:
-    return got.shape == expected.shape and bool((got - expected).abs().max() <= 1e-5 * expected.abs().max())
 
 
 def gated(family: str, **settings: Any) -> Any:

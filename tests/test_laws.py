@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 from families import LAYERS, ROWS, WIDTH, WORKING, build, inputs
-from tiny_models import PATTERNS
+from tiny_models import PATTERNS, logits, same
 from torch import Tensor, nn
 from transformers import AutoModelForImageTextToText, DynamicCache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -48,18 +48,6 @@ def gated(family: str, pattern: str, kv: str = "retain", attention: str = "sdpa"
     model = build(family, attention=attention)
     attach(model, RouterConfig(kv=kv))  # type: ignore[arg-type]
     return model, PATTERNS[pattern](model)
-
-
-@torch.no_grad()
-def logits(model: Any, batch: dict[str, Tensor], **options: Any) -> Tensor:
-    """Logits of a forward pass, run as `options` say."""
-    with running(**options):
-        return model(**batch).logits
-
-
-def same(got: Tensor, expected: Tensor) -> bool:
-    """Equal but for the order in which sums were taken."""
-    return got.shape == expected.shape and bool((got - expected).abs().max() <= 1e-5 * expected.abs().max())
 
 
 def part(batch: dict[str, Tensor], start: int, stop: int) -> dict[str, Tensor]:

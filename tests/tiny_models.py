@@ -8,11 +8,24 @@ import torch
 from families import IMAGE, LAYERS, PAD, ROWS, WIDTH, build, inputs
 from torch import Tensor
 
-from skipit.router import Decision, FixedUnits, Gated, Policy, set_gates
+from skipit.router import Decision, FixedUnits, Gated, Policy, running, set_gates
 from skipit.router.call import Call
 from skipit.router.gates import TokenGate
 
-__all__ = ["FAMILIES", "IMAGE", "LAYERS", "PAD", "PATTERNS", "ROWS", "WIDTH", "TokenTable", "build", "inputs"]
+__all__ = [
+    "FAMILIES",
+    "IMAGE",
+    "LAYERS",
+    "PAD",
+    "PATTERNS",
+    "ROWS",
+    "WIDTH",
+    "TokenTable",
+    "build",
+    "inputs",
+    "logits",
+    "same",
+]
 
 # Plain causal attention, M-RoPE with dynamic resolution, sliding windows with image tokens that see each other.
 FAMILIES = ("llava", "qwen2.5-vl", "gemma3")
@@ -54,3 +67,15 @@ PATTERNS: dict[str, Callable[[Any], Policy]] = {
     "tokens": _random_table,
     "gates": _random_gates,
 }
+
+
+@torch.no_grad()
+def logits(model: Any, batch: dict[str, Tensor], **options: Any) -> Tensor:
+    """Logits of a forward pass, run as `options` say."""
+    with running(**options):
+        return model(**batch).logits
+
+
+def same(got: Tensor, expected: Tensor) -> bool:
+    """Equal but for the order in which sums were taken."""
+    return got.shape == expected.shape and bool((got - expected).abs().max() <= 1e-5 * expected.abs().max())
