@@ -18,7 +18,7 @@ class Tokenizer:
 def step(modality: list[int], runs: list[list[int]], past: int = 0) -> Step:
     """One call of one row: per layer, which tokens ran."""
     decisions = {layer: Decision(torch.tensor([row], dtype=torch.bool)) for layer, row in enumerate(runs)}
-    return Step(torch.tensor([modality]), torch.ones(1, len(modality), dtype=torch.bool), past, decisions)
+    return Step(torch.tensor([modality]), torch.ones(1, len(modality), dtype=torch.bool), past, decisions=decisions)
 
 
 def ids(*tokens: int) -> Tensor:

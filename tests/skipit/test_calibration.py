@@ -59,7 +59,7 @@ def rows(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 RISK = ["--risk", "0.2", "--confidence", "0.9", "--max-new-tokens", "4"]

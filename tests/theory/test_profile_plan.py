@@ -188,7 +188,7 @@ class TestProfile:
 
     @pytest.mark.parametrize("family", FAMILIES)
     def test_damage_ranks_units_as_skipping_them_does(self, family: str) -> None:
-        model, batches = build(family), [labelled(family, seed=s) for s in range(2)]
+        model, batches = build(family), [labelled(family, seed=s) for s in range(4)]
         tables = profile(model, batches, draws=32, temperature=1.0).tables
         attach(model)
         for kv in ("retain", "evict"):
