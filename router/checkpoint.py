@@ -60,7 +60,7 @@ def local_folder(source: str | Path, **options: Any) -> Path:
     """
     if Path(source).is_dir():
         return Path(source) / options.get("subfolder", "")
-    from transformers.utils import cached_file
+    from transformers.utils.hub import cached_file
 
     where = {name: options[name] for name in _HUB_OPTIONS if options.get(name) is not None}
     try:
@@ -157,7 +157,8 @@ def load_dense(source: str | Path, *, exact: bool = False, **options: Any) -> tu
     options |= {"trust_remote_code": False, "use_safetensors": True}
     where = {name: value for name, value in options.items() if name in (*_HUB_OPTIONS, "trust_remote_code")}
     try:
-        model, info = AutoModelForImageTextToText.from_pretrained(source, **options)
+        loaded: Any = AutoModelForImageTextToText.from_pretrained(source, **options)
+        model, info = loaded
         processor = AutoProcessor.from_pretrained(source, **where)
     except Exception as error:  # what transformers raises for a damaged folder is almost anything
         raise CheckpointError(

@@ -6,29 +6,33 @@ import logging
 import os
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import transformers
-from safetensors.torch import save_file
+from families import processor
+from safetensors.torch import load_file, save_file
 from tiny_models import build, inputs
-from transformers import AutoConfig, AutoModelForImageTextToText, AutoModelForMultimodalLM
+from transformers import AutoConfig, AutoModelForImageTextToText, AutoModelForMultimodalLM, BitsAndBytesConfig
 
 from skipit.router import CheckpointError, RouterConfig, Trace, attach, find_router, gate_state, running, set_gates
-from skipit.router.checkpoint import GATES_FILE, load_dense, local_folder, save_gated
+from skipit.router.checkpoint import GATES_FILE, attach_from, load, load_dense, local_folder, save_gated
 from skipit.router.standalone import CODE, code_files
 
 ROW = [[5, 6, "image", 7, 8, 9]]
 
 
-def make(family: str, folder: Path, dtype: torch.dtype = torch.float32, **options: Any) -> Any:
+def make(
+    family: str, folder: Path, dtype: torch.dtype = torch.float32, *, with_processor: bool = False, **options: Any
+) -> Any:
     """Write a gated checkpoint whose gates run about half of the tokens, and its inputs; gives the model."""
     model = build(family).to(dtype)
     attach(model, RouterConfig(kv="evict"))
     set_gates(model, **{name: torch.randn_like(value) for name, value in gate_state(model).items()})
-    save_gated(model, None, folder, **options)
+    save_gated(model, processor(family) if with_processor else None, folder, **options)
     batch = inputs(family, ROW)
     save_file({k: v.to(dtype) if v.is_floating_point() else v for k, v in batch.items()}, folder / "inputs.safetensors")
     return model
@@ -36,8 +40,6 @@ def make(family: str, folder: Path, dtype: torch.dtype = torch.float32, **option
 
 def generate(model: Any, folder: Path) -> dict[str, Any]:
     """What the worker prints about a checkpoint."""
-    from safetensors.torch import load_file
-
     trace = Trace()
     with running(trace=trace):
         tokens = model.generate(**load_file(folder / "inputs.safetensors"), max_new_tokens=5, do_sample=False)
@@ -64,25 +66,19 @@ def run_without_skipit(folders: list[Path], cache: Path) -> list[dict[str, Any]]
 
 def test_the_code_inside_runs_the_gated_model_where_skipit_is_not_installed(tmp_path: Path) -> None:
     plain, shards = tmp_path / "plain", tmp_path / "v1.2-shards"
-    make("llava", plain)
+    make("llava", plain, with_processor=True)
     # Gemma 3 ties its output to its embeddings.
-    tied = make("gemma3", shards, torch.bfloat16, max_shard_size="20KB")
+    tied = make("gemma3", shards, torch.bfloat16, with_processor=True, max_shard_size="20KB")
     assert tied.config.get_text_config().tie_word_embeddings
     assert len(list(shards.glob("model-*.safetensors"))) > 1
-    from skipit import load  # the reference
-
     results = run_without_skipit([plain, shards], tmp_path / "modules")
     for folder, result in zip((plain, shards), results, strict=True):
         loaded = AutoModelForImageTextToText.from_pretrained(folder)
         assert result["class"] == f"{type(loaded).__module__}.{type(loaded).__name__}"
         assert result["code"].startswith("transformers_modules.")
-        monkey = pytest.MonkeyPatch()
-        with monkey.context() as patch:  # no processor was saved
-            patch.setattr("transformers.AutoProcessor.from_pretrained", lambda *_, **__: None)
-            expected = generate(load(folder)[0], folder)
+        expected = generate(load(folder)[0], folder)
         assert {name: result[name] for name in expected} == expected
-        tokens = len(result["ran"])
-        assert tokens == 5
+        assert len(result["ran"]) == 5
         assert 0 < sum(result["ran"]) < 4 * (len(result["tokens"][0]) - 1)  # something ran, something was skipped
     assert [result["dtype"] for result in results] == ["torch.float32", "torch.bfloat16"]
 
@@ -134,13 +130,8 @@ def test_a_dense_copy_can_be_saved_and_gated_again(tmp_path: Path) -> None:
     assert not again._forward_pre_hooks
     attach(again)
     save_gated(again, None, tmp_path / "again")
-    assert find_router(attach_again(tmp_path / "again"))[1].config == RouterConfig()
-
-
-def attach_again(folder: Path) -> Any:
-    from skipit.router.checkpoint import attach_from
-
-    return attach_from(AutoModelForImageTextToText.from_pretrained(folder), folder)
+    gated = attach_from(AutoModelForImageTextToText.from_pretrained(tmp_path / "again"), tmp_path / "again")
+    assert find_router(gated)[1].config == RouterConfig()
 
 
 def test_trusted_code_refuses_damaged_gates(tmp_path: Path) -> None:
@@ -173,3 +164,18 @@ def test_what_is_neither_a_folder_nor_on_the_hub(tmp_path: Path) -> None:
         local_folder(tmp_path / "nowhere")
     with pytest.raises(CheckpointError, match=r"config\.json does not exist"):
         load_dense(tmp_path)
+
+
+@pytest.mark.parametrize("bits", ["load_in_4bit", "load_in_8bit"])
+def test_quantized_or_a_clear_error(bits: str, tmp_path: Path) -> None:
+    make("llava", tmp_path / "out", with_processor=True)
+    options = {"quantization_config": BitsAndBytesConfig(**{bits: True})}
+    if find_spec("bitsandbytes") is None:
+        with pytest.raises(CheckpointError, match="bitsandbytes"):
+            load(tmp_path / "out", **options)
+        return
+    model, _ = load(tmp_path / "out", **options)
+    expected = generate(model, tmp_path / "out")
+    assert 0 < sum(expected["ran"]) < 4 * (len(expected["tokens"][0]) - 1)
+    save_gated(model, processor("llava"), tmp_path / "again")
+    assert generate(load(tmp_path / "again")[0], tmp_path / "out") == expected

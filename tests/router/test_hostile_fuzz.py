@@ -20,7 +20,7 @@ from skipit.router import RouterConfig, SkipItError, attach, detach
 from skipit.router.artefact import load_tensors, tensor_names
 from skipit.router.checkpoint import GATES_FILE, ROUTER_FILE, attach_from, load, save_gated
 
-FAST = settings(deadline=None, max_examples=60, suppress_health_check=list(HealthCheck))
+FAST = settings(deadline=None, max_examples=150, suppress_health_check=list(HealthCheck))
 SLOW = settings(FAST, max_examples=700)
 INDEX = "model.safetensors.index.json"
 
@@ -197,7 +197,7 @@ FUZZERS = [fuzz_router_settings, fuzz_gates, fuzz_headers, fuzz_index, fuzz_conf
 
 @pytest.mark.parametrize("fuzzer", FUZZERS)
 def test_only_our_own_errors(fuzzer: Callable[..., None], original: Path, tmp_path: Path) -> None:
-    few = settings(FAST, max_examples=15) if fuzzer in (fuzz_index, fuzz_config) else FAST
+    few = settings(FAST, max_examples=40) if fuzzer in (fuzz_index, fuzz_config) else FAST
     fuzzer(original, tmp_path, few)
 
 

@@ -1,0 +1,165 @@
+"""`transformers serve` answers image questions with a gated checkpoint, in a process that has no skipit."""
+
+import base64
+import io
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from transformers.utils.import_utils import is_serve_available
+
+import skipit
+from skipit.router import RouterConfig, Trace, attach, gate_state, running, set_gates
+from skipit.sources import load_data, load_model
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(
+        not is_serve_available(), reason="needs fastapi, uvicorn and openai: pip install 'skipit[serve]'"
+    ),
+]
+
+
+def make(folder: Path, leaves: int) -> None:
+    """The reference model with gates by which image tokens leave before layer `leaves`; text runs everywhere."""
+    model, processor = load_model("reference")
+    attach(model, RouterConfig(kv="retain"))
+    gates = gate_state(model)
+    gates["bias"][leaves:, 1] = -4.0
+    set_gates(model, **gates)
+    skipit.save_gated(model, processor, folder)
+
+
+@contextmanager
+def server(log: Path, *options: str) -> Iterator[str]:
+    """`transformers serve` on a free port of this machine, where skipit cannot be imported; stopped at the end."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
+    environment |= {
+        "PYTHONPATH": str(Path(transformers.__file__).parents[1]),
+        "HF_MODULES_CACHE": str(log.parent / "modules"),
+        "OMP_NUM_THREADS": "1",
+    }
+    code = (
+        "from importlib.util import find_spec; assert find_spec('skipit') is None; "
+        "from transformers.cli.transformers import main; main()"
+    )
+    command = [
+        sys.executable,
+        "-S",
+        "-P",
+        "-c",
+        code,
+        "serve",
+        "--host",
+        "127.0.0.1",
+        "--port",
+        str(port),
+        "--device",
+        "cpu",
+    ]
+    with log.open("w") as file:
+        process = subprocess.Popen([*command, *options], env=environment, stdout=file, stderr=file)
+    address = f"http://127.0.0.1:{port}"
+    try:
+        for _ in range(600):
+            try:
+                urllib.request.urlopen(f"{address}/health", timeout=5)
+                break
+            except (urllib.error.URLError, ConnectionError):
+                assert process.poll() is None, log.read_text()
+                time.sleep(0.5)
+        else:
+            pytest.fail(f"the server did not start: {log.read_text()}")
+        yield address
+    finally:
+        process.send_signal(signal.SIGTERM)
+        try:
+            process.wait(30)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait(30)
+
+
+def ask(address: str, folder: Path, row: dict[str, Any]) -> dict[str, Any]:
+    """One question through the OpenAI-compatible endpoint."""
+    picture = io.BytesIO()
+    row["images"][0].save(picture, "PNG")
+    url = "data:image/png;base64," + base64.b64encode(picture.getvalue()).decode()
+    parts = [{"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": question(row)}]
+    body = {
+        "model": str(folder),
+        "messages": [{"role": "user", "content": parts}],
+        "max_tokens": 12,
+        "temperature": 0.0,
+    }
+    request = urllib.request.Request(
+        f"{address}/v1/chat/completions", json.dumps(body).encode(), {"Content-Type": "application/json"}
+    )
+    with urllib.request.urlopen(request, timeout=200) as answer:
+        return json.load(answer)
+
+
+def question(row: dict[str, Any]) -> str:
+    return next(part["text"] for part in row["prompt"][0]["content"] if part["type"] == "text")
+
+
+@torch.no_grad()
+def answer(model: Any, processor: Any, row: dict[str, Any]) -> str:
+    """The same question without a server."""
+    content = [{"type": "image", "image": row["images"][0]}, {"type": "text", "text": question(row)}]
+    inputs = processor.apply_chat_template(
+        [{"role": "user", "content": content}],
+        add_generation_prompt=True,
+        tokenize=True,
+        return_dict=True,
+        return_tensors="pt",
+    )
+    tokens = model.generate(**inputs, max_new_tokens=12, do_sample=False)
+    return processor.decode(tokens[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+
+
+def test_an_image_question_is_answered(tmp_path: Path) -> None:
+    rows = list(load_data("reference", "test", 12, 0))
+    # Two checkpoints: one that answers well, and one whose image tokens run nothing at all: it answers otherwise than
+    # the dense model, and so shows who answered.
+    mild, blind = tmp_path / "mild", tmp_path / "blind"
+    make(mild, leaves=2)
+    make(blind, leaves=0)
+    expected, dense = {}, {}
+    for folder in (mild, blind):
+        model, processor = skipit.load(folder)
+        trace = Trace()
+        with running(trace=trace):
+            expected[folder] = [answer(model, processor, row) for row in rows]
+        assert not torch.cat([step.run.flatten() for step in trace.steps]).all()
+        with running(mode="dense"):
+            dense[folder] = [answer(model, processor, row) for row in rows]
+    assert expected[blind] != dense[blind]
+
+    with server(tmp_path / "gated.log", "--trust-remote-code") as address:
+        for folder in (mild, blind):
+            said = [ask(address, folder, row) for row in rows]
+            assert [item["choices"][0]["message"]["content"] for item in said] == expected[folder]
+            assert all(item["usage"]["completion_tokens"] > 0 for item in said)
+    right = sum(text.strip() == row["answer"] for text, row in zip(expected[mild], rows, strict=True))
+    assert right >= 10, expected[mild]
+
+    with server(tmp_path / "dense.log") as address:  # code that is not trusted is not run: the dense model
+        said = [ask(address, blind, row)["choices"][0]["message"]["content"] for row in rows[:3]]
+        assert said == dense[blind][:3]
