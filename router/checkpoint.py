@@ -10,12 +10,13 @@ from .artefact import load_tensors, new_directory, save_json, save_tensors
 from .attach import attach, detach, find_router, gate_state, set_gates
 from .config import RouterConfig
 from .errors import CheckpointError, SkipItError
-from .files import check_files
+from .files import CONFIG, check_files, count_values
 from .standalone import add_code
 
 ROUTER_FILE = "router_config.json"
 GATES_FILE = "gates.safetensors"
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+_PACKED = 16  # weights that one stored number may stand for: 2 bits each in an int32
 _HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token")
 
 
@@ -157,9 +158,13 @@ def load_dense(source: str | Path, *, exact: bool = False, **options: Any) -> tu
     options |= {"trust_remote_code": False, "use_safetensors": True}
     where = {name: value for name, value in options.items() if name in (*_HUB_OPTIONS, "trust_remote_code")}
     try:
+        if Path(source).is_dir():
+            _check_size(local_folder(source, **options))
         loaded: Any = AutoModelForImageTextToText.from_pretrained(source, **options)
         model, info = loaded
         processor = AutoProcessor.from_pretrained(source, **where)
+    except SkipItError:
+        raise
     except Exception as error:  # what transformers raises for a damaged folder is almost anything
         raise CheckpointError(
             f"model {str(source)!r} cannot be loaded: {type(error).__name__}: {error}\n"
@@ -167,6 +172,24 @@ def load_dense(source: str | Path, *, exact: bool = False, **options: Any) -> tu
         ) from error
     _check_weights(str(source), info, exact)
     return model.eval(), processor
+
+
+def _check_size(folder: Path) -> None:
+    """Refuse a configuration of a model far larger than its weights, before memory is taken for it.
+
+    A part that is missing from a configuration has the defaults of its family: billions of random weights.
+
+    Raises:
+        CheckpointError: names both sizes.
+    """
+    from transformers import AutoConfig, AutoModelForImageTextToText
+
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    with torch.device("meta"):
+        model = AutoModelForImageTextToText.from_config(config, trust_remote_code=False)
+    wanted, held = sum(parameter.numel() for parameter in model.parameters()), count_values(folder)
+    if wanted > _PACKED * held:
+        raise CheckpointError(f"{folder / CONFIG} is of a model with {wanted:,} weights, but its files hold {held:,}.")
 
 
 def _check_weights(source: str, info: dict[str, Any], exact: bool) -> None:

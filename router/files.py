@@ -5,6 +5,7 @@ the folder, and builds whatever sizes a configuration names. These checks read h
 """
 
 from collections.abc import Iterator
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,19 @@ def check_files(folder: Path) -> None:
         _check_shards(folder)
     else:
         raise CheckpointError(f"{folder} has no {WEIGHTS} and no {INDEX}. {_instead(folder)}")
+
+
+def count_values(folder: Path) -> int:
+    """How many numbers the weights in a checked folder hold, from the files' headers."""
+    from safetensors import safe_open
+
+    whole = folder / WEIGHTS
+    files = {whole} if whole.exists() else {folder / name for name in load_json(folder / INDEX)["weight_map"].values()}
+    count = 0
+    for path in files:
+        with safe_open(path, "pt") as file:
+            count += sum(prod(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118 - no mapping
+    return count
 
 
 def _instead(folder: Path) -> str:

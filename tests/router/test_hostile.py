@@ -264,3 +264,10 @@ def test_our_reader_sees_what_safetensors_sees(plain: Path) -> None:
         assert tensor_names(plain / "model.safetensors") == set(file.keys())
     with pytest.raises(CheckpointError, match=re.escape(f"{plain / 'no'} does not exist.")):
         tensor_names(plain / "no")
+
+
+def test_a_configuration_of_a_model_far_larger_than_its_weights(plain: Path) -> None:
+    config = json.loads((plain / "config.json").read_text())
+    del config["text_config"]  # the family's default has 32 layers of 4,096
+    (plain / "config.json").write_text(json.dumps(config))
+    refused(plain, str(plain / "config.json"), "is of a model with", "weights, but its files hold")
