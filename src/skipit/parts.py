@@ -2,12 +2,14 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
 from skipit.router import CheckpointError
 from skipit.router.checkpoint import load_dense
+from skipit.router.files import check_files
 from skipit.theory.accumulate import prox
 from skipit.theory.backbone import Backbone, profile_backbone
 from skipit.train.collate import Row, batches, check_columns, pictures, turns_of
@@ -76,11 +78,13 @@ def load_part(source: str, part: str) -> tuple[Any, Pictures | Texts]:
     from transformers import AutoImageProcessor, AutoModel, AutoTokenizer
 
     source = resolve_model(source)
+    if Path(source).is_dir():
+        check_files(Path(source))  # what `load_dense` refuses to read must not be read below either
     try:
         model = load_dense(source)[0]
     except CheckpointError:
         try:
-            model = AutoModel.from_pretrained(source).eval()
+            model = AutoModel.from_pretrained(source, trust_remote_code=False, use_safetensors=True).eval()
         except (OSError, ValueError, KeyError) as error:
             raise CheckpointError(f"model {source!r} cannot be loaded: {error}") from error
     try:

@@ -227,6 +227,16 @@ class TestPart:
         assert re.search(r"encoder\.layers of 10 images\.$", out.strip())
         assert load_backbone(tmp_path / "v").table("count").tolist() == [40] * 3
 
+    def test_a_pickle_is_not_read_by_the_back_door(self, lines: Path, tmp_path: Path) -> None:
+        torch.manual_seed(0)
+        folder = tmp_path / "siglip"
+        encoder = SiglipVisionModel(SiglipVisionConfig(image_size=8, patch_size=4, **SMALL))
+        encoder.config.save_pretrained(folder)
+        torch.save(encoder.state_dict(), folder / "pytorch_model.bin")
+        SiglipImageProcessor(size={"height": 8, "width": 8}).save_pretrained(folder)
+        said = self.refused("profile", folder, lines, "--part", "vision", "--out", tmp_path / "v")
+        assert "has pytorch_model.bin, which skipit does not read" in said
+
     def test_a_text_encoder(self, lines: Path, tmp_path: Path) -> None:
         torch.manual_seed(0)
         tokenizer = build_processor().tokenizer
