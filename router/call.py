@@ -11,12 +11,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .attention import Layout
 from .cache import SkipCache
 from .config import Granularity, KVPolicy, RouterConfig, Unit, check_choice
 from .errors import InputError
@@ -68,6 +70,11 @@ class Call:
             return self
         moved = {name: getattr(self, name).to(device) for name in ("modality", "real", "prompt", "position")}
         return replace(self, **moved)
+
+    @cached_property
+    def padded(self) -> Layout | None:
+        """Where the real tokens are, the same for every layer; None where there is no padding."""
+        return Layout.of(self.real) if self.tokens < self.real.numel() else None
 
     def pooled(self, layer: int, logits: Tensor) -> Tensor:
         """Logits of every token [batch, seq] replaced by their mean over the prompt's tokens of row and modality.

@@ -161,9 +161,9 @@ def _keys_and_values(forward: Forward, hidden: Tensor, call: Call, kwargs: dict[
 
     The module itself computes them, up to the point where it would store them.
     """
-    layout = Layout.of(call.real) if call.tokens < call.real.numel() else None
-    kwargs = {**kwargs, "past_key_values": None} if layout is None else _pack(kwargs, layout)
-    kwargs |= {"attention_mask": None, "past_key_values": _Capture()}
+    layout = call.padded
+    kwargs = kwargs if layout is None else _pack(kwargs, layout)
+    kwargs = {**kwargs, "attention_mask": None, "past_key_values": _Capture()}
     try:
         with only("keys and values"):
             forward(hidden if layout is None else layout.pack(hidden), **kwargs)

@@ -68,11 +68,12 @@ def generate(model: Any, *, return_trace: bool = False, budget: float | str | No
             "`return_trace`: beam search moves rows while generating, so no row has a trace of its own. "
             "Leave `num_beams` at 1, or record steps with `running(trace=...)`."
         )
+    if not return_trace:
+        with running(budget=budget):
+            return model.generate(**kwargs)
     trace = Trace()
     with running(trace=trace, budget=budget):
         output = model.generate(**kwargs)
-    if not return_trace:
-        return output
     executed, dense = trace_flops(CostModel.of(model, router.config.layers), trace.steps)
     return output, GenerationTrace(
         run=torch.cat([step.run for step in trace.steps], dim=-1),
