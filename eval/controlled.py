@@ -10,8 +10,7 @@ from torch import Tensor, nn
 
 from skipit.router import FixedUnits, find_router, running
 from skipit.router.config import KVPolicy
-
-IGNORE = -100
+from skipit.theory.labels import IGNORE
 
 
 class Effect(NamedTuple):

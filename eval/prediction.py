@@ -18,8 +18,7 @@ from skipit.router import FixedUnits, find_router, running, token_modality
 from skipit.router.config import KVPolicy
 from skipit.theory.accumulate import prox
 from skipit.theory.bounds import combine_damages
-
-from .controlled import IGNORE
+from skipit.theory.labels import predicts_answer
 
 SCOPES = ("text", "vision", "all")
 DISTANCES = (0.001, 0.01, 0.1)
@@ -111,7 +110,7 @@ def layer_contribution(model: nn.Module, batches: Iterable[dict[str, Tensor]]) -
     device = next(model.parameters()).device
     for batch in batches:
         inputs = {key: value.to(device) for key, value in batch.items() if key != "labels"}
-        last = (batch["labels"][:, 1:] != IGNORE).float().argmax(-1).to(device)
+        last = predicts_answer(batch["labels"]).float().argmax(-1).to(device)
         index = torch.arange(len(last), device=device)
         vision = token_modality(model.config, inputs["input_ids"], inputs.get("mm_token_type_ids")).bool().any(-1)
         rows += int(vision.sum())

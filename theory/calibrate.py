@@ -10,8 +10,8 @@ from skipit.router import Gated, Trace, find_router, running
 from skipit.router.config import KVPolicy, RouterConfig
 
 from .cost import Compute, CostModel, trace_compute
+from .labels import IGNORE
 from .plan import check_budget
-from .profile import IGNORE
 
 
 @torch.no_grad()

@@ -14,9 +14,9 @@ from skipit.router.decoder import find_decoder
 from skipit.router.errors import InputError
 
 from .identity import fingerprint
+from .labels import IGNORE, predicts_answer
 from .measures import cosine_distance
 
-IGNORE = -100
 # The mean over a prompt's text tokens, over its vision tokens, and the state of the last prompt token alone, from which
 # the model itself predicts the answer. Answer tokens are never read: they would tell.
 SITES = (*MODALITIES, "last")
@@ -54,7 +54,7 @@ class Pool:
     """
 
     def __init__(self, modality: Int[Tensor, "batch seq"], labels: Int[Tensor, "batch seq"]) -> None:
-        asked = labels[:, 1:] != IGNORE
+        asked = predicts_answer(labels)
         if not bool(asked.any(-1).all()):
             raise InputError(f"every row needs `labels` with at least one answer token (not {IGNORE}).")
         last = asked.float().argmax(-1, keepdim=True)

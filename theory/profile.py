@@ -28,10 +28,9 @@ from .damage import (
     weighted_change,
 )
 from .identity import fingerprint
+from .labels import IGNORE, predicts_answer
 from .partial import Partial
 from .profile_sums import POLICIES, ProfileSums
-
-IGNORE = -100
 
 
 @dataclass(frozen=True)
@@ -157,10 +156,10 @@ def _measure(
     seed: int,
 ) -> None:
     labels = batch.get("labels")
-    if labels is None or not bool((labels[:, 1:] != IGNORE).any(-1).all()):
+    if labels is None or not bool(predicts_answer(labels).any(-1).all()):
         raise InputError(f"batch {number}: every row needs `labels` with at least one answer token (not {IGNORE}).")
     inputs = {k: v.to(sums.device) for k, v in batch.items() if k != "labels"}
-    answer = (labels[:, 1:] != IGNORE).to(sums.device)
+    answer = predicts_answer(labels).to(sums.device)
     modality = token_modality(model.config, inputs["input_ids"], inputs.get("mm_token_type_ids"))
     real = inputs.get("attention_mask", torch.ones_like(modality)).bool()
     attention = CrossAttention(modality, real, answer.float().argmax(-1))

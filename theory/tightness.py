@@ -41,11 +41,11 @@ from .bounds import (
     update_norm_from_cosine,
 )
 from .damage import LayerStates, draw_choice
+from .labels import predicts_answer
 from .measures import angular_distance, cosine_distance, eviction_term, relative_update
 from .pooling import Pool, PooledStates, join
 from .probes import fit_probe
 
-IGNORE = -100
 THRESHOLDS = (0.01, 0.1, 1.0)
 CODES = 24  # size of the alphabet that statements 5 and 6 quantize states to
 NODES = 8  # of the quadrature of statement 7
@@ -141,7 +141,7 @@ def _evaluate(model: nn.Module, batch: dict[str, Tensor], ratios: _Ratios, gener
     device = next(model.parameters()).device
     inputs = {key: value.to(device) for key, value in batch.items() if key != "labels"}
     labels = batch["labels"].to(device)
-    answer = labels[:, 1:] != IGNORE
+    answer = predicts_answer(labels)
     modality = token_modality(model.config, inputs["input_ids"], inputs.get("mm_token_type_ids"))
     modality = modality.masked_fill(~inputs.get("attention_mask", torch.ones_like(modality)).bool(), -1)
     _, _, layers = find_decoder(model, find_router(model)[1].config.layers)

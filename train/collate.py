@@ -11,8 +11,8 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from skipit.router import InputError
+from skipit.theory.labels import IGNORE
 
-IGNORE = -100
 FORMAT = "Rows need images, prompt and completion (TRL's conversational vision format)."
 
 

@@ -16,8 +16,7 @@ from torch import Tensor
 
 from skipit.router import Step
 from skipit.theory.cost import Compute, CostModel, step_compute
-
-IGNORE = -100
+from skipit.theory.labels import predicts_answer
 
 
 def answer_losses(
@@ -32,7 +31,7 @@ def answer_losses(
         teacher: logits of the full model, or None for no distillation.
         labels: -100 everywhere but on answer tokens; logits at t predict the label at t + 1.
     """
-    chosen = labels[:, 1:] != IGNORE
+    chosen = predicts_answer(labels)
     predicted = torch.log_softmax(student[:, :-1][chosen].float(), dim=-1)
     ce = F.nll_loss(predicted, labels[:, 1:][chosen], reduction="sum")
     if teacher is None:

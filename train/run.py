@@ -19,9 +19,10 @@ from skipit.theory.artefact import check_same_model
 from skipit.theory.calibrate import calibrate, default_threshold
 from skipit.theory.cost import CostModel
 from skipit.theory.identity import fingerprint
+from skipit.theory.labels import predicts_answer
 from skipit.theory.plan import Plan
 
-from .collate import IGNORE, Collator, Rows, batches
+from .collate import Collator, Rows, batches
 from .config import TrainConfig
 
 CHECKPOINTS = "checkpoints"
@@ -90,7 +91,7 @@ def dense_per_answer(model: nn.Module, rows: Iterable[dict[str, Tensor]], costs:
     for batch in rows:
         lengths = batch["attention_mask"].sum(-1).double()
         flops += float((lengths * linear + pair * lengths * (lengths + 1) / 2).sum())
-        answers += float((batch["labels"][:, 1:] != IGNORE).sum())
+        answers += float(predicts_answer(batch["labels"]).sum())
     if answers == 0:
         raise InputError("the training data has no answer tokens; every row needs a completion.")
     return flops / answers

@@ -14,9 +14,10 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from skipit.router import SkipItError, Trace, running
 from skipit.router.artefact import load_json, save_json
 from skipit.theory.cost import CostModel
+from skipit.theory.labels import IGNORE, predicts_answer
 
 from .config import TrainConfig
-from .objective import IGNORE, DualAscent, answer_losses, gated_compute
+from .objective import DualAscent, answer_losses, gated_compute
 
 GATE = "layer_gate"
 STATE_FILE = "skipit_state.json"
@@ -70,7 +71,7 @@ class SkipTrainer(Trainer):
         compute = gated_compute(self.costs, trace.steps[-1])
         executed, dense = compute.executed.sum(), compute.dense.sum()
         over = (executed - self.settings.budget * dense) / self.dense_per_answer
-        items = num_items_in_batch if num_items_in_batch is not None else (labels[:, 1:] != IGNORE).sum()
+        items = num_items_in_batch if num_items_in_batch is not None else predicts_answer(labels).sum()
         loss = (ce + self.settings.distillation * kl + self.ascent.price * over) / items
         if not bool(torch.isfinite(loss)):
             raise TrainingError(

@@ -20,9 +20,10 @@ from skipit.router.artefact import provenance
 from skipit.router.config import KVPolicy
 from skipit.theory.calibrate import calibrate
 from skipit.theory.cost import CostModel
+from skipit.theory.labels import IGNORE
 from skipit.theory.plan import Init, Plan, make_plan
 from skipit.theory.profile import Profile
-from skipit.train.collate import IGNORE, Collator, batches
+from skipit.train.collate import Collator, batches
 from skipit.train.config import TrainConfig
 from skipit.train.run import train
 

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from skipit.eval.bench_shapes import bench_small, prompt
 from skipit.router.artefact import provenance, save_json
+from skipit.theory.labels import IGNORE
 from skipit.theory.profile import profile
 from skipit.train.collate import Collator, batches
 
@@ -43,7 +44,7 @@ def random_llava() -> tuple[Any, Batches]:
     """A LLaVA of hidden size 512 and 4 layers with random weights, and a batch of 2 rows of 144 + 64 tokens."""
     model = bench_small(hidden=512, layers=4, image_tokens=144)
     batch = prompt(144, 64, 2)
-    labels = torch.full_like(batch["input_ids"], -100)
+    labels = torch.full_like(batch["input_ids"], IGNORE)
     labels[:, -ANSWER:] = batch["input_ids"][:, -ANSWER:]
     return model, [{**batch, "labels": labels}]
 

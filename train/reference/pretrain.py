@@ -23,7 +23,6 @@ from .digits import CELL, GRID, IMAGE_SIZE, Scans, Split, draw_grid, load_scans
 from .model import IMAGE_TOKENS, PATCH, build_model, build_processor
 from .questions import Kind, ask
 
-IGNORE = -100
 # Harder kinds are asked more often; one "grid" per image is the dense supervision that look-up needs.
 QUESTIONS_PER_IMAGE: dict[Kind, int] = {"grid": 1, "row": 1, "cell": 1, "compare": 3, "sum": 3, "count": 4}
 

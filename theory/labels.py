@@ -1,0 +1,11 @@
+"""Which tokens of a row are its answer: labels as transformers has them, -100 everywhere else."""
+
+from jaxtyping import Bool, Int
+from torch import Tensor
+
+IGNORE = -100
+
+
+def predicts_answer(labels: Int[Tensor, "batch seq"]) -> Bool[Tensor, "batch predicted"]:
+    """Where the logits at a token predict an answer token, the one after it; the last token predicts none."""
+    return labels[:, 1:] != IGNORE
