@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from .attention import PREFIX, packed_implementation
 from .call import Router
 from .config import RouterConfig
-from .decoder import find_decoder, why_not
+from .decoder import find_decoder, image_layers, why_not
 from .errors import SkipItError, UnsupportedModelError
 from .gates import TokenGate
 from .layer import GatedLayer, mix_in_parts, take_out_parts
@@ -44,17 +44,19 @@ def attach(model: nn.Module, config: RouterConfig | None = None) -> Router:
         raise UnsupportedModelError(f"`{type(decoder).__name__}` has {reason}")
     implementation = packed_implementation(decoder.config._attn_implementation)  # type: ignore[union-attr, arg-type]
     hidden_size = decoder.config.hidden_size  # type: ignore[union-attr]
+    of_images = image_layers(decoder.config)
     for index, layer in enumerate(layers):
         parameter = next(layer.parameters())
         # A meta device is kept: gates of a model without weights have none either.
         layer.layer_gate = TokenGate(hidden_size, index).to(parameter.device)  # type: ignore[arg-type]
         layer.skipit_index = index  # type: ignore[assignment]
+        layer.skipit_attends_to_images = index in of_images  # type: ignore[assignment]
         mix_in_parts(layer)
         mix_in(layer, GatedLayer)
         wrap_projections(layer)
     for attention_config in _attention_configs(decoder):
         attention_config._attn_implementation_internal = implementation
-    router = Router(config, len(layers))
+    router = Router(config, len(layers), of_images)
     model.register_forward_pre_hook(router, with_kwargs=True)
     return router
 
@@ -71,7 +73,7 @@ def detach(model: nn.Module) -> None:
         unwrap_projections(layer)
         take_out_parts(layer)
         take_out(layer)
-        del layer.layer_gate, layer.skipit_index
+        del layer.layer_gate, layer.skipit_index, layer.skipit_attends_to_images
     for attention_config in _attention_configs(decoder):
         name = attention_config._attn_implementation_internal
         attention_config._attn_implementation_internal = name.removeprefix(PREFIX)

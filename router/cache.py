@@ -127,6 +127,13 @@ class SkipCacheLayer(DynamicLayer):
             self.decided = self.decided[indices.to(self.decided.device)]
 
 
+class ImageCacheLayer(SkipCacheLayer):
+    """Keys and values of images, in a layer that attends to nothing else: `seen` counts image states, not tokens."""
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Keep everything: images are forgotten with no token."""
+
+
 def _extend(held: Tensor, room: Tensor | None, new: Tensor) -> tuple[Tensor, Tensor | None]:
     """Append `new` to `held` [batch, heads, slots, head_dim], without a copy of `held` where its room has space.
 
@@ -151,11 +158,12 @@ class SkipCache(Cache):
 
     layers: list[SkipCacheLayer]  # type: ignore[assignment]
 
-    def __init__(self, num_layers: int) -> None:
-        super().__init__(layers=[SkipCacheLayer() for _ in range(num_layers)])
+    def __init__(self, num_layers: int, image_layers: frozenset[int] = frozenset()) -> None:
+        kinds = [ImageCacheLayer if index in image_layers else SkipCacheLayer for index in range(num_layers)]
+        super().__init__(layers=[kind() for kind in kinds])
 
     @classmethod
-    def from_dynamic(cls, cache: Cache, num_layers: int) -> Self:
+    def from_dynamic(cls, cache: Cache, num_layers: int, image_layers: frozenset[int] = frozenset()) -> Self:
         """Take over a `DynamicCache`, empty or filled by the dense model.
 
         Raises:
@@ -166,7 +174,7 @@ class SkipCache(Cache):
                 f"`past_key_values`: got {type(cache).__name__}, a gated model takes `SkipCache` or `DynamicCache`. "
                 "Leave `cache_implementation` unset, or run the dense model: `with running(mode='dense')`."
             )
-        taken = cls(num_layers)
+        taken = cls(num_layers, image_layers)
         for mine, theirs in zip(taken.layers, cache.layers, strict=False):
             if not isinstance(theirs, DynamicLayer) or theirs.keys is None or theirs.values is None:
                 continue  # empty

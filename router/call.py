@@ -139,9 +139,10 @@ def running(**options: Any) -> Iterator[None]:
 class Router:
     """The pre-hook of a gated model: turns the arguments of a forward call into a `Call` for its layers."""
 
-    def __init__(self, config: RouterConfig, num_layers: int) -> None:
+    def __init__(self, config: RouterConfig, num_layers: int, image_layers: frozenset[int] = frozenset()) -> None:
         self.config = config
         self.num_layers = num_layers
+        self.image_layers = image_layers
 
     def __call__(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         """Add the call to `kwargs`; see `torch.nn.Module.register_forward_pre_hook`."""
@@ -161,7 +162,7 @@ class Router:
         kv, unit = options.kv or self.config.kv, options.unit or self.config.unit
         step = None
         if options.trace is not None:
-            step = Step(modality, real, past, kv, unit)
+            step = Step(modality, real, past, kv, unit, layers=self.num_layers)
             options.trace.steps.append(step)
         call = Call(
             policy=options.policy or Gated(self.config.threshold_at(options.budget)),
@@ -186,8 +187,10 @@ class Router:
             use_cache = kwargs.get("use_cache")
             if use_cache is None:
                 use_cache = model.config.get_text_config().use_cache  # type: ignore[union-attr, operator]
-            return SkipCache(self.num_layers) if use_cache else None
-        return cache if isinstance(cache, SkipCache) else SkipCache.from_dynamic(cache, self.num_layers)
+            return SkipCache(self.num_layers, self.image_layers) if use_cache else None
+        if isinstance(cache, SkipCache):
+            return cache
+        return SkipCache.from_dynamic(cache, self.num_layers, self.image_layers)
 
     @staticmethod
     def _tokens(model: nn.Module, kwargs: dict[str, Any], past: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -35,15 +35,15 @@ def find_decoder(model: nn.Module, layers: str | None = None) -> tuple[str, nn.M
     raise DecoderNotFoundError(_describe(model, layers))
 
 
-# Kinds of attention in which a token may be left out: what others see is a matter of masks alone.
-GATED_KINDS = ("full_attention", "sliding_attention", "chunked_attention")
+# Kinds of attention in which a token may be left out: what others see is a matter of masks alone, or not of tokens.
+GATED_KINDS = ("full_attention", "sliding_attention", "chunked_attention", "cross_attention")
 
 
 def layer_kinds(config: Any) -> list[str]:
     """The kind of every decoder layer, in transformers' names, from a decoder's configuration.
 
     `full_attention`, `sliding_attention` and `chunked_attention` attend to the sequence itself, `cross_attention` to
-    what comes from elsewhere; others, such as `linear_attention`, keep a state.
+    images, which are not in the sequence; others, such as `linear_attention`, keep a state.
     """
     count = config.num_hidden_layers
     kinds = list(getattr(config, "layer_types", None) or getattr(config, "layers_block_type", None) or [])
@@ -55,16 +55,14 @@ def layer_kinds(config: Any) -> list[str]:
     return ["full_attention" if kind == "attention" else kind for kind in kinds]
 
 
+def image_layers(config: Any) -> frozenset[int]:
+    """The layers whose keys and values come from images and not from tokens: those of kind `cross_attention`."""
+    return frozenset(index for index, kind in enumerate(layer_kinds(config)) if kind == "cross_attention")
+
+
 def why_not(config: Any) -> str | None:
     """Why layers with this decoder configuration cannot have gates; None if they can."""
-    kinds = layer_kinds(config)
-    if "cross_attention" in kinds:
-        places = ", ".join(str(index) for index, kind in enumerate(kinds) if kind == "cross_attention")
-        return (
-            f"cross-attention layers ({places}), whose keys come from the image and not from the tokens: "
-            "there are no vision tokens to skip."
-        )
-    for kind in kinds:
+    for kind in layer_kinds(config):
         if kind not in GATED_KINDS:
             return f"{kind.replace('_', '-')} layers, whose recurrent state cannot leave tokens out."
     return None

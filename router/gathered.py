@@ -4,6 +4,7 @@ The module (a layer, or the attention or MLP inside one) is called by its own `f
 side by side. What a family does to its keys, positions or norms therefore needs no code here.
 """
 
+from collections import defaultdict
 from collections.abc import Callable
 from typing import Any
 
@@ -12,10 +13,11 @@ from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
 from .attention import LAYOUT_KWARG, Layout, visible_keys
-from .cache import SkipCacheLayer
+from .cache import ImageCacheLayer, SkipCacheLayer
 from .call import Call
 from .errors import UnsupportedModelError
 from .projections import only
+from .trace import ImageStates
 
 Forward = Callable[..., Any]
 
@@ -43,6 +45,13 @@ class _Ready:
 
     def update(self, keys: Tensor, values: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         return self.keys, self.values
+
+
+class _HeldImages:
+    """Stands in for a cache while a layer reads the keys and values of images that it has already."""
+
+    def __init__(self, store: SkipCacheLayer) -> None:
+        self.layers = defaultdict(lambda: store)  # only one layer will ask
 
 
 class _PackedCache:
@@ -113,6 +122,49 @@ def with_attention(
     return with_states(output, layout.unpack(states_of(output), skipped))
 
 
+def with_image_attention(
+    forward: Forward,
+    hidden: Tensor,
+    skipped: Tensor,
+    run: Tensor,
+    call: Call,
+    store: SkipCacheLayer | None,
+    kwargs: dict[str, Any],
+) -> Any:
+    """Run a module that attends to images, which are not in the sequence, for some tokens; see `with_attention`.
+
+    Keys and values come from the images whatever the tokens do, so both K/V policies mean the same: they are made and
+    kept once, also when no token of this call runs the module; a later one may.
+    """
+    layout = Layout.of(run & call.real)
+    name = "cross_attention_mask" if "cross_attention_mask" in kwargs else "attention_mask"
+    mask, rows = kwargs.get(name), kwargs.get("full_text_row_masked_out_mask")
+    if len(layout.rows) == call.tokens:
+        return forward(hidden, **kwargs)
+    if mask is None:  # what a token then sees is the attention function's choice, and depends on its place in the call
+        output = forward(hidden, **kwargs)
+        return with_states(output, torch.where(run[..., None], states_of(output), skipped))
+    store = ImageCacheLayer() if store is None else store
+    if kwargs.get("cross_attention_states") is not None:
+        nothing = {**kwargs, name: None, "full_text_row_masked_out_mask": None}
+        store.update(*_stored(forward, hidden[:, :0], nothing))
+    if len(layout.rows) == 0:
+        return skipped
+    packed = _pack(kwargs, layout) | {"past_key_values": _HeldImages(store), LAYOUT_KWARG: layout}
+    packed |= {"cross_attention_states": None, name: layout.to_rows(layout.pack(mask.transpose(0, 1)))}
+    if rows is not None:
+        packed["full_text_row_masked_out_mask"] = layout.pack(rows.transpose(0, 1))
+    output = forward(layout.pack(hidden), **packed)
+    return with_states(output, layout.unpack(states_of(output), skipped))
+
+
+def image_states(kwargs: dict[str, Any], batch: int, store: SkipCacheLayer | None = None) -> ImageStates:
+    """What a layer that attends to images attends to in a call, from its arguments and before it has run."""
+    states: Tensor | None = kwargs.get("cross_attention_states")
+    new = 0 if states is None else states.shape[:-1].numel() // batch
+    return ImageStates(new + (0 if store is None else store.get_seq_length()), new)
+
+
 def without_attention(forward: Forward, hidden: Tensor, skipped: Tensor, run: Tensor, call: Call) -> Any:
     """Run a module that works token by token for some tokens; see `with_attention`."""
     layout = Layout.of(run & call.real)
@@ -162,15 +214,20 @@ def _keys_and_values(forward: Forward, hidden: Tensor, call: Call, kwargs: dict[
     The module itself computes them, up to the point where it would store them.
     """
     layout = call.padded
-    kwargs = kwargs if layout is None else _pack(kwargs, layout)
-    kwargs = {**kwargs, "attention_mask": None, "past_key_values": _Capture()}
+    if layout is None:
+        return _stored(forward, hidden, {**kwargs, "attention_mask": None})
+    packed = _pack(kwargs, layout) | {"attention_mask": None}
+    keys, values = _stored(forward, layout.pack(hidden), packed)
+    return layout.to_columns(keys, hidden.shape[1]), layout.to_columns(values, hidden.shape[1])
+
+
+def _stored(forward: Forward, hidden: Tensor, kwargs: dict[str, Any]) -> tuple[Tensor, Tensor]:
+    """The keys and values that a module is about to store."""
     try:
         with only("keys and values"):
-            forward(hidden if layout is None else layout.pack(hidden), **kwargs)
+            forward(hidden, **{**kwargs, "past_key_values": _Capture()})
     except _KeysAndValues as taken:
-        if layout is None:
-            return taken.keys, taken.values
-        return layout.to_columns(taken.keys, hidden.shape[1]), layout.to_columns(taken.values, hidden.shape[1])
+        return taken.keys, taken.values
     owner = type(forward.__self__).__name__  # type: ignore[attr-defined]
     raise UnsupportedModelError(
         f"`{owner}` does not store its keys and values through `past_key_values.update`, so `retain` cannot have them "

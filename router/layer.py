@@ -23,7 +23,16 @@ from .config import Unit
 from .errors import UnsupportedModelError
 from .eviction import KEY_WEIGHT_KWARG, KeyWeights
 from .gates import TokenGate
-from .gathered import dense, mask_over, states_of, with_attention, with_states, without_attention
+from .gathered import (
+    dense,
+    image_states,
+    mask_over,
+    states_of,
+    with_attention,
+    with_image_attention,
+    with_states,
+    without_attention,
+)
 from .policies import Decision
 from .subclass import Mixin, mix_in, own_class, take_out
 
@@ -40,6 +49,7 @@ class _Skip:
     decision: Decision
     call: Call
     store: SkipCacheLayer | None
+    of_images: bool
 
 
 _skip: ContextVar[_Skip | None] = ContextVar("skipit_skip", default=None)
@@ -60,6 +70,7 @@ class GatedLayer(Mixin, _Module):
 
     layer_gate: TokenGate
     skipit_index: int
+    skipit_attends_to_images: bool
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         """Run the layer for the tokens that the call's policy chooses; the whole layer when there is no call."""
@@ -69,10 +80,13 @@ class GatedLayer(Mixin, _Module):
             return super().forward(hidden_states, **kwargs)
         call = call.to(hidden_states.device)
         decision = call.policy.decide(self.skipit_index, hidden_states, call, self.layer_gate)
+        held: SkipCache | None = kwargs.get("past_key_values")
+        store = held.layers[self.skipit_index] if held is not None else None
         if call.step is not None:
             call.step.decisions.setdefault(self.skipit_index, decision)
-        held: SkipCache | None = kwargs.get("past_key_values")
-        skip = _Skip(decision, call, held.layers[self.skipit_index] if held is not None else None)
+            if self.skipit_attends_to_images:
+                call.step.images = image_states(kwargs, len(hidden_states), store)
+        skip = _Skip(decision, call, store, self.skipit_attends_to_images)
         if call.unit == "block":
             return _execute(super().forward, hidden_states, hidden_states, skip, kwargs)
         _check_parts(self, call.unit)
@@ -152,11 +166,13 @@ def _inside(skip: _Skip) -> Iterator[None]:
 def _execute(forward: Any, hidden: Tensor, skipped: Tensor, skip: _Skip, kwargs: dict[str, Any]) -> Any:
     """A module with attention inside, masked or gathered; `skipped` is what leaves it where a token skips."""
     decision, call, store = skip.decision, skip.call, skip.store
+    if call.mode == "gathered" and skip.of_images:
+        return with_image_attention(forward, hidden, skipped, decision.run, call, store, kwargs)
     if call.mode == "gathered":
         return with_attention(forward, hidden, skipped, decision.run, call, store, kwargs)
     run = decision.run
     weight = decision.straight_through()
-    if call.kv == "retain" or (weight is None and bool((run | ~call.real).all())):
+    if call.kv == "retain" or skip.of_images or (weight is None and bool((run | ~call.real).all())):
         output = dense(forward, hidden, call, store, kwargs)
     else:
         if weight is not None and store is None:

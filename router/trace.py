@@ -1,12 +1,28 @@
 """A record of what ran: for every call of the model, every layer and every token."""
 
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from .config import KVPolicy, Unit
 from .policies import Decision
+
+
+class ImageStates(NamedTuple):
+    """What a cross-attention layer attends to, per row: states of images, which are no tokens.
+
+    Attributes:
+        held: all there are in this call; 0 where there is no image, and the model leaves such layers out.
+        new: those among them whose keys and values were made in this call.
+    """
+
+    held: int = 0
+    new: int = 0
+
+
+NO_IMAGES = ImageStates()
 
 
 @dataclass
@@ -20,6 +36,9 @@ class Step:
         kv: what became of the keys and values of skipped tokens.
         unit: what they skipped.
         decisions: by layer index; the first one counts when gradient checkpointing replays a layer.
+        layers: of the model; those without a decision were left out by the model itself, and no token ran them. 0
+            stands for as many as have one.
+        images: what cross-attention layers attend to.
     """
 
     modality: Tensor
@@ -28,6 +47,8 @@ class Step:
     kv: KVPolicy = "retain"
     unit: Unit = "block"
     decisions: dict[int, Decision] = field(default_factory=dict)
+    layers: int = 0
+    images: ImageStates = NO_IMAGES
 
     @property
     def run(self) -> Tensor:
@@ -41,7 +62,8 @@ class Step:
         return torch.stack([probability.to(self.real.device) for probability in every])
 
     def _ordered(self) -> list[Decision]:
-        return [self.decisions[layer] for layer in sorted(self.decisions)]
+        absent = Decision(torch.zeros_like(self.real))
+        return [self.decisions.get(layer, absent) for layer in range(self.layers or len(self.decisions))]
 
 
 @dataclass

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from families import LAYERS, ROWS, WIDTH, WORKING, build, inputs
+from families import FAMILIES, LAYERS, ROWS, WIDTH, build, independent, inputs
 from tiny_models import PATTERNS, logits, same
 from torch import Tensor, nn
 from transformers import AutoModelForImageTextToText, DynamicCache
@@ -34,9 +34,10 @@ from skipit.router import (
     running,
     set_gates,
 )
+from skipit.router.cache import ImageCacheLayer
 from skipit.router.checkpoint import load, load_router, save_gated
 
-EVERY_FAMILY = pytest.mark.parametrize("family", WORKING)
+EVERY_FAMILY = pytest.mark.parametrize("family", FAMILIES)
 EVERY_POLICY = pytest.mark.parametrize("kv", ["retain", "evict"])
 EVERY_PATTERN = pytest.mark.parametrize("pattern", PATTERNS)
 EVERY_ATTENTION = pytest.mark.parametrize("attention", ["sdpa", "eager"])
@@ -53,7 +54,7 @@ def gated(family: str, pattern: str, kv: str = "retain", attention: str = "sdpa"
 def part(batch: dict[str, Tensor], start: int, stop: int) -> dict[str, Tensor]:
     """The tokens `start` to `stop` of a batch, to be run after those before; pixels belong to the first part."""
     out = {"attention_mask": batch["attention_mask"][:, :stop]}
-    for name in ("input_ids", "token_type_ids", "mm_token_type_ids"):
+    for name in ("input_ids", "token_type_ids", "mm_token_type_ids", "cross_attention_mask"):
         if name in batch:
             out[name] = batch[name][:, start:stop]
     if "position_ids" in batch:
@@ -84,6 +85,11 @@ def in_parts(model: Any, batch: dict[str, Tensor], cuts: list[int]) -> tuple[Ten
         pieces.append(output.logits)
     assert isinstance(cache, SkipCache)
     return torch.cat(pieces, dim=1), cache
+
+
+def attention_of(layer: Any) -> Any:
+    """The attention inside a decoder layer."""
+    return layer.cross_attn if hasattr(layer, "cross_attn") else layer.self_attn
 
 
 def running_tokens(trace: Trace) -> Tensor:
@@ -287,23 +293,25 @@ class TestAloneIsPadded:
     @pytest.mark.parametrize("padding", ["left", "right"])
     def test_forward(self, family: str, kv: str, pattern: str, padding: str) -> None:
         model, policy = gated(family, pattern, kv)
-        batch = inputs(family, ROWS, padding)
+        rows = independent(family)
+        batch = inputs(family, rows, padding)
         together = logits(model, batch, policy=policy)
-        for row in range(len(ROWS)):
+        for row in range(len(rows)):
             real = batch["attention_mask"][row].bool()
-            assert same(together[row][real], logits(model, inputs(family, ROWS[row : row + 1]), policy=policy)[0])
+            assert same(together[row][real], logits(model, inputs(family, rows[row : row + 1]), policy=policy)[0])
 
     @EVERY_FAMILY
     @EVERY_POLICY
     @EVERY_PATTERN
     def test_generate(self, family: str, kv: str, pattern: str) -> None:
         model, policy = gated(family, pattern, kv)
-        batch = inputs(family, ROWS)
+        rows = independent(family)
+        batch = inputs(family, rows)
         length = batch["input_ids"].shape[1]
         with running(policy=policy):
             together = model.generate(**batch, **NEW_TOKENS)
-            for row in range(len(ROWS)):
-                one = inputs(family, ROWS[row : row + 1])
+            for row in range(len(rows)):
+                one = inputs(family, rows[row : row + 1])
                 alone = model.generate(**one, **NEW_TOKENS)
                 assert torch.equal(together[row, length:], alone[0, one["input_ids"].shape[1] :])
 
@@ -399,8 +407,13 @@ class TestAnythingMaySkip:
         real = torch.cat([step.real for step in trace.steps], dim=1)
         run = torch.cat([step.run for step in trace.steps], dim=2)
         assert real.shape == (len(rows), length - 1)  # the last token is never fed back
-        total = 0
+        total = of_images = 0
         for index, layer in enumerate(cache.layers):
+            if isinstance(layer, ImageCacheLayer):  # holds images, whatever the tokens do
+                states = batch["cross_attention_mask"][0, 0].numel() * model.model.vision_model.num_patches
+                assert layer.keys.shape == layer.values.shape == (len(rows), 2, states, 8)
+                of_images += 2 * layer.keys.numel() * 4
+                continue
             assert layer.get_seq_length() == length - 1
             slots = layer.slots(len(rows), real.device)
             for row in range(len(rows)):
@@ -416,7 +429,7 @@ class TestAnythingMaySkip:
                 total += 2 * layer.keys.numel() * 4
             else:
                 assert slots.numel() == 0
-        assert cache.num_bytes() == total
+        assert cache.num_bytes() == total + of_images
         if pattern == "all":
             assert (total == 0) == (kv == "evict")
 
@@ -458,7 +471,7 @@ class TestSpreadModels:
         model = build(family)
         dense = logits(model, batch)
         for layer in model.get_decoder().layers:
-            for module in (layer, layer.self_attn.q_proj):
+            for module in (layer, attention_of(layer).q_proj):
                 add_hook_to_module(module, AlignDevicesHook(execution_device="cpu", io_same_device=True))
         attach(model, RouterConfig(kv=kv))  # type: ignore[arg-type]
         trace = Trace()
@@ -540,7 +553,8 @@ class TestSkippedTokensAreNotComputed:
         expected["core"] = expected["mlp"]
         # Where some skip, `retain` takes the keys and values of all tokens from the attention, and no more than that.
         kept = torch.stack([step.real.sum() * (step.run != step.real).flatten(1).any(1) for step in trace.steps]).sum(0)
-        expected["self_attn"] = expected["mlp"] + (kept if kv == "retain" else 0)
+        own = torch.tensor([not layer.skipit_attends_to_images for layer in gated_layers(model)])
+        expected["attention"] = expected["mlp"] + (kept * own if kv == "retain" else 0)
         for name, tokens in counted.items():
             assert tokens.tolist() == expected[name].tolist(), name
 
@@ -713,7 +727,7 @@ def _decode(model: Any, batch: dict[str, Tensor], policy: Policy) -> Iterator[Te
 @contextmanager
 def _counting(model: Any) -> Iterator[dict[str, Tensor]]:
     """Tokens that entered each layer's attention module, MLP and attention function, by the shapes executed."""
-    counted = {name: torch.zeros(LAYERS, dtype=torch.long) for name in ("self_attn", "mlp", "core")}
+    counted = {name: torch.zeros(LAYERS, dtype=torch.long) for name in ("attention", "mlp", "core")}
     handles = []
 
     def counter(name: str, layer: int) -> Callable[..., None]:
@@ -724,8 +738,7 @@ def _counting(model: Any) -> Iterator[dict[str, Tensor]]:
         return count
 
     for index, layer in enumerate(model.get_decoder().layers):
-        for name in ("self_attn", "mlp"):
-            module = layer.get_submodule(name)
+        for name, module in (("attention", attention_of(layer)), ("mlp", layer.mlp)):
             handles.append(module.register_forward_pre_hook(counter(name, index), with_kwargs=True))
     function = ALL_ATTENTION_FUNCTIONS["skipit_sdpa"]
 

@@ -3,6 +3,10 @@
 A multiply-accumulate counts as 2 FLOPs. Counted are all linear maps of a layer, attention scores and their
 weighted sum over the keys a query can see, and the gates themselves; norms, activations and softmax are not
 (below 1 % of a layer). The formulas are checked against torch's own FLOP counter in the tests.
+
+A cross-attention layer has no keys from tokens. Each of its tokens sees all image states of its row, those that a mask
+hides too; to skip it leaves no key behind; and the keys and values of the images themselves are made once, whatever
+tokens do: the tokens of the call in which that happens share it evenly. Without images there is no such layer.
 """
 
 from dataclasses import asdict, dataclass
@@ -14,8 +18,9 @@ from torch import Tensor, nn
 
 from skipit.router import MODALITIES, Step
 from skipit.router.config import KVPolicy, Unit
-from skipit.router.decoder import find_decoder
+from skipit.router.decoder import find_decoder, image_layers
 from skipit.router.errors import UnsupportedModelError
+from skipit.router.trace import NO_IMAGES, ImageStates
 
 
 @dataclass(frozen=True)
@@ -23,12 +28,13 @@ class LayerCost:
     """FLOPs of one decoder layer.
 
     Attributes:
-        linear: per token, all linear maps.
+        linear: per token, all linear maps that are applied to tokens.
         keys_values: per token, the key and value projections among them: what `retain` still pays for a skip.
         attention: per pair of a query token and a key it can see.
         mlp: per token, the linear maps outside attention: what skipping the MLP alone saves.
         gate: per token, scoring it.
         kv_bytes: bytes of cache per token.
+        image: per image state, its key and value, in a cross-attention layer; 0 in any other.
     """
 
     linear: float
@@ -37,6 +43,7 @@ class LayerCost:
     mlp: float
     gate: float
     kv_bytes: int
+    image: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -54,7 +61,8 @@ class CostModel:
         """
         _, decoder, found = find_decoder(model, layers)
         width = int(decoder.config.hidden_size)  # type: ignore[union-attr, arg-type]
-        return cls(tuple(_layer_cost(layer, width) for layer in found))
+        of_images = image_layers(decoder.config)
+        return cls(tuple(_layer_cost(layer, width, index in of_images) for index, layer in enumerate(found)))
 
     def to_json(self) -> list[dict[str, Any]]:
         """Plain values, for an artefact."""
@@ -74,23 +82,29 @@ class CostModel:
         saved = self.column("linear")[:, None] + self.column("attention")[:, None] * keys
         return saved - self.column("keys_values")[:, None] if kv == "retain" else saved
 
+    def dense(self, tokens: Float[Tensor, "layers modality"], keys: Float[Tensor, "layers modality"]) -> float:
+        """FLOPs of the dense decoder for a row with so many tokens of each unit, which see `keys` keys on average."""
+        images = self.column("image") * keys.amax(-1)
+        return float((tokens * self.saving(keys, "evict")).sum() + images.sum())
 
-def _layer_cost(layer: nn.Module, width: int) -> LayerCost:
+
+def _layer_cost(layer: nn.Module, width: int, of_images: bool) -> LayerCost:
     attention = next((m for m in layer.modules() if hasattr(m, "head_dim") and hasattr(m, "config")), None)
     if attention is None:
         raise UnsupportedModelError(f"`{type(layer).__name__}`: no attention with `head_dim` and `config` found.")
     head_dim = int(attention.head_dim)  # type: ignore[arg-type]
     heads = int(attention.config.num_attention_heads)  # type: ignore[union-attr, arg-type]
     kv_width = int(attention.config.num_key_value_heads) * head_dim  # type: ignore[union-attr, arg-type]
-    linear = _linear(layer)
+    linear, keys_values = _linear(layer), 2 * 2 * width * kv_width
     size = next(layer.parameters()).element_size()
     return LayerCost(
-        linear=float(linear),
-        keys_values=float(2 * 2 * width * kv_width),
+        linear=float(linear - keys_values if of_images else linear),
+        keys_values=0.0 if of_images else float(keys_values),
         attention=float(4 * heads * head_dim),
         mlp=float(linear - _linear(attention)),
         gate=float(2 * width * len(MODALITIES)),
-        kv_bytes=2 * kv_width * size,
+        kv_bytes=0 if of_images else 2 * kv_width * size,
+        image=float(keys_values if of_images else 0),
     )
 
 
@@ -124,6 +138,7 @@ def token_flops(
     held: Float[Tensor, "layers batch"] | None = None,
     seen: Float[Tensor, " batch"] | None = None,
     unit: Unit = "block",
+    images: ImageStates = NO_IMAGES,
 ) -> tuple[Float[Tensor, "layers batch seq"], Float[Tensor, "layers batch seq"]]:
     """FLOPs of every token in every layer in one call of the model: executed, and those of the dense decoder.
 
@@ -136,16 +151,19 @@ def token_flops(
         held: keys per layer and row from earlier calls; None is none.
         seen: real tokens per row from earlier calls; None is none.
         unit: what a token skips.
+        images: what cross-attention layers attend to.
     """
-    run = run * real
-    tokens = real.to(run.dtype)
+    names = ("linear", "attention", "keys_values", "mlp", "gate", "image")
+    linear, pair, kept, mlp, gate, image = (costs.column(name).to(run)[:, None, None] for name in names)
+    run, tokens = run * real, real.to(run.dtype)
     everything = tokens.cumsum(-1) if seen is None else tokens.cumsum(-1) + seen[:, None]
     # Where keys are evicted, a token that runs sees itself in full; a soft gate weighs the keys of others.
     others = run.cumsum(-1) - run + (0 if held is None else held[..., None])
-    keys = everything if kv == "retain" or unit == "mlp" else others + 1
-    linear, pair, kept, mlp, gate = (
-        costs.column(name).to(run)[:, None, None] for name in ("linear", "attention", "keys_values", "mlp", "gate")
-    )
+    everything = torch.where(image > 0, images.held, everything)
+    keys = everything if kv == "retain" or unit == "mlp" else torch.where(image > 0, images.held, others + 1)
+    shared = image * images.new * tokens / tokens.sum(-1, keepdim=True).clamp(min=1)
+    if not images.held:
+        run, tokens = run * (image == 0), tokens * (image == 0)
     dense = tokens * linear + tokens * pair * everything
     if unit == "mlp":
         executed = dense - (tokens - run) * mlp
@@ -155,7 +173,7 @@ def token_flops(
             executed = executed + (tokens - run) * kept
         if unit == "attention":
             executed = executed + (tokens - run) * mlp
-    return executed + gate * tokens, dense
+    return executed + gate * tokens + shared, dense + shared
 
 
 def step_compute(
@@ -167,9 +185,10 @@ def step_compute(
     held: Float[Tensor, "layers batch"] | None = None,
     seen: Float[Tensor, " batch"] | None = None,
     unit: Unit = "block",
+    images: ImageStates = NO_IMAGES,
 ) -> Compute:
     """FLOPs of one call of the model by unit; `modality` is 0 text, 1 vision, the rest as in `token_flops`."""
-    executed, dense = token_flops(costs, run, real, kv, held, seen, unit)
+    executed, dense = token_flops(costs, run, real, kv, held, seen, unit, images)
     return Compute(_by_modality(executed, modality), _by_modality(dense, modality))
 
 
@@ -202,10 +221,9 @@ def trace_flops(costs: CostModel, steps: list[Step]) -> tuple[list[Tensor], list
         if step.past == 0:
             held = seen = None
         run = step.run.double()
-        for values, found in zip(
-            (executed, dense), token_flops(costs, run, step.real, step.kv, held, seen, step.unit), strict=True
-        ):
-            values.append(found)
+        spent, full = token_flops(costs, run, step.real, step.kv, held, seen, step.unit, step.images)
+        executed.append(spent)
+        dense.append(full)
         kept = run if step.kv == "evict" and step.unit != "mlp" else step.real.double().expand_as(run)
         held = kept.sum(-1) if held is None else held + kept.sum(-1)
         seen = step.real.double().sum(-1) if seen is None else seen + step.real.double().sum(-1)

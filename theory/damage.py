@@ -7,6 +7,7 @@ backward pass per drawn choice gives it for every layer and token at once.
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -167,10 +168,19 @@ def apart_output(
 
 
 class LayerStates:
-    """Records what enters and leaves every decoder layer in one forward pass, with the graph between them."""
+    """Records what enters and leaves every decoder layer in one forward pass, with the graph between them.
+
+    Attributes:
+        at: indices of the layers that were there, in order: a model leaves cross-attention layers out when there is no
+            image.
+        entered: per such layer, [batch, seq, dim].
+        left: the same.
+        kwargs: its other arguments, without a cache.
+    """
 
     def __init__(self, layers: nn.ModuleList) -> None:
         self.layers = layers
+        self.at: list[int] = []
         self.entered: list[Tensor] = []
         self.left: list[Tensor] = []
         self.kwargs: list[dict[str, Any]] = []
@@ -179,7 +189,10 @@ class LayerStates:
         """Start recording."""
         self._handles = [
             self.layers[0].register_forward_pre_hook(self._require_grad),
-            *(layer.register_forward_hook(self._record, with_kwargs=True) for layer in self.layers),
+            *(
+                layer.register_forward_hook(partial(self._record, index), with_kwargs=True)
+                for index, layer in enumerate(self.layers)
+            ),
         ]
         return self
 
@@ -192,7 +205,8 @@ class LayerStates:
         # The graph begins here: the embeddings and the vision tower need no gradient.
         return (args[0].detach().requires_grad_(), *args[1:])
 
-    def _record(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+    def _record(self, index: int, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        self.at.append(index)
         self.entered.append(args[0])
         self.left.append(output[0] if isinstance(output, tuple) else output)
         self.kwargs.append({k: v for k, v in kwargs.items() if k not in ("past_key_values", "use_cache")})
@@ -207,6 +221,9 @@ class CrossAttention:
     first-order effect of eviction on what others see (ours; exact for a key of vanishing mass, where the derivative
     a (v - o) of the attention output and the change a (v - o) / (1 - a) of removing the key agree).
 
+    A cross-attention layer attends to nothing but images, so its mass is 1, and it has no key that a token could take
+    away.
+
     Attributes:
         bias: per layer, [batch, 1, 1, seq].
         text: per layer, [batch]: mean attention mass on vision keys over all text queries that can see one.
@@ -214,8 +231,13 @@ class CrossAttention:
     """
 
     def __init__(
-        self, modality: Int[Tensor, "batch seq"], real: Bool[Tensor, "batch seq"], last: Int[Tensor, " batch"]
+        self,
+        modality: Int[Tensor, "batch seq"],
+        real: Bool[Tensor, "batch seq"],
+        last: Int[Tensor, " batch"],
+        of_images: frozenset[int] = frozenset(),
     ):
+        self.of_images = of_images
         self.vision = (modality == 1) & real
         sees = self.vision.cumsum(-1) > 0
         self.queries = (modality == 0) & real & sees
@@ -226,12 +248,15 @@ class CrossAttention:
 
     def __call__(
         self, module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float | None
-    ) -> Tensor:
+    ) -> Tensor | None:
         """Add one layer and return its mask with the bias. Query is [batch, heads, seq, head_dim]."""
-        self._measure(query, key, mask, scaling)
         batch, seq = query.shape[0], query.shape[2]
         bias = query.new_zeros(batch, 1, 1, seq, requires_grad=True)
         self.bias.append(bias)
+        if getattr(module, "layer_idx", None) in self.of_images:
+            self._add(query.new_ones(batch, seq))
+            return mask
+        self._measure(query, key, mask, scaling)
         causal = (
             torch.ones(seq, seq, dtype=torch.bool, device=query.device).tril()[None, None] if mask is None else mask
         )
@@ -248,7 +273,9 @@ class CrossAttention:
             mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()[None, None]
         scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask
         weights = torch.nan_to_num(torch.softmax(scores.float(), dim=-1)).mean(1)
-        mass = (weights * self.vision[:, None, :]).sum(-1)
+        self._add((weights * self.vision[:, None, :]).sum(-1))
+
+    def _add(self, mass: Tensor) -> None:
         queries = self.queries.sum(-1)
         mean = (mass * self.queries).sum(-1) / queries  # NaN where a row has no such query
         self.text.append(mean)

@@ -191,7 +191,7 @@ def _span(profile: Profile, entry: int, end: int, kv: KVPolicy) -> Span:
     run = torch.ones(t["keys"].shape, dtype=torch.bool)
     run[:entry, VISION] = run[end:, VISION] = False
     keys, tokens = t["keys"].nan_to_num(1.0), t["tokens_per_row"].nan_to_num(0.0)
-    dense = float((tokens * profile.costs.saving(keys, "evict")).sum())
+    dense = profile.costs.dense(tokens, keys)
     saved = float((tokens * profile.costs.saving(keys, kv))[~run].sum())
     damage = combine_damages(unit_damage(profile, kv)[~run]).item()
     return Span(entry, end, run, damage, 1 - saved / dense)

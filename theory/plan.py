@@ -160,7 +160,7 @@ def make_plan(
     here = mean.isfinite()
     score = torch.where(here, score, 50.0)
     cost = tokens * saving
-    total = float((tokens * profile.costs.saving(t["keys"].nan_to_num(1.0), "evict")).sum())
+    total = profile.costs.dense(tokens, t["keys"].nan_to_num(1.0))
     wanted = max(budget * total - (total - float(cost.sum())), 0.0)
 
     def rate_at(log_price: float) -> Tensor:
@@ -206,6 +206,6 @@ def skip_set(profile: Profile, budget: float, kv: KVPolicy = "retain") -> Bool[T
     t = profile.tables
     keys, tokens = t["keys"].nan_to_num(1.0), t["tokens_per_row"].nan_to_num(0.0)
     cost = tokens * profile.costs.saving(keys, kv)
-    total = float((tokens * profile.costs.saving(keys, "evict")).sum())
+    total = profile.costs.dense(tokens, keys)
     run, _ = allocate(unit_damage(profile, kv), cost, total - float(cost.sum()), total, budget)
     return run > 0.5

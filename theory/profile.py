@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from skipit.router import MODALITIES, RouterConfig, attach, detach, find_router, running, token_modality
 from skipit.router.attention import OBSERVER_KWARG
 from skipit.router.config import KVPolicy
-from skipit.router.decoder import find_decoder
+from skipit.router.decoder import find_decoder, image_layers
 from skipit.router.errors import CheckpointError, InputError, SkipItError
+from skipit.router.gathered import image_states
 
 from .cost import CostModel
 from .damage import (
@@ -124,7 +125,7 @@ def _profile(
     if partial is not None:
         _restore(sums, partial, of)
     for number, batch in enumerate(batches) if partial is None else partial.unmeasured(batches):
-        _measure(model, layers, batch, number, sums, draws, temperature, seed)
+        _measure(model, layers, image_layers(decoder.config), batch, number, sums, draws, temperature, seed)
         if partial is not None:
             partial.save(number, sums.state)
     if sums.rows == 0:
@@ -148,6 +149,7 @@ def _restore(sums: ProfileSums, partial: Partial, of: dict[str, Any]) -> None:
 def _measure(
     model: nn.Module,
     layers: nn.ModuleList,
+    of_images: frozenset[int],
     batch: dict[str, Tensor],
     number: int,
     sums: ProfileSums,
@@ -162,7 +164,7 @@ def _measure(
     answer = predicts_answer(labels).to(sums.device)
     modality = token_modality(model.config, inputs["input_ids"], inputs.get("mm_token_type_ids"))
     real = inputs.get("attention_mask", torch.ones_like(modality)).bool()
-    attention = CrossAttention(modality, real, answer.float().argmax(-1))
+    attention = CrossAttention(modality, real, answer.float().argmax(-1), of_images)
     with torch.enable_grad(), LayerStates(layers) as states:
         logits = model(**inputs, use_cache=False, **{OBSERVER_KWARG: attention}).logits
     finite = torch.stack([left.detach().isfinite().all(-1) for left in states.left]).all(0).all(-1)
@@ -175,18 +177,19 @@ def _measure(
     taken = _taken_away(layers, states, modality, real)
     real, answer = real & finite[:, None], answer & finite[:, None]
     kinds = modality.masked_fill(~real, -1)
-    sums.add_attention(attention, finite)
-    sums.add_keys(modality, real)
-    tokens = _TokenSums.zeros(real, len(layers))
+    sums.add_attention(attention, finite, states.at)
+    for index, kwargs in zip(states.at, states.kwargs, strict=True):
+        sums.add_keys(index, modality, real, image_states(kwargs, len(real)).held if index in of_images else None)
+    tokens = _TokenSums.zeros(real, len(states.at))
     for draw in range(draws):
         choice = draw_choice(logits[:, :-1], answer, temperature, _uniform(seed, numbers, draw))
         grads = torch.autograd.grad(
             choice.margin.sum(), [*states.left, *attention.bias], retain_graph=draw + 1 < draws, allow_unused=True
         )
-        _add_draw(choice, grads, taken, kinds, sums, tokens, 1 / draws)
-    for index, x in enumerate(states.entered):
-        sums.redundancy.update(index, x.detach(), states.left[index].detach(), kinds)
-        damage, signal = ({kv: table[kv][index] for kv in POLICIES} for table in tokens)
+        _add_draw(choice, grads, taken, kinds, sums, tokens, 1 / draws, states.at)
+    for place, (index, x) in enumerate(zip(states.at, states.entered, strict=True)):
+        sums.redundancy.update(index, x.detach(), states.left[place].detach(), kinds)
+        damage, signal = ({kv: table[kv][place] for kv in POLICIES} for table in tokens)
         sums.add_tokens(index, x.detach(), damage, signal, kinds)
 
 
@@ -223,10 +226,10 @@ class _Taken(NamedTuple):
 
 def _taken_away(layers: nn.ModuleList, states: LayerStates, modality: Tensor, real: Tensor) -> list[_Taken]:
     taken = []
-    for layer, x, y, kwargs in zip(layers, states.entered, states.left, states.kwargs, strict=True):
+    for index, x, y, kwargs in zip(states.at, states.entered, states.left, states.kwargs, strict=True):
         full, entered = y.detach(), x.detach()
         unobserved = {name: value for name, value in kwargs.items() if name != OBSERVER_KWARG}
-        apart = apart_output(layer, entered, unobserved, modality, real)
+        apart = apart_output(layers[index], entered, unobserved, modality, real)
         taken.append(_Taken(weighted_change(full, entered), weighted_change(full, apart)))
     return taken
 
@@ -239,6 +242,7 @@ def _add_draw(
     sums: ProfileSums,
     tokens: _TokenSums,
     weight: float,
+    at: list[int],
 ) -> None:
     """Add the damages that one drawn choice per row shows, of every layer, modality and policy."""
     count = len(taken)
@@ -256,4 +260,4 @@ def _add_draw(
         drop = (own * chosen).sum(-1)
         retain = choice_damage(choice.margin, choice.mass, drop)
         evict = choice_damage(choice.margin, choice.mass, drop + (apart * rest).sum(-1))
-        sums.add_damage(m, weight * retain, weight * evict, chosen.any(-1))
+        sums.add_damage(m, weight * retain, weight * evict, chosen.any(-1), at)

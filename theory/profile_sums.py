@@ -51,27 +51,27 @@ class ProfileSums:
         self.rows += len(finite) - len(bad)
         self.bad_rows += len(bad)
 
-    def add_attention(self, measured: CrossAttention, finite: Tensor) -> None:
-        """Add how much text attends to vision, of the rows that are finite."""
+    def add_attention(self, measured: CrossAttention, finite: Tensor, at: list[int]) -> None:
+        """Add how much text attends to vision in the layers `at`, of the rows that are finite."""
         for kind, values in enumerate((measured.text, measured.last)):
             rows = torch.stack(values).double()
             good = rows.isfinite() & finite
-            self.var[kind] += rows.masked_fill(~good, 0).sum(-1)
-            self.var_rows[kind] += good.sum(-1)
+            self.var[kind, at] += rows.masked_fill(~good, 0).sum(-1)
+            self.var_rows[kind, at] += good.sum(-1)
 
-    def add_keys(self, modality: Tensor, real: Tensor) -> None:
-        """Add the tokens of each modality and the keys they see, [batch, seq]."""
-        keys = real.cumsum(-1)
+    def add_keys(self, layer: int, modality: Tensor, real: Tensor, images: int | None = None) -> None:
+        """Add the tokens of each modality in a layer and the keys they see, [batch, seq]; or all see `images` keys."""
+        keys = real.cumsum(-1) if images is None else torch.full_like(modality, images)
         for m in range(len(MODALITIES)):
             chosen = real & (modality == m)
-            self.sums["keys"][:, m] += keys[chosen].sum()
-            self.sums["count"][:, m] += chosen.sum()
-            self.sums["unit_rows"][:, m] += chosen.any(-1).sum()
+            self.sums["keys"][layer, m] += keys[chosen].sum()
+            self.sums["count"][layer, m] += chosen.sum()
+            self.sums["unit_rows"][layer, m] += chosen.any(-1).sum()
 
-    def add_damage(self, m: int, retain: Tensor, evict: Tensor, rows: Tensor) -> None:
-        """Add what skipping a whole modality does, [layers, batch], of the rows that have it."""
-        self.sums["retain"][:, m] += retain[:, rows].double().sum(-1)
-        self.sums["evict"][:, m] += evict[:, rows].double().sum(-1)
+    def add_damage(self, m: int, retain: Tensor, evict: Tensor, rows: Tensor, at: list[int]) -> None:
+        """Add what skipping a whole modality in one of the layers `at` does, [at, batch], of the rows that have it."""
+        self.sums["retain"][at, m] += retain[:, rows].double().sum(-1)
+        self.sums["evict"][at, m] += evict[:, rows].double().sum(-1)
 
     def add_tokens(
         self, layer: int, x: Tensor, damage: dict[KVPolicy, Tensor], signal: dict[KVPolicy, Tensor], kinds: Tensor

@@ -144,10 +144,12 @@ def _evaluate(model: nn.Module, batch: dict[str, Tensor], ratios: _Ratios, gener
     answer = predicts_answer(labels)
     modality = token_modality(model.config, inputs["input_ids"], inputs.get("mm_token_type_ids"))
     modality = modality.masked_fill(~inputs.get("attention_mask", torch.ones_like(modality)).bool(), -1)
-    _, _, layers = find_decoder(model, find_router(model)[1].config.layers)
+    router = find_router(model)[1]
+    _, _, layers = find_decoder(model, router.config.layers)
 
     def evict(module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: Any) -> Any:
-        _eviction(query, key, value, mask, scaling, modality, ratios)
+        if getattr(module, "layer_idx", None) not in router.image_layers:  # of whose keys no token evicts one
+            _eviction(query, key, value, mask, scaling, modality, ratios)
         return mask
 
     with torch.enable_grad(), running(mode="dense"), LayerStates(layers) as states:

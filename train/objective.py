@@ -44,7 +44,7 @@ def gated_compute(costs: CostModel, step: Step) -> Compute:
     """FLOPs of a masked training step: from the hard decisions, differentiated through the gates' probabilities."""
     probability = step.probability
     straight_through = step.run.float() + (probability - probability.detach())
-    return step_compute(costs, straight_through, step.modality, step.real, step.kv, unit=step.unit)
+    return step_compute(costs, straight_through, step.modality, step.real, step.kv, unit=step.unit, images=step.images)
 
 
 @dataclass

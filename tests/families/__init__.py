@@ -12,7 +12,6 @@ from . import deepseek, gemma, llava, others, qwen
 from .family import IMAGE, LAYERS, PAD, WIDTH, WORDS, Family, film, picture
 
 FAMILIES: dict[str, Family] = llava.FAMILIES | deepseek.FAMILIES | qwen.FAMILIES | gemma.FAMILIES | others.FAMILIES
-WORKING = [name for name, family in FAMILIES.items() if not family.refused]
 Item = int | str
 Row = list[Item]
 FIRST_SPECIAL = IMAGE + 1 + len(WORDS)
@@ -24,10 +23,10 @@ __all__ = [
     "PAD",
     "ROWS",
     "WIDTH",
-    "WORKING",
     "Family",
     "build",
     "config",
+    "independent",
     "inputs",
     "processor",
     "text",
@@ -75,6 +74,11 @@ ROWS: list[Row] = [
     [10, 11, 12, 13, 14],
     [15, "image", 16, "image", 17, 18, 19, 20, 21, 22],
 ]
+
+
+def independent(family: str) -> list[Row]:
+    """`ROWS`, or rows like these in which the family itself lets no row depend on others: they begin with an image."""
+    return [["image", *row] for row in ROWS] if FAMILIES[family].mixes_rows else ROWS
 
 
 def text(family: str, row: Row) -> str:

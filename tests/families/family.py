@@ -32,7 +32,8 @@ class Family:
         image: text that stands for an image in a prompt.
         video: the same for a video; None if the family has none.
         prefix_lm: a prompt's tokens see each other; its processor wants an image, and the answer as `suffix`.
-        refused: what `attach` says when it refuses the family; empty where it works.
+        mixes_rows: its tokens before the first image depend on how many images other rows of the batch have: the model
+            lets them see all image states alike, those of padding too.
     """
 
     processor: Callable[[], Any]
@@ -40,7 +41,7 @@ class Family:
     image: str
     video: str | None = None
     prefix_lm: bool = False
-    refused: str = ""
+    mixes_rows: bool = False
 
 
 def tokenizer(image: str, special: Sequence[str] = (), **named: str) -> PreTrainedTokenizerFast:

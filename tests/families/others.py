@@ -157,11 +157,5 @@ FAMILIES = {
     "idefics3": Family(_idefics3_processor, _idefics3_config, "<image>"),
     "smolvlm": Family(_smolvlm_processor, _smolvlm_config, "<image>", "<video>"),
     "mistral3": Family(_mistral3_processor, _mistral3_config, "[IMG]"),
-    "mllama": Family(
-        _mllama_processor,
-        _mllama_config,
-        "<|image|>",
-        refused="`MllamaTextModel` has cross-attention layers (1), whose keys come from the image and not from the "
-        "tokens: there are no vision tokens to skip.",
-    ),
+    "mllama": Family(_mllama_processor, _mllama_config, "<|image|>", mixes_rows=True),
 }
