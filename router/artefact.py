@@ -22,7 +22,7 @@ from torch import Tensor
 from .errors import CheckpointError
 
 _T = TypeVar("_T")
-_RECORDED = ("skipit", "torch", "transformers", "peft", "datasets", "accelerate")
+_RECORDED = ("skipit", "torch", "transformers", "peft", "datasets", "accelerate", "deepspeed")
 
 
 @contextmanager
@@ -57,8 +57,10 @@ def new_directory(out: str | Path, overwrite: bool = False) -> Iterator[Path]:
 
 
 def save_json(path: Path, values: Any) -> None:
-    """Write JSON, readable and with NaN as null."""
-    path.write_text(json.dumps(_plain(values), indent=2, allow_nan=False) + "\n", encoding="utf-8")
+    """Write JSON, readable and with NaN as null; a killed process leaves the old file or the new one."""
+    beside = path.with_name(f"{path.name}.part")
+    beside.write_text(json.dumps(_plain(values), indent=2, allow_nan=False) + "\n", encoding="utf-8")
+    os.replace(beside, path)
 
 
 def load_json(path: Path) -> dict[str, Any]:

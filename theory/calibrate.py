@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from skipit.router import Gated, Trace, find_router, running
+from skipit.router.call import Mode
 from skipit.router.config import KVPolicy, RouterConfig
 
 from .cost import Compute, CostModel, trace_compute
@@ -16,9 +17,14 @@ from .plan import check_budget
 
 @torch.no_grad()
 def measured_share(
-    model: nn.Module, batches: Iterable[dict[str, Tensor]], costs: CostModel, kv: KVPolicy, threshold: float
+    model: nn.Module,
+    batches: Iterable[dict[str, Tensor]],
+    costs: CostModel,
+    kv: KVPolicy,
+    threshold: float,
+    mode: Mode = "gathered",
 ) -> float:
-    """Share of the dense decoder's FLOPs that gathered execution spends at a threshold, over all batches."""
+    """Share of the dense decoder's FLOPs that execution spends at a threshold, over all batches."""
     executed = dense = 0.0
     device = next(model.parameters()).device
     for batch in batches:
@@ -26,7 +32,7 @@ def measured_share(
         inputs = {key: value.to(device) for key, value in batch.items() if key != "labels"}
         # Where answers are part of the rows, they do not decide for their prompt.
         prompt = batch["labels"] == IGNORE if "labels" in batch else None
-        with running(policy=Gated(threshold), mode="gathered", kv=kv, prompt=prompt, trace=trace):
+        with running(policy=Gated(threshold), mode=mode, kv=kv, prompt=prompt, trace=trace):
             model(**inputs, use_cache=False)
         compute: Compute = trace_compute(costs, trace.steps)
         executed, dense = executed + float(compute.executed.sum()), dense + float(compute.dense.sum())
@@ -42,6 +48,7 @@ def calibrate(
     *,
     tolerance: float = 0.002,
     steps: int = 14,
+    mode: Mode = "gathered",
 ) -> tuple[float, float]:
     """The threshold at which a gated model spends a budget.
 
@@ -56,6 +63,8 @@ def calibrate(
         kv: K/V policy.
         tolerance: share of dense FLOPs that is close enough.
         steps: forward passes over the batches, at most.
+        mode: of execution; `masked` is for models whose weights are sharded (ZeRO-3), every process of which must
+            run every module. Both decide alike, to rounding.
 
     Returns:
         The threshold and the share measured at it.
@@ -65,7 +74,7 @@ def calibrate(
     best: tuple[float, float] | None = None
     threshold = 0.0
     for _ in range(steps):
-        share = measured_share(model, batches, costs, kv, threshold)
+        share = measured_share(model, batches, costs, kv, threshold, mode)
         # Of two thresholds as close, the one that stays within the budget.
         if best is None or abs(share - budget) < abs(best[1] - budget):
             best = (threshold, share)

@@ -7,6 +7,8 @@ from torch import nn
 
 from skipit.router.decoder import find_decoder
 
+from .sharded import whole
+
 
 @torch.no_grad()
 def fingerprint(model: nn.Module, layers: str | None = None) -> str:
@@ -21,6 +23,7 @@ def fingerprint(model: nn.Module, layers: str | None = None) -> str:
         if "layer_gate" in name or "lora_" in name:
             continue
         name = name.replace(".base_layer.", ".")
-        values = ["meta"] if parameter.is_meta else [f"{v:.3g}" for v in parameter.flatten()[:16].float().tolist()]
-        digest.update(f"{name}{tuple(parameter.shape)}{values}".encode())
+        with whole([parameter]):
+            values = ["meta"] if parameter.is_meta else [f"{v:.3g}" for v in parameter.flatten()[:16].float().tolist()]
+            digest.update(f"{name}{tuple(parameter.shape)}{values}".encode())
     return digest.hexdigest()[:16]

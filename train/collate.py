@@ -4,11 +4,11 @@ import io
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from inspect import signature
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, IterableDataset
 
 from skipit.router import InputError
 from skipit.theory.labels import IGNORE
@@ -36,31 +36,47 @@ class Collator:
             InputError: a column is missing, an image cannot be read, or images and placeholders do not match; the
                 message names the row, by its number in the data set where `Rows` or `batches` read it.
         """
-        places, prompts, images, texts, suffixes = [], [], [], [], []
+        places, read = [], []
         for number, row in enumerate(rows):
-            where = row.where if isinstance(row, Row) else f"row {number} of the batch"
-            places.append(where)
-            needed = ("images", "prompt", "completion") if self.with_completion else ("images", "prompt")
-            check_columns(row, where, *needed)
-            images.append(pictures(row, where))
-            turns = _with_placeholders(turns_of(row, "prompt", "user", where), len(images[-1]), where)
-            prompts.append(self._template(turns, True, where))
-            if self.with_completion:
-                reply = turns_of(row, "completion", "assistant", where)
-                texts.append(self._template([*turns, *reply], False, where))
-                suffixes.append(_plain(reply))
+            places.append(row.where if isinstance(row, Row) else f"row {number} of the batch")
+            read.append(self._read(row, places[-1]))
+        prompts, images = [row.prompt for row in read], [row.images for row in read]
         if not self.with_completion:
             return self._process(places, prompts, images, "left")
         if "suffix" in signature(self.processor.__call__).parameters:
             # A prefix LM, such as PaliGemma: a prompt's tokens see each other, so it must know where the answer begins.
-            return self._process(places, prompts, images, "right", suffixes)
-        batch = self._process(places, texts, images, "right")
+            return self._process(places, prompts, images, "right", [_plain(row.reply) for row in read])
+        batch = self._process(places, [row.whole for row in read], images, "right")
         # The prompt alone, expanded the same way, says where the completion begins.
         lengths = self._process(places, prompts, images, "right")["attention_mask"].sum(-1)
         place = torch.arange(batch["input_ids"].shape[1])
         inside = (place >= lengths[:, None]) & batch["attention_mask"].bool()
         batch["labels"] = batch["input_ids"].masked_fill(~inside, IGNORE)
         return batch
+
+    def checked(self, row: "Row") -> "Row":
+        """A row that can be collated as far as can be told without its processor, with its images opened.
+
+        Raises:
+            InputError: it cannot; the message names it.
+        """
+        return Row({**row, "images": self._read(row, row.where).images}, row.where)
+
+    def _read(self, row: Mapping[str, Any], where: str) -> "_Read":
+        needed = ("images", "prompt", "completion") if self.with_completion else ("images", "prompt")
+        check_columns(row, where, *needed)
+        images = pictures(row, where)
+        turns = _with_placeholders(turns_of(row, "prompt", "user", where), len(images), where)
+        prompt, reply, whole = self._template(turns, True, where), [], ""
+        if self.with_completion:
+            reply = turns_of(row, "completion", "assistant", where)
+            whole = self._template([*turns, *reply], False, where)
+        token = getattr(self.processor, "image_token", None)
+        if token and (found := (whole or prompt).count(token)) > len(images):
+            raise InputError(
+                f"{where}: {found} image tokens, {len(images)} images. Its text must not hold `{token}` itself."
+            )
+        return _Read(prompt, whole, reply, images)
 
     def _template(self, turns: list[dict[str, Any]], generation: bool, where: str) -> str:
         try:
@@ -77,12 +93,6 @@ class Collator:
         side: str,
         suffixes: list[str] | None = None,
     ) -> dict[str, Tensor]:
-        token = getattr(self.processor, "image_token", None)
-        for where, text, given in zip(places, texts, images, strict=True):
-            if token and (found := text.count(token)) > len(given):
-                raise InputError(
-                    f"{where}: {found} image tokens, {len(given)} images. Its text must not hold `{token}` itself."
-                )
         try:
             return self._inputs(texts, images, side, suffixes)
         except (ValueError, TypeError, OSError, IndexError) as error:
@@ -101,6 +111,15 @@ class Collator:
             given["suffix"] = suffixes
         batch = self.processor(**given, padding=True, padding_side=side, add_special_tokens=False, return_tensors="pt")
         return {name: value for name, value in batch.items() if name != "labels" or suffixes is not None}
+
+
+class _Read(NamedTuple):
+    """A row before processing: the prompt and the whole as text, the reply's messages, and open images."""
+
+    prompt: str
+    whole: str
+    reply: list[dict[str, Any]]
+    images: list[Any]
 
 
 def _plain(turns: list[dict[str, Any]]) -> str:
@@ -167,7 +186,9 @@ def pictures(row: Mapping[str, Any], where: str) -> list[Any]:
         InputError: one cannot be read; the message names the row.
     """
     opened = []
-    for number, image in enumerate(row["images"] or []):
+    given = [] if row["images"] is None else row["images"]
+    # A column of one image per row is as good as one of lists.
+    for number, image in enumerate(given if isinstance(given, list | tuple) else [given]):
         try:
             opened.append(_open(image))
         except (OSError, ValueError, SyntaxError) as error:  # PIL calls a broken PNG a syntax error
@@ -198,26 +219,104 @@ class Row(dict[str, Any]):
         self.where = where
 
 
+class Broken:
+    """Rows that cannot be read: each is named once and counted, and those after too many stop the run.
+
+    Args:
+        limit: how many there may be.
+        note: is told of each.
+    """
+
+    def __init__(self, limit: int = 0, note: Callable[[str], None] | None = None) -> None:
+        self.limit, self.note = limit, note
+        self._places: set[str] = set()
+
+    @property
+    def count(self) -> int:
+        """How many different rows there were."""
+        return len(self._places)
+
+    def __call__(self, where: str, error: InputError) -> None:
+        """Count a row.
+
+        Raises:
+            InputError: it is one too many.
+        """
+        if where in self._places:
+            return
+        self._places.add(where)
+        if self.limit == 0:
+            raise error
+        if self.count > self.limit:
+            raise InputError(f"more than {self.limit} rows cannot be read (`max_broken_rows`); the last: {error}")
+        if self.note is not None:
+            self.note(f"skipped: {error}")
+
+
 class Rows(Dataset[dict[str, Any]]):
-    """A data set whose rows know their number.
+    """A data set whose rows know their number, and where the next good row stands in for a broken one.
 
     Args:
         rows: a `datasets.Dataset` or any sequence of mappings.
+        collate: checks rows; None takes them as they are.
+        broken: counts those that cannot be read; without it the first is an error.
     """
 
-    def __init__(self, rows: Any) -> None:
-        self.rows = rows
+    def __init__(self, rows: Any, collate: Collator | None = None, broken: Broken | None = None) -> None:
+        self.rows, self.collate, self.broken = rows, collate, broken or Broken()
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def __getitem__(self, index: int) -> Row:
+        if index >= len(self):
+            raise IndexError(index)
+        for number in (*range(index, len(self)), *range(index)):
+            where = f"row {number}"
+            try:
+                row = Row(self._at(number), where)
+                return row if self.collate is None else self.collate.checked(row)
+            except InputError as error:
+                self.broken(where, error)
+        raise InputError("no row of the data can be read.")
+
+    def _at(self, number: int) -> Any:
         try:
-            return Row(self.rows[index], f"row {index}")
-        except IndexError:
-            raise
+            return self.rows[number]
         except Exception as error:  # reading a row decodes its images, which fails in many ways
-            raise InputError(f"row {index} cannot be read: {error}") from error
+            raise InputError(f"row {number} cannot be read: {error}") from error
+
+
+class RowStream(IterableDataset[dict[str, Any]]):
+    """Rows that are read one by one and have no number of their own; broken ones are left out.
+
+    Args:
+        rows: a `datasets.IterableDataset` or any iterable of mappings that can be started again.
+        collate: checks rows.
+        broken: counts those that cannot be read.
+    """
+
+    def __init__(self, rows: Any, collate: Collator, broken: Broken) -> None:
+        # Images are opened here, where an error about one does not end the stream.
+        self.rows = rows.decode(False) if hasattr(rows, "decode") else rows
+        self.collate, self.broken = collate, broken
+
+    def __iter__(self) -> Iterator[Row]:
+        for row in _readable(self.rows):
+            try:
+                yield self.collate.checked(row)
+            except InputError as error:
+                self.broken(row.where, error)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Shuffle anew where the stream can."""
+        if hasattr(self.rows, "set_epoch"):
+            self.rows.set_epoch(epoch)
+
+
+def training_rows(rows: Any, collate: Collator, broken: Broken) -> Rows | RowStream:
+    """Rows to train on; without a length they are a stream."""
+    return Rows(rows, collate, broken) if hasattr(rows, "__len__") else RowStream(rows, collate, broken)
 
 
 def batches(

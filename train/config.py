@@ -1,11 +1,13 @@
 """What can be set about a training run: one dial, `budget`; everything else has a default."""
 
 from dataclasses import asdict, dataclass, fields
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 from skipit.router import RouterConfigError
 from skipit.router.config import Granularity, KVPolicy, Unit, check_choice
 from skipit.theory.plan import check_budget
+
+Precision = Literal["fp32", "bf16"]
 
 
 @dataclass(frozen=True)
@@ -14,6 +16,7 @@ class TrainConfig:
 
     Args:
         budget: share of the dense decoder's FLOPs to spend, in (0, 1].
+        more_budgets: further budgets that the same gates are trained for, in turn with `budget`, one per step.
         kv: K/V policy of skipped tokens, `retain` or `evict`.
         unit: what a token skips, `block`, `attention` or `mlp`.
         granularity: `token`, or `sequence`: a prompt's tokens of a modality decide together.
@@ -27,13 +30,19 @@ class TrainConfig:
         distillation: weight of KL(full model || gated model).
         multiplier_rate: step size of the dual ascent on the compute constraint.
         damping: weight of the last step's violation beside the multiplier, which keeps the ascent from swinging.
-        collapse: share of compute, at or below which all of the last `collapse_steps` steps mean a dead router.
+        collapse: share of compute, at or below which all of the last `collapse_steps` steps mean a dead router;
+            within as much of everything, in the second half of training, they mean one that never skips.
         collapse_steps: see `collapse`.
         seed: of data order, LoRA and sampling.
         save_steps: steps between resumable checkpoints.
+        precision: of the arithmetic, `fp32` or `bf16` (autocast; under DeepSpeed the weights too).
+        gradient_checkpointing: compute layers again in the backward pass instead of keeping what is inside them.
+        deepspeed: `zero1`, `zero2`, `zero3`, `zero2-offload`, `zero3-offload`, or a JSON file; None is without.
+        max_broken_rows: rows of the training data that may be unreadable; they are named, counted and skipped.
     """
 
     budget: float = 0.5
+    more_budgets: tuple[float, ...] = ()
     kv: KVPolicy = "retain"
     unit: Unit = "block"
     granularity: Granularity = "token"
@@ -51,19 +60,30 @@ class TrainConfig:
     collapse_steps: int = 20
     seed: int = 0
     save_steps: int = 100
+    precision: Precision = "fp32"
+    gradient_checkpointing: bool = False
+    deepspeed: str | None = None
+    max_broken_rows: int = 0
 
     def __post_init__(self) -> None:
-        check_budget(self.budget)
-        for name, choices in (("kv", KVPolicy), ("unit", Unit), ("granularity", Granularity)):
-            check_choice(name, getattr(self, name), choices)
+        object.__setattr__(self, "more_budgets", tuple(self.more_budgets))  # JSON has lists
+        for budget in (self.budget, *self.more_budgets):
+            check_budget(budget)
+        choices = {"kv": KVPolicy, "unit": Unit, "granularity": Granularity, "precision": Precision}
+        for name, allowed in choices.items():
+            check_choice(name, getattr(self, name), allowed)
+        if self.deepspeed is not None and not isinstance(self.deepspeed, str):
+            raise RouterConfigError(f"`deepspeed`: got {self.deepspeed!r}, expected a name, a file, or null.")
         for name, default in self.__dataclass_fields__.items():
             value, kind = getattr(self, name), type(default.default)
             if kind is int:
-                least = 0 if name in ("lora_rank", "seed") else 1
+                least = 0 if name in ("lora_rank", "seed", "max_broken_rows") else 1
                 if not isinstance(value, int) or isinstance(value, bool) or value < least:
                     raise RouterConfigError(f"`{name}`: got {value!r}, expected a whole number, at least {least}.")
             elif kind is float and (not isinstance(value, int | float) or not 0 <= value < float("inf")):
                 raise RouterConfigError(f"`{name}`: got {value!r}, expected a number, at least 0.")
+            elif kind is bool and not isinstance(value, bool):
+                raise RouterConfigError(f"`{name}`: got {value!r}, expected true or false.")
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Self:

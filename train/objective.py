@@ -8,6 +8,7 @@ the measured compute of earlier steps: it is a constant within a step.
 """
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -16,28 +17,53 @@ from torch import Tensor
 
 from skipit.router import Step
 from skipit.theory.cost import Compute, CostModel, step_compute
-from skipit.theory.labels import predicts_answer
+from skipit.theory.labels import IGNORE, predicts_answer
+
+
+class AnswerLosses(NamedTuple):
+    """Sums over the answer tokens of some rows.
+
+    Attributes:
+        ce: cross-entropy, nats.
+        kl: KL(teacher || student), nats.
+        correct: how many tokens the student would choose itself.
+    """
+
+    ce: Float[Tensor, ""]
+    kl: Float[Tensor, ""]
+    correct: Int[Tensor, ""]
+
+
+def answer_targets(labels: Int[Tensor, "batch seq"]) -> tuple[Int[Tensor, " kept"], Int[Tensor, "batch kept"]]:
+    """The positions whose logits predict an answer token in any row, and the labels predicted there, or -100.
+
+    Args:
+        labels: -100 everywhere but on answer tokens; logits at t predict the label at t + 1.
+    """
+    kept = predicts_answer(labels).any(0).nonzero()[:, 0]
+    return kept, labels[:, kept + 1]
 
 
 def answer_losses(
-    student: Float[Tensor, "batch seq vocabulary"],
-    teacher: Float[Tensor, "batch seq vocabulary"] | None,
-    labels: Int[Tensor, "batch seq"],
-) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
-    """Cross-entropy and KL(teacher || student), each summed over answer tokens, in nats.
+    student: Float[Tensor, "batch kept vocabulary"],
+    teacher: Float[Tensor, "batch kept vocabulary"] | None,
+    targets: Int[Tensor, "batch kept"],
+) -> AnswerLosses:
+    """Cross-entropy, KL(teacher || student) and correct tokens, each summed over answer tokens.
 
     Args:
-        student: logits of the gated model.
-        teacher: logits of the full model, or None for no distillation.
-        labels: -100 everywhere but on answer tokens; logits at t predict the label at t + 1.
+        student: logits of the gated model at the positions that `answer_targets` names.
+        teacher: logits of the full model there, or None for no distillation.
+        targets: what they predict, -100 where a row has no answer token.
     """
-    chosen = predicts_answer(labels)
-    predicted = torch.log_softmax(student[:, :-1][chosen].float(), dim=-1)
-    ce = F.nll_loss(predicted, labels[:, 1:][chosen], reduction="sum")
+    chosen = targets != IGNORE
+    predicted, wanted = torch.log_softmax(student[chosen].float(), dim=-1), targets[chosen]
+    ce = F.nll_loss(predicted, wanted, reduction="sum")
+    correct = (predicted.argmax(-1) == wanted).sum()
     if teacher is None:
-        return ce, torch.zeros_like(ce)
-    wanted = torch.log_softmax(teacher[:, :-1][chosen].float(), dim=-1)
-    return ce, F.kl_div(predicted, wanted, reduction="sum", log_target=True)
+        return AnswerLosses(ce, torch.zeros_like(ce), correct)
+    full = torch.log_softmax(teacher[chosen].float(), dim=-1)
+    return AnswerLosses(ce, F.kl_div(predicted, full, reduction="sum", log_target=True), correct)
 
 
 def gated_compute(costs: CostModel, step: Step) -> Compute:

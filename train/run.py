@@ -3,15 +3,18 @@
 import json
 import re
 import shutil
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import TrainingArguments
 
 from skipit.router import RouterConfig, attach, find_router, gate_state, set_gates
 from skipit.router.artefact import load_json, provenance, save_json
+from skipit.router.call import Mode
 from skipit.router.checkpoint import save_router
 from skipit.router.decoder import find_decoder
 from skipit.router.errors import CheckpointError, InputError
@@ -21,17 +24,20 @@ from skipit.theory.cost import CostModel
 from skipit.theory.identity import fingerprint
 from skipit.theory.labels import predicts_answer
 from skipit.theory.plan import Plan
+from skipit.theory.sharded import whole
 
-from .collate import Collator, Rows, batches
+from .collate import Broken, Collator, batches, training_rows
 from .config import TrainConfig
+from .launch import CHECKPOINTS, launched, stage_of, wait
 
-CHECKPOINTS = "checkpoints"
 ADAPTER = "adapter"
 RUN_FILE = "run.json"
 CONFIG_FILE = "train_config.json"
 # A resumed run may not change these: its data, its weights or its schedule would be another run's.
 FIXED = (
+    "processes",
     "budget",
+    "more_budgets",
     "kv",
     "unit",
     "granularity",
@@ -41,6 +47,8 @@ FIXED = (
     "lora_rank",
     "lora_alpha",
     "seed",
+    "precision",
+    "deepspeed",
 )
 
 
@@ -84,7 +92,7 @@ def prepare(model: Any, plan: Plan, config: TrainConfig) -> Any:
     return peft_model
 
 
-def dense_per_answer(model: nn.Module, rows: Iterable[dict[str, Tensor]], costs: CostModel) -> float:
+def dense_per_answer(rows: Iterable[dict[str, Tensor]], costs: CostModel) -> float:
     """Dense decoder FLOPs per answer token of some batches: the scale of the compute term."""
     flops = answers = 0.0
     linear, pair = float(costs.column("linear").sum()), float(costs.column("attention").sum())
@@ -111,61 +119,97 @@ def train(
     overwrite: bool = False,
     callbacks: list[Any] | None = None,
     report_to: str = "none",
+    arguments: TrainingArguments | None = None,
+    note: Callable[[str], None] | None = None,
 ) -> Any:
     """Fine-tune gates and LoRA to a budget and write a run folder.
 
     Args:
         model: the dense model; gates and LoRA are added to it.
         processor: its processor.
-        dataset: rows in the conversational vision format.
+        dataset: rows in the conversational vision format; one without a length is read as a stream.
         plan: initial gates.
         config: settings.
         out: run folder; checkpoints go there while training and are removed when it is done.
-        calibration: held-out rows, on which the threshold for the budget is found; None keeps threshold 0.
+        calibration: held-out rows, on which the threshold for each budget is found; None keeps threshold 0.
         base: what the model was loaded from, for the record and for `skipit export`.
         resume: continue from the last checkpoint in `out`; learning rates, damping and the like may change.
         overwrite: replace a run in `out`.
         callbacks: `transformers` trainer callbacks; a `ProgressCallback` among them replaces the printing of logs.
         report_to: where `Trainer` reports, such as "tensorboard".
+        arguments: of `launched`, where several processes train or the model was loaded under ZeRO-3.
+        note: is told of every row that was skipped.
 
     Returns:
-        The trained PEFT model, in eval mode, calibrated.
+        The trained PEFT model, in eval mode, calibrated; under ZeRO-3 its weights stay sharded.
 
     Raises:
         CheckpointError: `out` holds a run and neither `resume` nor `overwrite` is set, or there is nothing to resume,
             or a setting that a resumed run must keep has changed.
+        LaunchError: the processes are not what was asked for.
+        InputError: more rows than `config.max_broken_rows` cannot be read.
         TrainingError: the loss is not finite or the router collapsed; checkpoints stay.
         KeyboardInterrupt: the last whole step was saved; go on with `resume`.
     """
+    if arguments is None:
+        with launched(config, out, report_to=report_to) as arguments:
+            return train(
+                model,
+                processor,
+                dataset,
+                plan,
+                config,
+                out,
+                calibration=calibration,
+                base=base,
+                resume=resume,
+                overwrite=overwrite,
+                callbacks=callbacks,
+                arguments=arguments,
+                note=note,
+            )
     from .trainer import SkipTrainer
 
-    out = Path(out)
+    out, main = Path(out), arguments.process_index == 0
     check_folder(out, resume=resume, overwrite=overwrite)
+    broken = Broken(config.max_broken_rows, note)
     collate = Collator(processor)
     costs = CostModel.of(model)
-    sample = dataset.select(range(min(64, len(dataset)))) if hasattr(dataset, "select") else list(dataset)[:64]
-    scale = dense_per_answer(model, batches(sample, collate, config.batch_size), costs)
+    rows = training_rows(dataset, collate, broken)
+    settings = {**config.to_dict(), "base": base, "processes": arguments.world_size}
     peft_model = prepare(model, plan, config)
-    checkpoint = _prepare_folder(out, {**config.to_dict(), "base": base}, resume)
+    checkpoint = _prepare_folder(out, settings, resume, main)
+    mode: Mode = "masked" if stage_of(arguments) == 3 else "gathered"
+    sample = list(batches(islice(rows, 64), collate, config.batch_size))
     trainer = SkipTrainer(
         settings=config,
         costs=costs,
-        dense_per_answer=scale,
+        dense_per_answer=dense_per_answer(sample, costs),
+        thresholds=_thresholds(peft_model, sample, costs, config),
         model=peft_model,
-        args=_arguments(config, out, report_to),
-        train_dataset=Rows(dataset),
+        args=arguments,
+        train_dataset=rows,
         data_collator=collate,
         callbacks=callbacks,
     )
     _run(trainer, checkpoint)
     peft_model.eval()
-    share = None
+    shares: dict[str, float] = {}
     if calibration is not None:
         held_out = list(batches(calibration, collate, config.batch_size))
-        threshold, share = calibrate(peft_model, held_out, costs, config.budget, config.kv)
-        default_threshold(peft_model, threshold, f"{config.budget:g}")
-    _finish(out, peft_model, config, plan, base, trainer.progress.history, share)
+        for budget in (*config.more_budgets, config.budget):  # the last one becomes the default
+            threshold, share = calibrate(peft_model, held_out, costs, budget, config.kv, mode=mode)
+            default_threshold(peft_model, threshold, f"{budget:g}")
+            shares[f"{budget:g}"] = share
+    _finish(out, peft_model, config, plan, settings, trainer.progress.history, shares, broken.count, main)
     return peft_model
+
+
+def _thresholds(model: Any, held: list[dict[str, Tensor]], costs: CostModel, config: TrainConfig) -> list[float]:
+    """Where the plan's gates spend each budget on a few rows; the plan is made for the first, at 0."""
+    model.eval()
+    # Masked, because weights may be sharded already.
+    return [0.0, *(calibrate(model, held, costs, b, config.kv, mode="masked")[0] for b in config.more_budgets)]
 
 
 def _run(trainer: Any, checkpoint: Path | None) -> None:
@@ -214,16 +258,25 @@ def check_folder(out: Path, *, resume: bool, overwrite: bool) -> None:
     )
 
 
-def _prepare_folder(out: Path, settings: dict[str, Any], resume: bool) -> Path | None:
-    """The checkpoint to continue from, or None and a fresh folder with the settings in it."""
+def _prepare_folder(out: Path, settings: dict[str, Any], resume: bool, main: bool) -> Path | None:
+    """The checkpoint to continue from, or None and a fresh folder with the settings in it, which `main` makes."""
     from .trainer import last_checkpoint
 
     checkpoint = last_checkpoint(out / CHECKPOINTS) if resume else None
     if checkpoint is not None:
-        before = load_json(out / CONFIG_FILE)
+        before, settings = load_json(out / CONFIG_FILE), json.loads(json.dumps(settings))
         if changed := [name for name in FIXED if before.get(name) != settings[name]]:
             what = ", ".join(f"`{name}` was {before.get(name)!r}, now {settings[name]!r}" for name in changed)
             raise CheckpointError(f"{out} cannot be resumed with other settings: {what}. Use the old ones.")
+    wait()  # every process has looked at the folder
+    if main:
+        _make_folder(out, settings, checkpoint)
+    wait()
+    return checkpoint
+
+
+def _make_folder(out: Path, settings: dict[str, Any], checkpoint: Path | None) -> None:
+    if checkpoint is not None:
         for unfinished in set((out / CHECKPOINTS).glob("checkpoint-*")):
             if int(unfinished.name.rpartition("-")[2]) > int(checkpoint.name.rpartition("-")[2]):
                 shutil.rmtree(unfinished)  # a save that was killed; `Trainer` would count it as one to keep
@@ -234,32 +287,6 @@ def _prepare_folder(out: Path, settings: dict[str, Any], resume: bool) -> Path |
         save_json(out / CONFIG_FILE, settings)
     except OSError as error:
         raise CheckpointError(f"{out} cannot be written: {error}") from error
-    return checkpoint
-
-
-def _arguments(config: TrainConfig, out: Path, report_to: str) -> Any:
-    from transformers import TrainingArguments
-
-    return TrainingArguments(
-        output_dir=str(out / CHECKPOINTS),
-        max_steps=config.steps,
-        per_device_train_batch_size=config.batch_size,
-        gradient_accumulation_steps=config.accumulation,
-        learning_rate=config.learning_rate,
-        lr_scheduler_type="cosine",
-        warmup_steps=max(1, config.steps // 20),
-        weight_decay=0.0,
-        max_grad_norm=1.0,
-        logging_steps=10,
-        save_steps=config.save_steps,
-        save_total_limit=2,
-        seed=config.seed,
-        remove_unused_columns=False,
-        dataloader_num_workers=0,
-        report_to=report_to,
-        disable_tqdm=True,
-        use_cpu=not torch.cuda.is_available(),
-    )
 
 
 def _finish(
@@ -267,22 +294,32 @@ def _finish(
     model: Any,
     config: TrainConfig,
     plan: Plan,
-    base: str,
+    settings: dict[str, Any],
     history: list[dict[str, float]],
-    share: float | None,
+    shares: dict[str, float],
+    skipped_rows: int,
+    main: bool,
 ) -> None:
     """The run's results: adapter in PEFT's format, router settings and gates, and a record."""
-    model.save_pretrained(out / ADAPTER)
-    save_router(out, find_router(model)[1].config, gate_state(model))
-    (out / "history.jsonl").write_text("".join(json.dumps(row) + "\n" for row in history), encoding="utf-8")
-    record = {
-        "base": base,
-        "model": plan.model,
-        "config": config.to_dict(),
-        "init": plan.init,
-        "calibrated_share": share,
-        "last": history[-1] if history else None,
-        "made_by": provenance(),
-    }
-    save_json(out / RUN_FILE, record)
-    shutil.rmtree(out / CHECKPOINTS, ignore_errors=True)
+    with whole(parameter for parameter in model.parameters() if parameter.requires_grad):
+        if main:
+            model.save_pretrained(out / ADAPTER)
+            gates = {name: value.float() for name, value in gate_state(model).items()}
+            save_router(out, find_router(model)[1].config, gates)
+    if main:
+        (out / "history.jsonl").write_text("".join(json.dumps(row) + "\n" for row in history), encoding="utf-8")
+        record = {
+            "base": settings["base"],
+            "model": plan.model,
+            "config": config.to_dict(),
+            "processes": settings["processes"],
+            "init": plan.init,
+            "skipped_rows": skipped_rows,
+            "calibrated_share": shares.get(f"{config.budget:g}"),
+            "calibrated_shares": shares,
+            "last": history[-1] if history else None,
+            "made_by": provenance(),
+        }
+        save_json(out / RUN_FILE, record)
+        shutil.rmtree(out / CHECKPOINTS, ignore_errors=True)
+    wait()

@@ -1,24 +1,31 @@
 """A Hugging Face `Trainer` for gates and LoRA under a compute budget."""
 
 import math
-import os
+import shutil
 from collections import deque
+from collections.abc import Sequence
+from contextlib import nullcontext
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from skipit.router import SkipItError, Trace, running
+from skipit.router import MODALITIES, Gated, SkipItError, Trace, running
 from skipit.router.artefact import load_json, save_json
 from skipit.theory.cost import CostModel
-from skipit.theory.labels import IGNORE, predicts_answer
+from skipit.theory.labels import IGNORE
 
 from .config import TrainConfig
-from .objective import DualAscent, answer_losses, gated_compute
+from .launch import check_engine, wait
+from .objective import DualAscent, answer_losses, answer_targets, gated_compute
 
+PER_ANSWER = {"ce": "ce", "kl": "kl", "accuracy": "correct"}
 GATE = "layer_gate"
 STATE_FILE = "skipit_state.json"
 
@@ -30,12 +37,14 @@ class TrainingError(SkipItError):
 class SkipTrainer(Trainer):
     """Trains a gated PEFT model: straight-through gates in masked execution, distillation from the model itself.
 
-    The teacher is the same model with gates and LoRA off: no second copy in memory.
+    The teacher is the same model with gates and LoRA off: no second copy in memory. Every process runs every module,
+    whatever its rows skip: DeepSpeed mixes up gradients, or hangs, where processes call different modules.
 
     Args:
-        settings: budget and weights of the objective.
+        settings: budgets and weights of the objective.
         costs: of the model's layers.
         dense_per_answer: dense decoder FLOPs per answer token of the data, the scale of the compute term.
+        thresholds: of the gates at each budget of the settings; None is 0 for all.
         **trainer: passed to `transformers.Trainer`.
     """
 
@@ -45,17 +54,25 @@ class SkipTrainer(Trainer):
         settings: TrainConfig,
         costs: CostModel,
         dense_per_answer: float,
+        thresholds: Sequence[float] | None = None,
         callbacks: list[Any] | None = None,
         **trainer: Any,
     ) -> None:
         self.settings, self.costs, self.dense_per_answer = settings, costs, dense_per_answer
-        self.ascent = DualAscent(settings.budget, settings.multiplier_rate, settings.damping)
+        budgets = (settings.budget, *settings.more_budgets)
+        self.ascents = [DualAscent(budget, settings.multiplier_rate, settings.damping) for budget in budgets]
+        self.thresholds = list(thresholds or [0.0] * len(budgets))
         self.progress = _Ascend(self)
-        self._executed = self._dense = 0.0
-        self._parts: dict[str, float] = {}
+        self.rates: Tensor | None = None
+        self._sums: dict[str, Tensor] = {}
         # First, so that the others see its figures, and may interrupt training between steps.
         super().__init__(callbacks=[self.progress, *(callbacks or [])], **trainer)
         self.model_accepts_loss_kwargs = True  # the loss is divided by num_items_in_batch below
+
+    @property
+    def turn(self) -> int:
+        """Which of the budgets this step is for."""
+        return self.state.global_step % len(self.ascents)
 
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Tensor], return_outputs: bool = False, num_items_in_batch: Any = None
@@ -63,50 +80,68 @@ class SkipTrainer(Trainer):
         """CE + distillation + compute, summed over this batch and divided by the answer tokens of the whole step."""
         inputs = dict(inputs)
         labels = inputs.pop("labels")
-        trace = Trace()
-        with running(mode="masked", prompt=labels == IGNORE, trace=trace):
-            outputs = model(**inputs, use_cache=False)
-        teacher = self._teacher(model, inputs) if self.settings.distillation else None
-        ce, kl = answer_losses(outputs.logits, teacher, labels)
-        compute = gated_compute(self.costs, trace.steps[-1])
+        kept, targets = answer_targets(labels)
+        teacher = self._teacher(model, inputs, kept) if self.settings.distillation else None
+        trace, threshold = Trace(), self.thresholds[self.turn]
+        at = {"policy": Gated(threshold)} if threshold else {}
+        with running(**at, mode="masked", prompt=labels == IGNORE, trace=trace):
+            logits = self._logits(model, inputs, kept)
+        losses = answer_losses(logits, teacher, targets)
+        step, ascent = trace.steps[-1], self.ascents[self.turn]
+        compute = gated_compute(self.costs, step)
         executed, dense = compute.executed.sum(), compute.dense.sum()
-        over = (executed - self.settings.budget * dense) / self.dense_per_answer
-        items = num_items_in_batch if num_items_in_batch is not None else predicts_answer(labels).sum()
-        loss = (ce + self.settings.distillation * kl + self.ascent.price * over) / items
+        over = (executed - ascent.budget * dense) / self.dense_per_answer
+        items = num_items_in_batch if num_items_in_batch is not None else (targets != IGNORE).sum()
+        loss = (losses.ce + self.settings.distillation * losses.kl + ascent.price * over) / items
         if not bool(torch.isfinite(loss)):
             raise TrainingError(
-                f"the loss is {loss.item()} at step {self.state.global_step + 1} (CE {ce.item()}, KL {kl.item()}). "
-                + self.advice("the learning rates")
+                f"the loss is {loss.item()} at step {self.state.global_step + 1} "
+                f"(CE {losses.ce.item()}, KL {losses.kl.item()}). " + self.advice("the learning rates")
             )
-        self._executed += float(executed.detach())
-        self._dense += float(dense.detach())
-        for name, value in (("ce", ce), ("kl", kl)):
-            self._parts[name] = self._parts.get(name, 0.0) + float(value.detach() / items)
-        return (loss, outputs) if return_outputs else loss
+        if num_items_in_batch is not None:  # counted over all processes, over which gradients will be averaged
+            loss = loss * self.accelerator.num_processes
+        modality = F.one_hot(step.modality, len(MODALITIES)).double()
+        self._add(executed=executed, dense=dense, answers=(targets != IGNORE).sum(), **losses._asdict())
+        self._add(ran=torch.einsum("lbs,bsm->lm", step.run.double(), modality))
+        self._add(tokens=torch.einsum("bs,bsm->m", step.real.double(), modality))
+        return (loss, {"logits": logits}) if return_outputs else loss
+
+    def _add(self, **values: Tensor) -> None:
+        for name, value in values.items():
+            value = value.detach().double()
+            self._sums[name] = self._sums[name] + value if name in self._sums else value
+
+    def _logits(self, model: nn.Module, inputs: dict[str, Tensor], kept: Tensor) -> Tensor:
+        """Logits [batch, kept, vocabulary] at the positions that predict answers; most are at prompts and images."""
+        own = self.accelerator.unwrap_model(model)
+        own = own.get_base_model() if hasattr(own, "get_base_model") else own
+        if "logits_to_keep" in signature(own.forward).parameters:
+            return model(**inputs, use_cache=False, logits_to_keep=kept).logits
+        return model(**inputs, use_cache=False).logits[:, kept]
 
     @torch.no_grad()
-    def _teacher(self, model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
-        disable = getattr(self.accelerator.unwrap_model(model), "disable_adapter", None)
+    def _teacher(self, model: nn.Module, inputs: dict[str, Tensor], kept: Tensor) -> Tensor:
+        disable = getattr(self.accelerator.unwrap_model(model), "disable_adapter", nullcontext)
         was_training = model.training
         model.eval()  # no dropout in the target
         try:
-            if disable is None:
-                with running(mode="dense"):
-                    return model(**inputs, use_cache=False).logits
             with disable(), running(mode="dense"):
-                return model(**inputs, use_cache=False).logits
+                return self._logits(model, inputs, kept)
         finally:
             model.train(was_training)
 
     def finish_step(self) -> dict[str, float]:
-        """Sum up an optimizer step over ranks, move the price, and return the step's figures."""
-        sums = torch.tensor([self._executed, self._dense], dtype=torch.float64, device=self.args.device)
-        executed, dense = self.accelerator.reduce(sums, reduction="sum").tolist()
-        share = executed / dense
-        figures = {**self._parts, "compute": share, "price": self.ascent.price}
-        self.ascent.update(share)
-        self._executed = self._dense = 0.0
-        self._parts = {}
+        """Sum up an optimizer step over processes, move the price, and return the step's figures."""
+        flat = torch.cat([value.flatten() for value in self._sums.values()])
+        parts = self.accelerator.reduce(flat, reduction="sum").split([v.numel() for v in self._sums.values()])
+        sums = {name: part.view(old.shape) for (name, old), part in zip(self._sums.items(), parts, strict=True)}
+        self._sums = {}
+        self.rates = (sums["ran"] / sums["tokens"]).cpu()
+        per_answer = {name: float(sums[key] / sums["answers"]) for name, key in PER_ANSWER.items()}
+        ascent = self.ascents[(self.state.global_step - 1) % len(self.ascents)]
+        share = float(sums["executed"] / sums["dense"])
+        figures = {**per_answer, "budget": ascent.budget, "compute": share, "price": ascent.price}
+        ascent.update(share)
         return figures
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
@@ -131,29 +166,48 @@ class SkipTrainer(Trainer):
         return f"{last.name} was saved before it: lower {lower} and continue with --resume."
 
     def interrupted(self) -> None:
-        """Save the last whole step, unless it is saved already or the interrupt fell into an update."""
+        """Save the last whole step, unless it is saved already or the interrupt fell into an update.
+
+        Of several processes each is interrupted at a point of its own, so that they cannot save together.
+        """
         last = last_checkpoint(Path(str(self.args.output_dir)))
         saved = last is not None and last.name == f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        if self.args.world_size > 1 or self.is_deepspeed_enabled:
+            return
         if self.progress.between_updates and self.state.global_step > 0 and not saved:
             self._save_checkpoint(self.model, trial=None)  # type: ignore[arg-type]
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        """What `Trainer` saves, and last of all the budget's state: a checkpoint without it is not whole."""
-        super()._save_checkpoint(model, trial)
-        if self.args.should_save:
-            folder = Path(self._get_output_dir(trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
-            values = {
-                "multiplier": self.ascent.multiplier,
-                "violation": self.ascent.violation,
-                "history": self.progress.history,
-            }
-            save_json(folder / f"{STATE_FILE}.part", values)
-            os.replace(folder / f"{STATE_FILE}.part", folder / STATE_FILE)
+        """What `Trainer` saves, and last of all the budgets' state: a checkpoint without it is not whole.
+
+        Raises:
+            TrainingError: it cannot be written; what was written of it is removed, the one before it is whole.
+        """
+        folder = Path(self._get_output_dir(trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        try:
+            super()._save_checkpoint(model, trial)
+            wait()  # for the parts that other processes write
+            if self.args.should_save:
+                values = {
+                    "ascents": [[ascent.multiplier, ascent.violation] for ascent in self.ascents],
+                    "thresholds": self.thresholds,
+                    "history": self.progress.history,
+                }
+                save_json(folder / STATE_FILE, values)
+        except (OSError, RuntimeError, SafetensorError) as error:  # torch and safetensors have errors of their own
+            shutil.rmtree(folder, ignore_errors=True)
+            last = last_checkpoint(folder.parent)
+            kept = (
+                f"{last.name} is whole: make room and continue with --resume." if last else "There is none before it."
+            )
+            raise TrainingError(f"{folder} cannot be written: {str(error) or type(error).__name__}. {kept}") from error
 
     def restore(self, checkpoint: Path) -> None:
         """Continue the dual ascent where a checkpoint left it."""
         values = load_json(checkpoint / STATE_FILE)
-        self.ascent.multiplier, self.ascent.violation = values["multiplier"], values["violation"]
+        for ascent, (multiplier, violation) in zip(self.ascents, values["ascents"], strict=True):
+            ascent.multiplier, ascent.violation = multiplier, violation
+        self.thresholds = values["thresholds"]
         self.progress.restore(values["history"])
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
@@ -189,34 +243,65 @@ class _Ascend(TrainerCallback):
         self.history = history
         self.recent.extend(figures["compute"] for figures in history)
 
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        check_engine(self.trainer.settings.deepspeed, self.trainer.model_wrapped)
+
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         # A loss may be finite and its gradient not. With fp16 the scaler finds these and skips the step.
         if self.trainer.accelerator.scaler is None:
-            grads = [p.grad for p in self.trainer.model.parameters() if p.grad is not None]  # type: ignore[union-attr]
-            if not bool(torch.isfinite(nn.utils.get_total_norm(grads))):
-                raise TrainingError(
-                    f"a gradient is not finite at step {state.global_step + 1}. "
-                    + self.trainer.advice("the learning rates")
-                )
+            self._check(_gradient_norm(self.trainer), state.global_step + 1)
         self.between_updates = False
+
+    def _check(self, norm: Tensor, step: int) -> None:
+        if not bool(torch.isfinite(norm)):
+            raise TrainingError(f"a gradient is not finite at step {step}. {self.trainer.advice('the learning rates')}")
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         figures = self.trainer.finish_step()
         self.history.append({"step": state.global_step, **figures})
         self.recent.append(figures["compute"])
         self.between_updates = True
-        full = len(self.recent) == self.recent.maxlen
-        if full and max(self.recent) <= self.trainer.settings.collapse < self.trainer.settings.budget:
+        if len(self.recent) == self.recent.maxlen:
+            self._check_collapse(state)
+
+    def _check_collapse(self, state: TrainerState) -> None:
+        settings, recent = self.trainer.settings, self.recent
+        budgets = [ascent.budget for ascent in self.trainer.ascents]
+        if max(recent) <= settings.collapse < min(budgets):
             raise TrainingError(
-                f"the router collapsed: the last {len(self.recent)} steps executed at most {max(self.recent):.1%} of "
-                f"the dense compute, the budget is {self.trainer.settings.budget:.0%}. Start again with a lower "
+                f"the router collapsed: the last {len(recent)} steps executed at most {max(recent):.1%} of "
+                f"the dense compute, the budget is {min(budgets):.0%}. Start again with a lower "
                 "`gate_learning_rate` or a higher `damping`."
+            )
+        late = state.global_step > state.max_steps / 2
+        if late and min(recent) >= 1 - settings.collapse > max(budgets):
+            raise TrainingError(
+                f"the router does not skip: the last {len(recent)} steps executed at least {min(recent):.1%} of "
+                f"the dense compute, the budget is {max(budgets):.0%}. Start again with a higher "
+                "`gate_learning_rate` or `multiplier_rate`, more steps, or a plan from a profile."
             )
 
     def on_log(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: Any = None, **kwargs: Any
     ) -> None:
-        if logs is not None and "loss" in logs and self.history:
-            logs.update({k: v for k, v in self.history[-1].items() if k != "step" and not math.isnan(v)})
+        if logs is None or "loss" not in logs or not self.history:
+            return
+        logs.update({k: v for k, v in self.history[-1].items() if k != "step" and not math.isnan(v)})
+        rates = self.trainer.rates
+        if args.report_to and rates is not None:
+            for number, modality in enumerate(MODALITIES):
+                for layer, rate in enumerate(rates[:, number].tolist()):
+                    if not math.isnan(rate):
+                        logs[f"skip_rate_{modality}/layer_{layer:02}"] = 1 - rate
+
+
+def _gradient_norm(trainer: SkipTrainer) -> Tensor:
+    """Of the step's gradients; DeepSpeed has them in shards and made the update already, of which nothing is saved."""
+    engine: Any = trainer.model_wrapped
+    if trainer.is_deepspeed_enabled:
+        return torch.as_tensor(engine.get_global_grad_norm() or 0.0)
+    return nn.utils.get_total_norm([p.grad for p in trainer.model.parameters() if p.grad is not None])  # type: ignore[union-attr]

@@ -73,6 +73,16 @@ def _profile(verb: Parser) -> None:
         help="of the model: its decoder, or the redundancy alone of a vision tower or text encoder",
     )
     verb.add_argument("--layers", default=None, help="dotted path of the part's layers, where they are not found")
+    _streaming(verb)
+    verb.add_argument(
+        "--save-every", type=_positive, default=16, help="batches between saves to OUT.partial (default %(default)s)"
+    )
+    verb.add_argument(
+        "--resume", action=argparse.BooleanOptionalAction, default=False, help="go on from OUT.partial of a killed run"
+    )
+
+
+def _streaming(verb: Parser) -> None:
     verb.add_argument(
         "--streaming",
         action=argparse.BooleanOptionalAction,
@@ -84,12 +94,6 @@ def _profile(verb: Parser) -> None:
         type=_not_negative,
         default=0,
         help="of a stream, rows among which the next is drawn (default %(default)s: in order)",
-    )
-    verb.add_argument(
-        "--save-every", type=_positive, default=16, help="batches between saves to OUT.partial (default %(default)s)"
-    )
-    verb.add_argument(
-        "--resume", action=argparse.BooleanOptionalAction, default=False, help="go on from OUT.partial of a killed run"
     )
 
 
@@ -138,9 +142,22 @@ def _probe(verb: Parser) -> None:
 def _train(verb: Parser) -> None:
     _model_and_data(verb)
     _out(verb)
-    verb.add_argument("--plan", type=Path, required=True, help="folder made by `skipit plan`")
+    verb.add_argument("--plan", type=Path, default=None, help="folder made by `skipit plan`; default: made first")
+    verb.add_argument("--profile", type=Path, default=None, help="folder made by `skipit profile`, to make a plan of")
+    verb.add_argument(
+        "--profile-samples", type=_positive, default=256, help="rows to measure without either (default %(default)s)"
+    )
+    verb.add_argument("--budget", type=_budget, default=None, help=f"{BUDGET} (default: the plan's, else 0.5)")
+    verb.add_argument(
+        "--more-budgets", type=_budgets, default=None, help="further ones to train the same gates for: 0.25,0.75"
+    )
+    verb.add_argument("--kv", choices=("retain", "evict"), default=None, help="of skipped tokens (default: the plan's)")
     verb.add_argument(
         "--samples", type=_positive, default=None, help="rows to train on (default: one per step and row)"
+    )
+    _streaming(verb)
+    verb.add_argument(
+        "--max-broken-rows", type=_not_negative, default=None, help="rows that may be unreadable (default 0)"
     )
     verb.add_argument("--calibration-data", default=None, help="held-out rows (default: another split of the data)")
     verb.add_argument("--calibration-split", default="calibration", help="of these (default %(default)s)")
@@ -149,6 +166,19 @@ def _train(verb: Parser) -> None:
         "--resume", action=argparse.BooleanOptionalAction, default=False, help="continue the run in --out"
     )
     verb.add_argument("--report-to", default="none", help="as in transformers' Trainer, such as tensorboard")
+    verb.add_argument(
+        "--processes", type=_positive, default=None, help="stop unless the launcher started as many (default: any)"
+    )
+    verb.add_argument(
+        "--deepspeed", default=None, help="zero1, zero2, zero3, zero2-offload, zero3-offload, or a JSON file"
+    )
+    verb.add_argument("--precision", choices=("fp32", "bf16"), default=None, help="of the arithmetic (default fp32)")
+    verb.add_argument(
+        "--gradient-checkpointing",
+        action=argparse.BooleanOptionalAction,
+        default=None,
+        help="less memory, a third more time",
+    )
     verb.add_argument("--unit", choices=("block", "attention", "mlp"), default=None, help=UNIT)
     verb.add_argument("--granularity", choices=("token", "sequence"), default=None, help=GRANULARITY)
     # Settings of `TrainConfig` that neither the plan nor the data decide; None keeps their defaults.
@@ -260,8 +290,8 @@ VERBS: dict[str, tuple[str, str, Callable[[Parser], None]]] = {
         _probe,
     ),
     "train": (
-        "fine-tune gates and LoRA to the plan's budget",
-        "skipit train reference reference --plan runs/plan --out runs/run",
+        "fine-tune gates and LoRA to a budget",
+        "skipit train reference reference --budget 0.5 --out runs/run",
         _train,
     ),
     "export": ("write a gated checkpoint", "skipit export runs/run --out runs/checkpoint", _export),
@@ -296,6 +326,17 @@ def _model_and_data(verb: Parser) -> None:
     verb.add_argument("--split", default="train", help="of the data (default %(default)s)")
     verb.add_argument("--batch-size", type=_positive, default=16, help="rows per batch (default %(default)s)")
     verb.add_argument("--seed", type=_not_negative, default=0, help="of everything random (default %(default)s)")
+    _columns(verb)
+
+
+def _columns(verb: Parser) -> None:
+    verb.add_argument(
+        "--columns",
+        type=_names,
+        default=None,
+        metavar="OURS=THEIRS,...",
+        help="columns by other names than images, prompt, completion, answer: images=photo,prompt=question",
+    )
 
 
 def _set_defaults(verb: argparse.ArgumentParser, config: Path, argv: list[str]) -> None:
@@ -406,6 +447,18 @@ def _share(text: str) -> float:
     if not 0 < value < 1:
         raise argparse.ArgumentTypeError(f"got {text!r}, expected a number between 0 and 1")
     return value
+
+
+def _budgets(text: str) -> tuple[float, ...]:
+    return tuple(_budget(part) for part in text.split(","))
+
+
+def _names(text: str) -> dict[str, str]:
+    pairs = [part.partition("=") for part in text.split(",")]
+    known = ("images", "prompt", "completion", "answer")
+    if not all(ours in known and theirs for ours, _, theirs in pairs):
+        raise argparse.ArgumentTypeError(f"got {text!r}, expected such as images=photo,prompt=question")
+    return {ours: theirs for ours, _, theirs in pairs}
 
 
 def _picture(text: str) -> Path:

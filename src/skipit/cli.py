@@ -28,10 +28,21 @@ MADE = (
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one verb; returns the exit status: 0 done, 1 refused with a reason, 2 wrong arguments, 130 interrupted."""
+    given = list(sys.argv[1:] if argv is None else argv)
     try:
-        arguments = parse(list(sys.argv[1:] if argv is None else argv), RUNS)
+        # The launcher of DeepSpeed puts this in front; the environment says it too.
+        arguments = parse([argument for argument in given if not argument.startswith("--local_rank=")], RUNS)
     except SystemExit as stop:  # argparse has said why
         return int(stop.code or 0)
+    status = _run(arguments)
+    if arguments.verb == "train":
+        from skipit.train.launch import leave
+
+        leave(status)
+    return status
+
+
+def _run(arguments: argparse.Namespace) -> int:
     try:
         from skipit.router.errors import SkipItError
 
@@ -44,9 +55,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(f"skipit: {error}", file=sys.stderr)
             return 1
     except KeyboardInterrupt:
-        if arguments.verb == "train":
-            print("skipit: interrupted. The same command with --resume goes on from the last step.", file=sys.stderr)
-        elif arguments.verb == "profile" and _partial(arguments.out).is_dir():
+        if arguments.verb == "train" or (arguments.verb == "profile" and _partial(arguments.out).is_dir()):
             print("skipit: interrupted. The same command with --resume goes on from the last save.", file=sys.stderr)
         else:
             print("skipit: interrupted; nothing was written.", file=sys.stderr)
@@ -144,6 +153,7 @@ def _rows(arguments: argparse.Namespace) -> tuple[Any, int]:
         arguments.seed,
         streaming=arguments.streaming,
         shuffle_buffer=arguments.shuffle_buffer,
+        columns=arguments.columns,
     )
     return rows, arguments.samples if arguments.streaming else len(rows)
 
@@ -256,7 +266,7 @@ def _probe(arguments: argparse.Namespace) -> None:
     _check_out(arguments)
     with loading("loading"):
         model, processor = load_model(arguments.model)
-        rows = load_data(arguments.data, arguments.split, arguments.samples, arguments.seed)
+        rows = load_data(arguments.data, arguments.split, arguments.samples, arguments.seed, columns=arguments.columns)
     with progress("probe", len(rows)) as advance:
         pooled = pool_states(model, batches(advance.over(rows), Collator(processor), arguments.batch_size))
     with loading("fitting probes"):
@@ -272,46 +282,93 @@ def _train(arguments: argparse.Namespace) -> None:
     from skipit.router.artefact import load_json
     from skipit.theory.artefact import load_plan
     from skipit.train.config import TrainConfig
+    from skipit.train.launch import launched
     from skipit.train.run import RUN_FILE, check_folder, train
 
-    from .display import loading, training_progress
+    from .display import loading, note, on_one_process, training_progress
     from .sources import load_data, load_held_out, load_model, name_model
 
     out = arguments.out
     check_folder(out, resume=arguments.resume, overwrite=arguments.overwrite)
-    plan = load_plan(arguments.plan)
+    plan = load_plan(arguments.plan) if arguments.plan else None
     names = {f.name for f in fields(TrainConfig)}
     given = {k: v for k, v in vars(arguments).items() if k in names and v is not None}
-    config = TrainConfig.from_dict({**given, "budget": plan.budget, "kv": plan.kv})
-    with loading("loading"):
-        model, processor = load_model(arguments.model)
-        samples = arguments.samples or config.steps * config.batch_size * config.accumulation
-        rows = load_data(arguments.data, arguments.split, samples, arguments.seed)
-        held_out = load_held_out(
-            arguments.calibration_data,
-            arguments.data,
-            arguments.calibration_split,
-            arguments.calibration_samples,
-            arguments.seed,
+    config = TrainConfig.from_dict({**({"budget": plan.budget, "kv": plan.kv} if plan else {}), **given})
+    with launched(config, out, report_to=arguments.report_to, processes=arguments.processes) as launch:
+        on_one_process(launch.process_index)
+        with loading("loading"):
+            model, processor = load_model(arguments.model)
+            samples = arguments.samples or config.steps * config.batch_size * config.accumulation * launch.world_size
+            rows = load_data(
+                arguments.data,
+                arguments.split,
+                samples,
+                arguments.seed,
+                streaming=arguments.streaming,
+                shuffle_buffer=arguments.shuffle_buffer,
+                columns=arguments.columns,
+            )
+            held_out = load_held_out(
+                arguments.calibration_data,
+                arguments.data,
+                arguments.calibration_split,
+                arguments.calibration_samples,
+                arguments.seed,
+                arguments.columns,
+            )
+        if plan is None:
+            plan = _plan_for_training(arguments, config, launch, model, processor, rows)
+        with training_progress(config) as callback:
+            train(
+                model,
+                processor,
+                rows,
+                plan,
+                config,
+                out,
+                calibration=held_out,
+                base=name_model(arguments.model),
+                resume=arguments.resume,
+                overwrite=arguments.overwrite,
+                callbacks=[callback],
+                arguments=launch,
+                note=note,
+            )
+        if launch.process_index == 0:
+            for budget, share in load_json(out / RUN_FILE)["calibrated_shares"].items():
+                print(
+                    f"{out}: trained; executes {share:.1%} of the dense decoder's FLOPs on held-out rows at {budget}."
+                )
+            print(f"Next: skipit export {out} --out DIR")
+
+
+def _plan_for_training(
+    arguments: argparse.Namespace, config: Any, launch: Any, model: Any, processor: Any, rows: Any
+) -> Any:
+    """Gates for the run's budget: of a profile, or of one that is measured on rows to train on."""
+    from itertools import islice
+
+    from skipit.router.errors import InputError
+    from skipit.theory.artefact import check_same_model, load_profile
+    from skipit.theory.identity import fingerprint
+    from skipit.theory.plan import make_plan
+    from skipit.train.launch import stage_of
+
+    from .display import progress
+    from .pipeline import profile_model
+
+    if arguments.profile is not None:
+        measured = load_profile(arguments.profile)
+        check_same_model(measured, fingerprint(model))
+    elif stage_of(launch) == 3:
+        raise InputError(
+            "under ZeRO-3 no process has the whole model to measure. Run `skipit profile` and add --profile."
         )
-    with training_progress(config) as callback:
-        train(
-            model,
-            processor,
-            rows,
-            plan,
-            config,
-            out,
-            calibration=held_out,
-            base=name_model(arguments.model),
-            resume=arguments.resume,
-            overwrite=arguments.overwrite,
-            callbacks=[callback],
-            report_to=arguments.report_to,
-        )
-    share = load_json(out / RUN_FILE)["calibrated_share"]
-    print(f"{out}: trained; executes {share:.1%} of the dense decoder's FLOPs on held-out rows.")
-    print(f"Next: skipit export {out} --out DIR")
+    else:
+        with progress("profile", arguments.profile_samples) as advance:
+            some = advance.over(islice(rows, arguments.profile_samples))
+            measured = profile_model(model, processor, some, batch_size=config.batch_size, seed=config.seed)
+    return make_plan(measured, config.budget, config.kv)
 
 
 def _export(arguments: argparse.Namespace) -> None:

@@ -50,6 +50,11 @@ def progress(what: str, total: int) -> Iterator[Advance]:
         yield Advance(bar, task)
 
 
+def on_one_process(number: int) -> None:
+    """Of several processes, only the first shows anything."""
+    console.quiet = number > 0
+
+
 def note(text: str) -> None:
     """Say something on standard error, as it is."""
     console.print(text, markup=False, highlight=False, soft_wrap=True)
@@ -72,7 +77,10 @@ class _TrainingBar(ProgressCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: Any = None, **kwargs: Any
     ) -> None:
         if logs and "compute" in logs:
-            figures = f"CE {logs['ce']:.3f}  KL {logs['kl']:.3f}  compute {logs['compute']:.1%}"
+            figures = (
+                f"CE {logs['ce']:.3f}  KL {logs['kl']:.3f}  accuracy {logs['accuracy']:.1%}  "
+                f"compute {logs['compute']:.1%} of {logs['budget']:.0%}"
+            )
             self._bar.update(self._task, figures=figures)
 
     def on_train_end(

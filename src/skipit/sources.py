@@ -1,6 +1,6 @@
 """What the command line's MODEL and DATA may be."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -48,6 +48,7 @@ def load_data(
     *,
     streaming: bool = False,
     shuffle_buffer: int = 0,
+    columns: Mapping[str, str] | None = None,
 ) -> Any:
     """Rows in the conversational vision format.
 
@@ -59,10 +60,14 @@ def load_data(
         streaming: rows are read one by one as they are asked for, and never all held; what is returned then has no
             length, and what cannot be read is found when it is reached.
         shuffle_buffer: of a stream, rows among which the next is drawn before `samples` are taken; 0 keeps the order.
+        columns: the source's own names of `images`, `prompt`, `completion` and `answer`, where they differ.
 
     Raises:
-        InputError: it cannot be read, or has no rows.
+        InputError: it cannot be read, or has no rows, or not the columns.
     """
+    if columns:
+        found = load_data(source, split, samples, seed, streaming=streaming, shuffle_buffer=shuffle_buffer)
+        return _renamed(found, columns, source)
     if shuffle_buffer and not streaming:
         raise InputError(f"a shuffle buffer of {shuffle_buffer} rows is of a stream: add --streaming.")
     if streaming:
@@ -83,7 +88,19 @@ def load_data(
     return rows.select(range(min(samples, len(rows)))) if samples else rows
 
 
-def load_held_out(source: str | None, data: str, split: str, samples: int, seed: int) -> Any:
+def _renamed(rows: Any, columns: Mapping[str, str], source: str) -> Any:
+    has = list(rows.column_names or next(iter(rows), {}))  # a stream may not know them before its first row
+    for ours, theirs in columns.items():
+        if theirs not in has:
+            raise InputError(f"data {source!r} has no column {theirs!r} for `{ours}`; found: {', '.join(has)}.")
+        if ours in has and ours != theirs:
+            raise InputError(f"data {source!r}: `{ours}` is to be {theirs!r}, but it has a column {ours!r} already.")
+    return rows.rename_columns({theirs: ours for ours, theirs in columns.items() if ours != theirs})
+
+
+def load_held_out(
+    source: str | None, data: str, split: str, samples: int, seed: int, columns: Mapping[str, str] | None = None
+) -> Any:
     """Rows that training does not see.
 
     Args:
@@ -92,6 +109,7 @@ def load_held_out(source: str | None, data: str, split: str, samples: int, seed:
         split: of the source.
         samples: at most this many rows.
         seed: of the reference's random grids.
+        columns: see `load_data`.
 
     Raises:
         InputError: they cannot be read, or `data` has one split only.
@@ -99,7 +117,7 @@ def load_held_out(source: str | None, data: str, split: str, samples: int, seed:
     path = Path(data)
     if source is None and data != REFERENCE and (path.is_file() or (path / "dataset_info.json").is_file()):
         raise InputError(f"data {data!r} has one split, which is trained on. Name held-out rows: --calibration-data.")
-    return load_data(source or data, split, samples, seed)
+    return load_data(source or data, split, samples, seed, columns=columns)
 
 
 def _read(source: str, split: str, streaming: bool = False) -> Any:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from skipit.router import RouterConfig, Trace, attach, gated_layers, running, set_gates
 from skipit.theory.cost import CostModel, trace_compute
-from skipit.train.objective import DualAscent, answer_losses, gated_compute
+from skipit.train.objective import AnswerLosses, DualAscent, answer_losses, answer_targets, gated_compute
 
 EIGHT: list[list[int | str]] = [[5, "image", 6, 7, 8][: 3 + i % 3] + [9 + i, 10] * (1 + i // 3) for i in range(8)]
 
@@ -18,11 +18,18 @@ def labels_of(batch: dict[str, Tensor]) -> Tensor:
     return batch["input_ids"].masked_fill((batch["attention_mask"] == 0) | (batch["input_ids"] < 9), -100)
 
 
+def losses(student: Tensor, teacher: Tensor | None, labels: Tensor) -> AnswerLosses:
+    """Of logits at every position."""
+    kept, targets = answer_targets(labels)
+    return answer_losses(student[:, kept], None if teacher is None else teacher[:, kept], targets)
+
+
 def test_losses_by_the_formula() -> None:
     student, teacher = torch.randn(2, 5, 7), torch.randn(2, 5, 7)
     labels = torch.tensor([[-100, -100, 3, 1, -100], [2, -100, 6, -100, 0]])
-    ce, kl = answer_losses(student, teacher, labels)
+    ce, kl, correct = losses(student, teacher, labels)
     expected_ce = expected_kl = 0.0
+    expected_correct = 0
     for row in range(2):
         for t in range(4):
             if labels[row, t + 1] == -100:
@@ -30,25 +37,26 @@ def test_losses_by_the_formula() -> None:
             q, p = torch.softmax(student[row, t], -1), torch.softmax(teacher[row, t], -1)
             expected_ce -= q[labels[row, t + 1]].log()
             expected_kl += (p * (p / q).log()).sum()
+            expected_correct += int(q.argmax() == labels[row, t + 1])
     torch.testing.assert_close(ce, torch.as_tensor(expected_ce))
     torch.testing.assert_close(kl, torch.as_tensor(expected_kl))
-    assert answer_losses(student, None, labels)[1] == 0
-    assert answer_losses(student, student, labels)[1].abs() < 1e-6
+    assert correct == expected_correct
+    assert losses(student, None, labels).kl == 0
+    assert losses(student, student, labels).kl.abs() < 1e-6
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_losses_are_taken_in_fp32(dtype: torch.dtype) -> None:
     logits, labels = (30 * torch.randn(1, 4, 9)).to(dtype), torch.tensor([[0, 1, 2, 3]])
-    ce, kl = answer_losses(logits, logits.flip(-1), labels)
-    exact = answer_losses(logits.float(), logits.flip(-1).float(), labels)
-    assert (ce, kl) == exact
-    assert ce.dtype == torch.float32
+    rounded = losses(logits, logits.flip(-1), labels)
+    assert rounded == losses(logits.float(), logits.flip(-1).float(), labels)
+    assert rounded.ce.dtype == torch.float32
 
 
 def test_rows_without_answers_add_nothing() -> None:
     student, labels = torch.randn(2, 3, 5, requires_grad=True), torch.full((2, 3), -100)
-    ce, kl = answer_losses(student, student.detach(), labels)
-    assert ce == kl == 0
+    ce, kl, correct = losses(student, student.detach(), labels)
+    assert ce == kl == correct == 0
     (ce + kl).backward()
     assert not student.grad.any()
 
@@ -61,7 +69,7 @@ def step_loss(model: Any, batch: dict[str, Tensor], costs: CostModel, kv: str, i
         logits = model(**batch, use_cache=False).logits
     with torch.no_grad(), running(mode="dense"):
         teacher = model(**batch, use_cache=False).logits
-    ce, kl = answer_losses(logits, teacher, labels)
+    ce, kl, _ = losses(logits, teacher, labels)
     compute = gated_compute(costs, trace.steps[0])
     over = (compute.executed.sum() - 0.5 * compute.dense.sum()) / 1e4
     return (ce + kl + 0.7 * over) / items

@@ -23,10 +23,11 @@ from skipit.theory.identity import fingerprint
 from skipit.theory.plan import Plan
 from skipit.train.collate import Collator, batches
 from skipit.train.config import TrainConfig
-from skipit.train.objective import answer_losses
+from skipit.train.launch import training_arguments
+from skipit.train.objective import answer_losses, answer_targets
 from skipit.train.reference.data import reference_dataset
 from skipit.train.reference.model import build_model, build_processor
-from skipit.train.run import _arguments, dense_per_answer, lora_targets, prepare, train
+from skipit.train.run import dense_per_answer, lora_targets, prepare, train
 from skipit.train.trainer import SkipTrainer, TrainingError
 
 LAYERS = 3
@@ -109,7 +110,8 @@ class TestRunFolder:
         assert [figures["step"] for figures in history] == list(range(1, CONFIG.steps + 1))
         assert record["last"] == history[-1]
         for figures in history:
-            assert set(figures) == {"step", "ce", "kl", "compute", "price"}
+            assert set(figures) == {"step", "ce", "kl", "accuracy", "budget", "compute", "price"}
+            assert 0 <= figures["accuracy"] <= 1
             assert 0 < figures["compute"] < 1.01
             assert min(figures["ce"], figures["kl"]) > 0
         assert history[0]["price"] == 0
@@ -183,7 +185,7 @@ class TestPreparation:
 
     def test_dense_compute_per_answer(self, model: Any, processor: Any, rows: Dataset) -> None:
         costs = CostModel.of(model)
-        got = dense_per_answer(model, batches(rows, Collator(processor), 4), costs)
+        got = dense_per_answer(batches(rows, Collator(processor), 4), costs)
         flops = answers = 0.0
         for batch in batches(rows, Collator(processor), 1):
             for layer in costs.layers:
@@ -195,7 +197,7 @@ class TestPreparation:
     def test_data_without_answers(self, model: Any) -> None:
         batch = {"attention_mask": torch.ones(1, 3), "labels": torch.full((1, 3), -100)}
         with pytest.raises(InputError, match="the training data has no answer tokens; every row needs a completion"):
-            dense_per_answer(model, [batch], CostModel.of(model))
+            dense_per_answer([batch], CostModel.of(model))
 
 
 @pytest.fixture
@@ -208,7 +210,7 @@ def trainer(model: Any, processor: Any, rows: Dataset, tmp_path: Path) -> Callab
             costs=costs,
             dense_per_answer=1e6,
             model=tuned,
-            args=_arguments(config, tmp_path, "none"),
+            args=training_arguments(config, tmp_path),
             train_dataset=rows,
             data_collator=Collator(processor),
             **options,
@@ -228,13 +230,14 @@ class TestLoss:
         batch.pop("labels")
         made.model.train()
         with torch.no_grad():
-            torch.testing.assert_close(made._teacher(made.model, batch), base(**batch).logits)
+            kept = torch.tensor([3, 11])
+            torch.testing.assert_close(made._teacher(made.model, batch, kept), base(**batch).logits[:, kept])
         assert made.model.training
 
     @pytest.mark.parametrize("kv", ["retain", "evict"])
     def test_parts(self, trainer: Any, base: Any, processor: Any, rows: Dataset, kv: str) -> None:
         made = trainer(replace(CONFIG, kv=kv, distillation=0.5))
-        made.ascent.multiplier = 3.0
+        made.ascents[0].multiplier = 3.0
         made.model.train()
         batch = next(batches(rows, Collator(processor), 4))
         loss = made.compute_loss(made.model, dict(batch), num_items_in_batch=10)
@@ -242,10 +245,13 @@ class TestLoss:
         with torch.no_grad():
             with running(kv=kv, mode="masked"):
                 student = made.model(**batch, use_cache=False).logits
-            ce, kl = answer_losses(student, base(**batch).logits, labels)
-        over = (made._executed - 0.5 * made._dense) / 1e6
+            kept, targets = answer_targets(labels)
+            ce, kl, correct = answer_losses(student[:, kept], base(**batch).logits[:, kept], targets)
+        over = (made._sums["executed"] - 0.5 * made._sums["dense"]) / 1e6
         assert loss.item() == pytest.approx(float(ce + 0.5 * kl + 3.0 * over) / 10, rel=1e-4)
-        assert made._parts == pytest.approx({"ce": float(ce) / 10, "kl": float(kl) / 10}, rel=1e-4)
+        sums = {name: float(made._sums[name]) for name in ("ce", "kl", "correct", "answers")}
+        expected = {"ce": ce, "kl": kl, "correct": correct, "answers": (targets != -100).sum()}
+        assert sums == pytest.approx({name: float(value) for name, value in expected.items()}, rel=1e-4)
 
     def test_gates_and_lora_have_learning_rates_of_their_own(self, trainer: Any) -> None:
         groups = trainer().create_optimizer().param_groups

@@ -1,0 +1,22 @@
+"""Parameters that DeepSpeed has spread over processes (ZeRO-3), whole for a while."""
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+
+from torch import nn
+
+
+@contextmanager
+def whole(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
+    """Every process has these parameters whole within the block; nothing happens to those that are whole anyway.
+
+    All processes must enter it together. What is changed inside is lost.
+    """
+    sharded = [parameter for parameter in parameters if hasattr(parameter, "ds_id")]
+    if not sharded:
+        yield
+        return
+    import deepspeed
+
+    with deepspeed.zero.GatheredParameters(sharded):
+        yield
