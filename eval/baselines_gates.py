@@ -1,6 +1,7 @@
 """Peers' learned gates and what they scale, as modules in the place of our gate: re-implemented from the formulas."""
 
 import math
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -8,10 +9,14 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from skipit.router import VISION, gated_layers
+from skipit.router import VISION, UnsupportedModelError, gated_layers
+from skipit.router.attention import Layout
 from skipit.router.call import KWARG, Call
 from skipit.router.gates import TokenGate
 from skipit.router.gathered import states_of, with_states
+from skipit.router.layer import GatedMLP
+
+from .baselines_policies import TopVision, unwatched
 
 
 class DLLMGate(nn.Module):
@@ -56,7 +61,7 @@ def zero_gates(model: nn.Module) -> None:
 def scale_vision(model: nn.Module) -> list[Any]:
     """p-MoD's residual, in every layer that drops some vision tokens: x + g F where one runs, g x where it skips.
 
-    The model's policy must be a `TopVision`, which decides again here, from the same states.
+    The model's policy must be a `TopVision`, which decides again here, from the same states; any other scales nothing.
 
     Returns:
         Handles whose `remove()` ends it.
@@ -66,12 +71,12 @@ def scale_vision(model: nn.Module) -> list[Any]:
 
 def _scale(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
     call: Call | None = kwargs.get(KWARG)
-    keep = getattr(getattr(call, "policy", None), "keep", None)
-    if call is None or keep is None or keep[module.skipit_index] >= 1:
+    policy = unwatched(call.policy) if call is not None else None
+    if call is None or not isinstance(policy, TopVision) or policy.keep[module.skipit_index] >= 1:
         return output
     hidden = args[0] if args else kwargs["hidden_states"]
     states = states_of(output)
-    run = call.policy.decide(module.skipit_index, hidden, call, module.layer_gate).run
+    run = policy.decide(module.skipit_index, hidden, call, module.layer_gate).run
     weight = pmod_weight(module.layer_gate(hidden, call.modality))[..., None].to(hidden.dtype)
     scaled = torch.where(run[..., None], hidden + weight * (states - hidden), weight * hidden)
     return with_states(output, torch.where((call.modality == VISION)[..., None], scaled, states))
@@ -109,13 +114,67 @@ class FlexiGate(nn.Module):
         normed = self.adapter_norm(hidden.float())
         return self.out(F.silu(self.gate(normed)) * self.value(normed)).to(hidden.dtype)
 
+    @property
     def router_flops(self) -> float:
         """Per token."""
         return linear_flops(self.down) + linear_flops(self.up) + linear_flops(self.head)
 
+    @property
     def adapter_flops(self) -> float:
         """Per token that skips."""
         return linear_flops(self.gate) + linear_flops(self.value) + linear_flops(self.out)
+
+
+_weight: ContextVar[tuple[Tensor, Layout] | None] = ContextVar("skipit_flexidepth", default=None)
+
+
+def scale_by_router(model: nn.Module) -> list[Any]:
+    """FlexiDepth's two paths: where a token runs, its MLP counts w; where it skips, it gets (1 - w) adapter(x).
+
+    Returns:
+        Handles whose `remove()` ends it.
+    """
+    handles: list[Any] = []
+    for layer in gated_layers(model):
+        parts = [child for child in layer.children() if isinstance(child, GatedMLP)]
+        if len(parts) != 1:
+            raise UnsupportedModelError(f"`{type(layer).__name__}` has no one MLP to be scaled.")
+        handles += [
+            layer.register_forward_pre_hook(_weigh, with_kwargs=True),
+            parts[0].register_forward_hook(_scale_mlp),
+            layer.register_forward_hook(_adapt, with_kwargs=True, always_call=True),
+        ]
+    return handles
+
+
+def _weigh(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    call: Call | None = kwargs.get(KWARG)
+    if call is None:
+        return
+    hidden = args[0] if args else kwargs["hidden_states"]
+    run = unwatched(call.policy).decide(module.skipit_index, hidden, call, module.layer_gate).run
+    _weight.set((torch.sigmoid(module.layer_gate(hidden, call.modality)), Layout.of(run & call.real)))
+
+
+def _scale_mlp(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
+    held = _weight.get()
+    if held is None:
+        return output
+    weight, layout = held[0][..., None].to(output.dtype), held[1]
+    return output * (weight if output.shape[:2] == weight.shape[:2] else layout.pack(weight))
+
+
+def _adapt(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+    held = _weight.get()
+    _weight.set(None)
+    if held is None or output is None:  # no call, or the layer has failed
+        return output
+    hidden = args[0] if args else kwargs["hidden_states"]
+    weight, layout = held
+    run = torch.zeros_like(weight, dtype=torch.bool)
+    run[layout.rows, layout.columns] = True
+    other = hidden + (1 - weight)[..., None].to(hidden.dtype) * module.layer_gate.adapt(hidden)
+    return with_states(output, torch.where(run[..., None], states_of(output), other))
 
 
 def linear_flops(module: nn.Module) -> float:

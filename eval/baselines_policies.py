@@ -195,15 +195,25 @@ class Watched:
 
     Attributes:
         policy: that decides.
-        seen: receives one entry per layer: 1 where a token runs, 0 where it skips, [batch, seq], straight-through.
+        seen: receives one entry per layer, [batch, seq]: 1 where a token runs, 0 where it skips, straight-through.
+        soft: receive the probabilities instead, and let the decisions have no gradient: what runs is scaled by them.
     """
 
     policy: Policy
     seen: list[Tensor]
+    soft: bool = False
 
     def decide(self, layer: int, hidden: Tensor, call: Call, gate: TokenGate) -> Decision:
         """Decide as the policy does."""
         decision = self.policy.decide(layer, hidden, call, gate)
+        if self.soft and decision.probability is not None:
+            self.seen.append(decision.probability)
+            return Decision(decision.run)
         weight = decision.straight_through()
         self.seen.append(decision.run.float() if weight is None else weight)
         return decision
+
+
+def unwatched(policy: Policy) -> Policy:
+    """The policy itself, for those who ask it a second time."""
+    return policy.policy if isinstance(policy, Watched) else policy

@@ -11,6 +11,7 @@ from .config import RouterConfig
 from .decoder import find_decoder, image_layers, why_not
 from .errors import SkipItError, UnsupportedModelError
 from .gates import TokenGate
+from .generation import let_choose_budgets, take_budgets_away
 from .layer import GatedLayer, mix_in_parts, take_out_parts
 from .projections import unwrap_projections, wrap_projections
 from .subclass import mix_in, take_out
@@ -20,7 +21,8 @@ def attach(model: nn.Module, config: RouterConfig | None = None) -> Router:
     """Give every decoder layer of a loaded model a gate; new gates let every token run.
 
     The model stays what it was: same class, same `state_dict` keys for its own weights (each layer gains
-    `layer_gate`), same outputs bit for bit until the gates say otherwise, and `generate()` as before.
+    `layer_gate`), same outputs bit for bit until the gates say otherwise, and `generate()` as before, which now takes a
+    `budget`.
 
     Args:
         model: a loaded transformers model, before PEFT is applied.
@@ -58,6 +60,7 @@ def attach(model: nn.Module, config: RouterConfig | None = None) -> Router:
         attention_config._attn_implementation_internal = implementation
     router = Router(config, len(layers), of_images)
     model.register_forward_pre_hook(router, with_kwargs=True)
+    let_choose_budgets(model)
     return router
 
 
@@ -81,6 +84,7 @@ def detach(model: nn.Module) -> None:
         if hook is router:
             del top._forward_pre_hooks[key]
             top._forward_pre_hooks_with_kwargs.pop(key, None)
+    take_budgets_away(top)
 
 
 def find_router(model: nn.Module) -> tuple[nn.Module, Router]:

@@ -73,14 +73,20 @@ def local_folder(source: str | Path, **options: Any) -> Path:
     return Path(str(found[0])).parent
 
 
-def attach_from(model: nn.Module, folder: str | Path) -> nn.Module:
+def attach_from(model: nn.Module, folder: str | Path, budget: float | str | None = None) -> nn.Module:
     """Attach the gates stored in a folder to a loaded model.
+
+    Args:
+        model: of which they are.
+        folder: where they are.
+        budget: a calibrated operating point, which becomes the model's default one.
 
     Raises:
         CheckpointError: the files are damaged or the gates are another model's.
+        RouterConfigError: not a calibrated budget.
     """
     config, gates = load_router(Path(folder))
-    attach(model, config)
+    attach(model, config.at(budget))
     try:
         set_gates(model, **gates)
     except SkipItError as error:
@@ -121,21 +127,23 @@ def save_gated(
             (folder / "README.md").write_text(card, encoding="utf-8")
 
 
-def load(folder: str | Path, **options: Any) -> tuple[Any, Any]:
+def load(folder: str | Path, *, budget: float | str | None = None, **options: Any) -> tuple[Any, Any]:
     """Load a gated checkpoint: the model with its gates, in eval mode, and its processor.
 
     Args:
         folder: made by `save_gated` or `skipit export`, or the Hub id of one.
+        budget: a calibrated operating point, which becomes the model's default one.
         **options: passed to transformers' `from_pretrained`, such as `dtype` and `device_map`. Code inside the
             checkpoint is never run.
 
     Raises:
         CheckpointError: not a gated checkpoint, or damaged.
+        RouterConfigError: not a calibrated budget.
     """
     router = local_folder(folder, **options)
-    load_router(router)  # before the weights: a broken router is found in milliseconds
+    load_router(router)[0].threshold_at(budget)  # before the weights: what is wrong is found in milliseconds
     model, processor = load_dense(folder, exact=True, **options)
-    return attach_from(model, router), processor
+    return attach_from(model, router, budget), processor
 
 
 def load_dense(source: str | Path, *, exact: bool = False, **options: Any) -> tuple[Any, Any]:

@@ -1,7 +1,7 @@
 """What can be set about a router. Frozen, JSON, and an unknown key is an error."""
 
 import json
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from sys import float_info
 from typing import Any, Literal, Self, get_args
@@ -74,14 +74,22 @@ class RouterConfig:
         """
         if budget is None:
             return self.threshold
-        name = budget if isinstance(budget, str) else f"{budget:g}"
-        if name not in self.operating_points:
+        name = f"{budget:g}" if isinstance(budget, int | float) else budget
+        if not isinstance(name, str) or name not in self.operating_points:
             known = ", ".join(self.operating_points) or "none"
             raise RouterConfigError(
                 f"`budget`: got {name!r}, this router is calibrated for: {known}. "
                 "Choose one of these, or calibrate another with `skipit calibrate`."
             )
         return self.operating_points[name]
+
+    def at(self, budget: float | str | None) -> Self:
+        """These settings with a named operating point as the default one.
+
+        Raises:
+            RouterConfigError: no operating point has this name.
+        """
+        return replace(self, threshold=self.threshold_at(budget))
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Self:

@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from tiny_models import build, inputs
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoModelForMultimodalLM, BitsAndBytesConfig
 
+import skipit
 from skipit.router import CheckpointError, RouterConfig, Trace, attach, find_router, gate_state, running, set_gates
 from skipit.router.checkpoint import GATES_FILE, attach_from, load, load_dense, local_folder, save_gated
 from skipit.router.standalone import CODE, code_files
@@ -30,7 +31,7 @@ def make(
 ) -> Any:
     """Write a gated checkpoint whose gates run about half of the tokens, and its inputs; gives the model."""
     model = build(family).to(dtype)
-    attach(model, RouterConfig(kv="evict"))
+    attach(model, RouterConfig(kv="evict", operating_points={"none": 100.0}))
     set_gates(model, **{name: torch.randn_like(value) for name, value in gate_state(model).items()})
     save_gated(model, processor(family) if with_processor else None, folder, **options)
     batch = inputs(family, ROW)
@@ -38,11 +39,12 @@ def make(
     return model
 
 
-def generate(model: Any, folder: Path) -> dict[str, Any]:
+def generate(model: Any, folder: Path, **options: Any) -> dict[str, Any]:
     """What the worker prints about a checkpoint."""
     trace = Trace()
+    batch = load_file(folder / "inputs.safetensors")
     with running(trace=trace):
-        tokens = model.generate(**load_file(folder / "inputs.safetensors"), max_new_tokens=5, do_sample=False)
+        tokens = model.generate(**batch, max_new_tokens=5, do_sample=False, **options)
     return {"tokens": tokens.tolist(), "ran": [int(step.run.sum()) for step in trace.steps]}
 
 
@@ -78,6 +80,8 @@ def test_the_code_inside_runs_the_gated_model_where_skipit_is_not_installed(tmp_
         assert result["code"].startswith("transformers_modules.")
         expected = generate(load(folder)[0], folder)
         assert {name: result[name] for name in expected} == expected
+        at_none = generate(load(folder)[0], folder, budget="none")
+        assert result["by_budget"] == result["by_config"] == result["at_load"] == at_none != expected
         assert len(result["ran"]) == 5
         assert 0 < sum(result["ran"]) < 4 * (len(result["tokens"][0]) - 1)  # something ran, something was skipped
     assert [result["dtype"] for result in results] == ["torch.float32", "torch.bfloat16"]
@@ -120,6 +124,28 @@ def test_with_trust_both_auto_classes_give_the_gated_model(kind: Any, tmp_path: 
     fresh = kind.from_config(AutoConfig.from_pretrained(tmp_path / "out"), trust_remote_code=True)
     assert type(fresh) is type(gated)
     assert fresh._forward_pre_hooks
+
+
+def test_where_skipit_is_installed_it_reaches_the_trusted_model(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gated = make("llava", tmp_path / "out")
+    with running(mode="dense"):
+        dense = generate(gated, tmp_path / "out")
+    model = AutoModelForImageTextToText.from_pretrained(tmp_path / "out", trust_remote_code=True)
+    batch = load_file(tmp_path / "out" / "inputs.safetensors")
+    _, trace = skipit.generate(model, return_trace=True, max_new_tokens=2, **batch)
+    assert 0 < trace.share < 1
+    with running(mode="dense"):
+        assert generate(model, tmp_path / "out") == dense
+    # One that reads another format is left alone.
+    monkeypatch.setattr("skipit.router.config.FORMAT_VERSION", 2)
+    copied = AutoModelForImageTextToText.from_pretrained(tmp_path / "out", trust_remote_code=True)
+    expected = generate(gated, tmp_path / "out")["tokens"]
+    with running(mode="dense"):
+        assert generate(copied, tmp_path / "out")["tokens"] == expected != dense["tokens"]
+    (router,) = [hook for hook in copied._forward_pre_hooks.values() if hasattr(hook, "config")]
+    assert type(router).__module__.startswith("transformers_modules.")
 
 
 def test_a_dense_copy_can_be_saved_and_gated_again(tmp_path: Path) -> None:

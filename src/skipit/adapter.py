@@ -58,30 +58,38 @@ def export_adapter(run: str | Path, out: str | Path, *, overwrite: bool = False)
         return sum(file.stat().st_size for file in folder.iterdir())
 
 
-def load(folder: str | Path, base: str | Path | None = None, **options: Any) -> tuple[Any, Any]:
+def load(
+    folder: str | Path, base: str | Path | None = None, *, budget: float | str | None = None, **options: Any
+) -> tuple[Any, Any]:
     """Load a gated checkpoint or an adapter checkpoint: the model with its gates, in eval mode, and its processor.
 
     Args:
         folder: made by `skipit export`, with or without `--adapter`.
         base: of an adapter: a copy of the model it was trained from, when it is not where the record says.
+        budget: a calibrated operating point, which becomes the model's default one: what runs where a call names none,
+            and what is saved as the default.
         **options: passed to transformers' `from_pretrained`, such as `dtype` and `device_map`.
 
     Raises:
         CheckpointError: neither of the two, damaged, or the base is another model.
+        RouterConfigError: not a calibrated budget.
         InputError: `base` for a checkpoint that holds its own weights.
     """
     folder = Path(folder)
     if (folder / ADAPTER_CONFIG).is_file():
-        return _load_adapter(folder, base, options)
+        return _load_adapter(folder, base, budget, options)
     if base is not None:
         raise InputError(f"`base`: got {str(base)!r}, but {folder} holds all weights itself. Leave it out.")
-    return gated.load(folder, **options)
+    return gated.load(folder, budget=budget, **options)
 
 
-def _load_adapter(folder: Path, base: str | Path | None, options: dict[str, Any]) -> tuple[Any, Any]:
+def _load_adapter(
+    folder: Path, base: str | Path | None, budget: float | str | None, options: dict[str, Any]
+) -> tuple[Any, Any]:
     from peft import PeftModel, get_peft_model_state_dict
 
     config, record = read_router(folder)
+    config = config.at(budget)
     tensors = load_tensors(folder / ADAPTER_WEIGHTS)
     if bad := [name for name, tensor in tensors.items() if not bool(tensor.isfinite().all())]:
         raise CheckpointError(f"{folder / ADAPTER_WEIGHTS}: `{bad[0]}` has values that are not finite.")

@@ -22,7 +22,7 @@ from skipit.eval.baselines import (
     static_baselines,
     with_gate_cost,
 )
-from skipit.eval.baselines_gates import DLLMGate, linear_flops, scale_vision, zero_gates
+from skipit.eval.baselines_gates import DLLMGate, FlexiGate, linear_flops, scale_by_router, scale_vision, zero_gates
 from skipit.eval.baselines_policies import (
     FastV,
     FixedMask,
@@ -45,11 +45,12 @@ from skipit.train.collate import Collator, batches
 from skipit.train.config import TrainConfig
 from skipit.train.run import train
 
-from .baselines_training import fit, rate_penalty, sequence_penalty
+from .baselines_training import depth_penalty, fit, rate_penalty, sequence_penalty
 from .pipeline import profile_model
 from .sources import load_data, load_model
 
 LC_ROWS = 40  # as many as ShortV uses
+FLEXIDEPTH_WEIGHT = 1e-3
 FASTV_LAYER = 1  # the second layer's attention, as the authors' K = 2
 
 
@@ -311,6 +312,24 @@ def pmod(lab: Lab, budget: float) -> Systems:
     return {"p-mod": [System(lab.fit(budget, options, change=change), always(options), lab.costs)]}
 
 
+def flexidepth(lab: Lab, budget: float) -> Systems:
+    """FlexiDepth: a bottleneck router that scales the MLP, an adapter where a token skips, a loss on the squared depth.
+
+    In all layers, where the authors convert the last half; the threshold, not the loss's weight, meets the budget.
+    """
+    text = lab.dense[0].config.get_text_config()
+
+    def gate() -> FlexiGate:
+        return FlexiGate(text.hidden_size, text.intermediate_size)
+
+    costs = with_gate_cost(lab.costs, gate().router_flops, gate().adapter_flops)
+    options: dict[str, Any] = {"policy": Gated(), "kv": "retain"}
+    penalty = depth_penalty(FLEXIDEPTH_WEIGHT)
+    model = lab.fit(budget, options, gate=gate, change=scale_by_router, penalty=penalty, soft=True)
+    met = lab.meet(model, costs, budget, lambda x: {**options, "policy": Gated(x)}, low=-30.0, high=30.0)
+    return {"flexidepth": [System(model, always(met), costs)]}
+
+
 STATIC = ("random", "bi", "bi-vision", "angular", "drop-attention", "drop-mlp", "shortv", "vtw")
 Method = Callable[[Lab, float], Systems]
 UNTRAINED: dict[str, Method] = {
@@ -326,6 +345,7 @@ TRAINED: dict[str, Method] = {
     "router-tuning-block": partial(router_tuning, "block"),
     "d-llm": dllm,
     "p-mod": pmod,
+    "flexidepth": flexidepth,
     "ours-retain": partial(ours, "retain"),
     "ours-evict": partial(ours, "evict"),
 }

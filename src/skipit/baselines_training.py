@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PrinterCallback
 
 from skipit.eval.baselines_policies import Watched
 from skipit.router import gated_layers, running
@@ -27,18 +28,19 @@ class PeerTrainer(SkipTrainer):
     Args:
         options: of `running` while training: `policy` and what goes with it.
         penalty: given the decisions [layers, batch, seq], straight-through, and the real tokens [batch, seq].
+        soft: the penalty is given the probabilities, and the decisions have no gradient.
         **trainer: of `SkipTrainer`.
     """
 
-    def __init__(self, *, options: Mapping[str, Any], penalty: Penalty | None, **trainer: Any) -> None:
-        self.options, self.penalty = dict(options), penalty
+    def __init__(self, *, options: Mapping[str, Any], penalty: Penalty | None, soft: bool, **trainer: Any) -> None:
+        self.options, self.penalty, self.soft = dict(options), penalty, soft
         super().__init__(**trainer)
 
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Tensor], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         """CE + distillation as for ours, and the penalty."""
-        policy = Watched(self.options["policy"], [])
+        policy = Watched(self.options["policy"], [], self.soft)
         with running(**{**self.options, "policy": policy}):
             found = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         if self.penalty is None:
@@ -58,6 +60,7 @@ def fit(
     gate: Callable[[], nn.Module] | None = None,
     change: Callable[[Any], Any] = lambda model: None,
     penalty: Penalty | None = None,
+    soft: bool = False,
 ) -> Any:
     """Fine-tune LoRA, and gates where the policy asks them, and merge LoRA.
 
@@ -71,6 +74,7 @@ def fit(
         gate: makes another gate for each layer.
         change: done to the gated model before training, such as hooks that scale what a layer adds.
         penalty: see `PeerTrainer`.
+        soft: see `PeerTrainer`.
 
     Returns:
         The gated model in eval mode.
@@ -86,6 +90,7 @@ def fit(
         trainer = PeerTrainer(
             options=options,
             penalty=penalty,
+            soft=soft,
             settings=config,
             costs=costs,
             dense_per_answer=1.0,
@@ -94,6 +99,7 @@ def fit(
             train_dataset=Rows(rows),
             data_collator=Collator(processor),
         )
+        trainer.remove_callback(PrinterCallback)
         trainer.train()
     return peft_model.merge_and_unload().eval()
 
@@ -126,9 +132,9 @@ def rate_penalty(share: float) -> Penalty:
 
 
 def depth_penalty(weight: float) -> Penalty:
-    """FlexiDepth's loss: weight times the mean over tokens of (mean over layers of w)^2."""
+    """FlexiDepth's loss: weight times the mean over tokens of (sum over layers of w)^2."""
 
     def penalty(run: Tensor, real: Tensor) -> Tensor:
-        return weight * run.mean(0).square()[real].mean()
+        return weight * run.sum(0).square()[real].mean()
 
     return penalty

@@ -49,7 +49,7 @@ def generate(model: Any, *, return_trace: bool = False, budget: float | str | No
     Args:
         model: gated.
         return_trace: return what ran, too.
-        budget: a calibrated operating point, by its number or its name; None is the default one.
+        budget: a calibrated operating point, by its number or its name, as `model.generate` itself takes it.
         **kwargs: of transformers' `generate`.
 
     Returns:
@@ -69,11 +69,10 @@ def generate(model: Any, *, return_trace: bool = False, budget: float | str | No
             "Leave `num_beams` at 1, or record steps with `running(trace=...)`."
         )
     if not return_trace:
-        with running(budget=budget):
-            return model.generate(**kwargs)
+        return model.generate(budget=budget, **kwargs)
     trace = Trace()
-    with running(trace=trace, budget=budget):
-        output = model.generate(**kwargs)
+    with running(trace=trace):
+        output = model.generate(budget=budget, **kwargs)
     executed, dense = trace_flops(CostModel.of(model, router.config.layers), trace.steps)
     return output, GenerationTrace(
         run=torch.cat([step.run for step in trace.steps], dim=-1),

@@ -1,0 +1,56 @@
+"""The `generate` of a gated model: transformers' own, with one setting more, `budget`."""
+
+from contextlib import nullcontext
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+from transformers import GenerationMixin
+
+from .call import running
+from .subclass import Mixin, mix_in, take_out
+
+if TYPE_CHECKING:
+    _Model = GenerationMixin
+else:
+    _Model = object
+
+
+class BudgetedModel(Mixin, _Model):
+    """Mixin put before the own class of a model that generates."""
+
+    def generate(
+        self,
+        inputs: Any = None,
+        generation_config: Any = None,
+        *args: Any,
+        budget: float | str | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """`generate` at an operating point, for this call alone.
+
+        Args:
+            inputs: as transformers has it.
+            generation_config: the same; may have an attribute `budget`, which is how a request to a server names one.
+            *args: as transformers has them.
+            budget: a calibrated operating point, by its number or its name. None is that of `generation_config`, or
+                else what `running` says, or else the default one.
+            **kwargs: as transformers has them.
+
+        Raises:
+            RouterConfigError: not a calibrated budget.
+        """
+        chosen = budget if budget is not None else getattr(generation_config, "budget", None)
+        with nullcontext() if chosen is None else running(budget=chosen):
+            return super().generate(inputs, generation_config, *args, **kwargs)
+
+
+def let_choose_budgets(model: nn.Module) -> None:
+    """Give a model's `generate` a `budget`; a model that does not generate is left as it is."""
+    if isinstance(model, GenerationMixin):
+        mix_in(model, BudgetedModel)
+
+
+def take_budgets_away(model: nn.Module) -> None:
+    """Undo `let_choose_budgets`."""
+    if isinstance(model, BudgetedModel):
+        take_out(model)
