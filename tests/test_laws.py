@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from families import FAMILIES, LAYERS, ROWS, WIDTH, build, independent, inputs
+from families import FAMILIES, LAYERS, ROWS, WIDTH, attention_of, build, independent, inputs
 from tiny_models import PATTERNS, logits, same
 from torch import Tensor, nn
 from transformers import AutoModelForImageTextToText, DynamicCache
@@ -85,11 +85,6 @@ def in_parts(model: Any, batch: dict[str, Tensor], cuts: list[int]) -> tuple[Ten
         pieces.append(output.logits)
     assert isinstance(cache, SkipCache)
     return torch.cat(pieces, dim=1), cache
-
-
-def attention_of(layer: Any) -> Any:
-    """The attention inside a decoder layer."""
-    return layer.cross_attn if hasattr(layer, "cross_attn") else layer.self_attn
 
 
 def running_tokens(trace: Trace) -> Tensor:
@@ -273,11 +268,12 @@ class TestCachedIsUncached:
         assert isinstance(got.past_key_values, SkipCache)
         assert got.past_key_values.get_seq_length() == length
 
+    @pytest.mark.parametrize("family", ["llava", "mllama"])
     @EVERY_POLICY
     @EVERY_PATTERN
-    def test_assisted_generation_crops_the_cache(self, kv: str, pattern: str) -> None:
-        model, policy = gated("llava", pattern, kv)
-        batch = inputs("llava", [[5, "image", 6, 7, 8, 9, 6, 7, 8, 9, 6, 7]])
+    def test_assisted_generation_crops_the_cache(self, family: str, kv: str, pattern: str) -> None:
+        model, policy = gated(family, pattern, kv)
+        batch = inputs(family, [[5, "image", 6, 7, 8, 9, 6, 7, 8, 9, 6, 7]])
         with running(policy=policy):
             plain = model.generate(**batch, max_new_tokens=12, do_sample=False)
             assisted = model.generate(**batch, max_new_tokens=12, do_sample=False, prompt_lookup_num_tokens=3)

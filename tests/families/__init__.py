@@ -24,6 +24,7 @@ __all__ = [
     "ROWS",
     "WIDTH",
     "Family",
+    "attention_of",
     "build",
     "config",
     "independent",
@@ -74,6 +75,11 @@ ROWS: list[Row] = [
     [10, 11, 12, 13, 14],
     [15, "image", 16, "image", 17, 18, 19, 20, 21, 22],
 ]
+
+
+def attention_of(layer: Any) -> Any:
+    """The attention inside a decoder layer."""
+    return layer.cross_attn if hasattr(layer, "cross_attn") else layer.self_attn
 
 
 def independent(family: str) -> list[Row]:

@@ -64,6 +64,66 @@ def test_gathered_execution(family: str, kv: str, rows: list[list[int | str]]) -
         assert pairs.executed[index].sum() - linear.executed[index].sum() <= rectangle
 
 
+@pytest.mark.parametrize("kv", ["retain", "evict"])
+def test_layers_that_attend_to_images(kv: str) -> None:
+    """Linear maps and attention by token, the keys and values of images once, and nothing without images."""
+    model, batch = build("mllama", attention="eager"), inputs("mllama", ROWS)
+    costs = CostModel.of(model)
+    states = batch["cross_attention_mask"][0, 0].numel() * model.model.vision_model.num_patches
+    tokens = batch["input_ids"].shape[1]
+    flops, _ = counted(model, batch)
+    cost = costs.layers[1]
+    assert [layer.image > 0 for layer in costs.layers] == [False, True, False, False]
+    assert (cost.keys_values, cost.kv_bytes) == (0, 0)
+    assert cost.linear + cost.image == costs.layers[0].linear
+    assert flops[1] == 3 * (tokens * (cost.linear + states * cost.attention) + states * cost.image)
+    attach(model, RouterConfig(kv=kv))  # type: ignore[arg-type]
+    PATTERNS["gates"](model)
+    flops, trace = counted(model, batch)
+    compute = trace_compute(costs, trace.steps)
+    run, real = trace.steps[0].run[1].sum(1), int(trace.steps[0].real.sum())
+    assert 0 < run.sum() < real
+    rectangle = (3 * run.max() - run.sum()) * states * cost.attention  # as many queries as the fullest row has
+    pads = 3 * tokens - real
+    assert flops[1] == pytest.approx(float(compute.executed[1].sum() + pads * cost.gate + rectangle))
+    expected = real * (cost.linear + states * cost.attention) + 3 * states * cost.image
+    assert float(compute.dense[1].sum()) == pytest.approx(expected)
+    text = Trace()
+    with running(trace=text), torch.no_grad():
+        model(**inputs("mllama", ROWS[1:2]))
+    nothing = trace_compute(costs, text.steps)
+    assert nothing.executed[1].sum() == nothing.dense[1].sum() == 0
+
+
+@pytest.mark.parametrize("kv", ["retain", "evict"])
+def test_images_cost_once_in_a_generation(kv: str) -> None:
+    model, batch = build("mllama"), inputs("mllama", ROWS)
+    attach(model, RouterConfig(kv=kv))  # type: ignore[arg-type]
+    costs, trace = CostModel.of(model), Trace()
+    with running(trace=trace, policy=PATTERNS["tokens"](model)):
+        model.generate(**batch, max_new_tokens=4, do_sample=False)
+    states = trace.steps[0].images.held
+    assert [step.images for step in trace.steps] == [(states, states), *[(states, 0)] * 3]
+    cost, run = costs.layers[1], sum(int(step.run[1].sum()) for step in trace.steps)
+    real = sum(int(step.real.sum()) for step in trace.steps)
+    executed = run * (cost.linear + states * cost.attention) + real * cost.gate + 3 * states * cost.image
+    torch.testing.assert_close(trace_compute(costs, trace.steps).executed[1].sum().item(), executed)
+
+
+def test_what_a_profile_counts_is_what_a_trace_counts() -> None:
+    model, batch = build("mllama"), inputs("mllama", [["image", 5, 6, 7], ["image", 8, 9, 10]])
+    costs, trace = CostModel.of(model), Trace()
+    attach(model)
+    with running(trace=trace), torch.no_grad():
+        model(**batch)
+    (step,) = trace.steps
+    length = step.real.shape[1]
+    tokens = torch.tensor([[length - 1.0, 1.0]]).expand(LAYERS, -1)  # one token stands for the image
+    keys = torch.tensor([[sum(range(2, length + 1)) / (length - 1), 1.0]]).repeat(LAYERS, 1)
+    keys[1] = step.images.held
+    torch.testing.assert_close(2 * costs.dense(tokens, keys), trace_compute(costs, trace.steps).dense.sum().item())
+
+
 def brute_force(
     costs: CostModel, run: Tensor, modality: Tensor, real: Tensor, kv: str, held: Tensor, seen: Tensor
 ) -> Compute:

@@ -209,7 +209,7 @@ class TestProfile:
             real_damage[layer, m] += divergence(model, batch, policy=TokenTable(run), kv=kv)[0]
         assert spearmanr(damage.flatten(), real_damage.flatten())[0] > 0.8
 
-    @pytest.mark.parametrize("family", FAMILIES)
+    @pytest.mark.parametrize("family", [*FAMILIES, "mllama"])
     @pytest.mark.parametrize("m", [0, 1])
     def test_the_output_after_eviction_is_exact(self, family: str, m: int) -> None:
         model, batch = build(family), prompts(labelled(family))
@@ -228,6 +228,28 @@ class TestProfile:
             apart = apart_output(layers[layer], entered, states.kwargs[layer], modality, real)
             got = torch.where(chosen[..., None], entered, apart)
             torch.testing.assert_close(got[real], skipping.left[layer][real], atol=1e-4, rtol=1e-4)
+
+    def test_a_layer_that_attends_to_images(self) -> None:
+        """Nothing can be evicted from it, and rows that do not have it say nothing about it."""
+        model, batch = build("mllama"), labelled("mllama")
+        found = profile(model, [batch], draws=2)
+        t = found.tables
+        assert t["var_text"][1] == t["var_last"][1] == 1
+        assert ((t["var_text"] > 0) & (t["var_text"] < 1)).tolist() == [True, False, True, True]
+        torch.testing.assert_close(t["damage_retain"][1], t["damage_evict"][1])
+        torch.testing.assert_close(t["damage_tokens_retain"][1], t["damage_tokens_evict"][1])
+        assert t["keys"][1].tolist() == [batch["cross_attention_mask"][0, 0].numel() * 5] * 2
+        alone = profile(model, [batch, labelled("mllama", ROWS[1:2])], draws=2)
+        for name in EXACT:
+            torch.testing.assert_close(alone.tables[name][1], t[name][1], msg=name)
+        assert (alone.tables["count"] - t["count"])[:, 0].tolist() == [6, 0, 6, 6]
+        without = profile(model, [labelled("mllama", ROWS[1:2])])
+        assert without.tables["damage_retain"][:, 0].isfinite().tolist() == [True, False, True, True]
+        for measured in (found, alone, without):
+            for kv in ("retain", "evict"):
+                plan = make_plan(measured, 0.6, kv)  # type: ignore[arg-type]
+                assert plan.bias.isfinite().all()
+                assert skip_set(measured, 0.6, kv).any()  # type: ignore[arg-type]
 
     def test_a_row_that_is_not_finite_is_left_out_and_counted(self) -> None:
         model = build("llava")
