@@ -36,7 +36,7 @@ pytestmark = [
 def make(folder: Path, leaves: int) -> None:
     """The reference model with gates by which image tokens leave before layer `leaves`; text runs everywhere."""
     model, processor = load_model("reference")
-    attach(model, RouterConfig(kv="retain"))
+    attach(model, RouterConfig(kv="retain", operating_points={"none": 100.0}))
     gates = gate_state(model)
     gates["bias"][leaves:, 1] = -4.0
     set_gates(model, **gates)
@@ -96,7 +96,7 @@ def server(log: Path, *options: str) -> Iterator[str]:
             process.wait(30)
 
 
-def ask(address: str, folder: Path, row: dict[str, Any]) -> dict[str, Any]:
+def ask(address: str, folder: Path, row: dict[str, Any], budget: str | None = None) -> dict[str, Any]:
     """One question through the OpenAI-compatible endpoint."""
     picture = io.BytesIO()
     row["images"][0].save(picture, "PNG")
@@ -108,6 +108,8 @@ def ask(address: str, folder: Path, row: dict[str, Any]) -> dict[str, Any]:
         "max_tokens": 12,
         "temperature": 0.0,
     }
+    if budget is not None:
+        body["generation_config"] = json.dumps({"budget": budget})
     request = urllib.request.Request(
         f"{address}/v1/chat/completions", json.dumps(body).encode(), {"Content-Type": "application/json"}
     )
@@ -150,6 +152,10 @@ def test_an_image_question_is_answered(tmp_path: Path) -> None:
         assert not torch.cat([step.run.flatten() for step in trace.steps]).all()
         with running(mode="dense"):
             dense[folder] = [answer(model, processor, row) for row in rows]
+        if folder == mild:
+            with running(budget="none"):
+                none = [answer(model, processor, row) for row in rows[:4]]
+            assert none != expected[mild][:4]
     assert expected[blind] != dense[blind]
 
     with server(tmp_path / "gated.log", "--trust-remote-code") as address:
@@ -157,6 +163,15 @@ def test_an_image_question_is_answered(tmp_path: Path) -> None:
             said = [ask(address, folder, row) for row in rows]
             assert [item["choices"][0]["message"]["content"] for item in said] == expected[folder]
             assert all(item["usage"]["completion_tokens"] > 0 for item in said)
+        # A request may name a budget, and only it runs at it.
+        for row, at_none, default in zip(rows[:4], none, expected[mild], strict=False):
+            for budget, wanted in (("none", at_none), (None, default)):
+                said = ask(address, mild, row, budget)
+                assert said["choices"][0]["message"]["content"] == wanted
+        with pytest.raises(urllib.error.HTTPError, match="500"):
+            ask(address, mild, rows[0], "0.7")
+        assert ask(address, mild, rows[0])["choices"][0]["message"]["content"] == expected[mild][0]
+    assert "`budget`: got '0.7', this router is calibrated for: none" in (tmp_path / "gated.log").read_text()
     right = sum(text.strip() == row["answer"] for text, row in zip(expected[mild], rows, strict=True))
     assert right >= 10, expected[mild]
 
