@@ -83,6 +83,38 @@ def load(
     return gated.load(folder, budget=budget, **options)
 
 
+def load_with_dense(
+    folder: str | Path, base: str | Path | None = None, *, budget: float | str | None = None
+) -> tuple[Any, Any, Any]:
+    """Load a gated checkpoint or an adapter, and the dense model to compare it with.
+
+    Args:
+        folder: made by `skipit export`, with or without `--adapter`.
+        base: the dense model; None is the checkpoint's own weights without gates, or what the adapter was trained from.
+            An adapter is loaded on it, too.
+        budget: as of `load`.
+
+    Returns:
+        The gated model, its processor, and the dense model.
+
+    Raises:
+        CheckpointError: one of them cannot be loaded, or they do not belong together.
+        RouterConfigError: not a calibrated budget.
+    """
+    folder = Path(folder)
+    if (folder / ADAPTER_CONFIG).is_file():
+        source, options = _base_of(read_router(folder)[1], base)
+        return *load(folder, base, budget=budget), gated.load_dense(source, **options)[0]
+    source = str(folder) if base is None else resolve_model(str(base))
+    return *load(folder, budget=budget), gated.load_dense(source)[0]
+
+
+def _base_of(record: dict[str, Any], base: str | Path | None) -> tuple[str, dict[str, Any]]:
+    """Where an adapter's base is, and the revision of it, if it is the recorded one."""
+    revision = {"revision": record["revision"]} if base is None and record["revision"] else {}
+    return resolve_model(str(base or record["model"])), revision
+
+
 def _load_adapter(
     folder: Path, base: str | Path | None, budget: float | str | None, options: dict[str, Any]
 ) -> tuple[Any, Any]:
@@ -96,9 +128,8 @@ def _load_adapter(
     kind = load_json(folder / ADAPTER_CONFIG).get("peft_type")
     if kind != "LORA":
         raise CheckpointError(f"{folder / ADAPTER_CONFIG}: `peft_type`: got {kind!r}, expected 'LORA'.")
-    if base is None and record["revision"]:
-        options = {"revision": record["revision"], **options}
-    model, processor = gated.load_dense(resolve_model(str(base or record["model"])), **options)
+    source, revision = _base_of(record, base)
+    model, processor = gated.load_dense(source, **{**revision, **options})
     _check_base(model, record, folder, str(base or record["model"]))
     attach(model, config)
     try:

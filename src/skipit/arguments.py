@@ -232,7 +232,8 @@ def _calibrate(verb: Parser) -> None:
 
 
 def _generate(verb: Parser) -> None:
-    verb.add_argument("checkpoint", type=Path, help="folder made by `skipit export`")
+    verb.add_argument("checkpoint", type=Path, help=CHECKPOINT)
+    verb.add_argument("--base", default=None, help="of an adapter: a copy of its base (default: where it was trained)")
     verb.add_argument("--image", type=Path, action="append", required=True, help="image file; repeat for several")
     verb.add_argument("--prompt", required=True, help="the question")
     verb.add_argument(
@@ -246,14 +247,19 @@ def _generate(verb: Parser) -> None:
 
 
 def _eval(verb: Parser) -> None:
-    verb.add_argument("checkpoint", type=Path, help="folder made by `skipit export`")
+    verb.add_argument("checkpoint", type=Path, help=CHECKPOINT)
     verb.add_argument("data", help=DATA)
     _out(verb)
     verb.add_argument("--split", default="test", help="of the data (default %(default)s)")
     verb.add_argument("--samples", type=_positive, default=300, help="rows (default %(default)s)")
     verb.add_argument("--seed", type=_not_negative, default=0, help="of the data (default %(default)s)")
     verb.add_argument(
-        "--base", default=None, help="dense model to compare with (default: the checkpoint's own weights)"
+        "--base",
+        default=None,
+        help="dense model to compare with (default: the checkpoint's own weights; of an adapter, its base)",
+    )
+    verb.add_argument(
+        "--budget", type=_point, default=None, help="a calibrated budget or named point (default: the trained)"
     )
     verb.add_argument("--profile", type=Path, default=None, help="profile to compare the skips with")
     verb.add_argument("--repeats", type=_positive, default=15, help="of the timing (default %(default)s)")
@@ -272,6 +278,7 @@ BUDGET = "share of the dense decoder's FLOPs to spend"
 UNIT = "what a token skips: the whole layer, or the attention or MLP inside it (default block)"
 GRANULARITY = "each token decides for itself, or a prompt's tokens of a modality together (default token)"
 KV = "keys and values of skipped tokens (default %(default)s)"
+CHECKPOINT = "folder made by `skipit export`, with or without --adapter"
 DATA = "`reference`, a folder, a .jsonl or .parquet file, or a Hub id"
 
 # What a verb does, an example of it, and its arguments; in the order of the data flow.

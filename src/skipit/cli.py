@@ -451,7 +451,7 @@ def _generate(arguments: argparse.Namespace) -> None:
         raise InputError("a dense run executes every layer for every token: leave out --depth-map and --budget.")
     images = open_images(arguments.image)
     with loading("loading"):
-        model, processor = load(arguments.checkpoint)
+        model, processor = load(arguments.checkpoint, arguments.base)
     reply = answer(
         model,
         processor,
@@ -470,19 +470,18 @@ def _generate(arguments: argparse.Namespace) -> None:
 
 
 def _eval(arguments: argparse.Namespace) -> None:
-    from skipit.router.checkpoint import load, load_dense
     from skipit.theory.artefact import load_profile
 
+    from .adapter import load_with_dense
     from .compare import compare
     from .display import loading, progress
     from .pipeline import check_profile, save_evaluation
-    from .sources import load_data, resolve_model
+    from .sources import load_data
 
     _check_out(arguments)
     measured = load_profile(arguments.profile) if arguments.profile else None
     with loading("loading"):
-        model, processor = load(arguments.checkpoint)
-        dense, _ = load_dense(resolve_model(arguments.base) if arguments.base else arguments.checkpoint)
+        model, processor, dense = load_with_dense(arguments.checkpoint, arguments.base, budget=arguments.budget)
         rows = load_data(arguments.data, arguments.split, arguments.samples, arguments.seed)
     if measured is not None:
         check_profile(measured, arguments.checkpoint, dense)

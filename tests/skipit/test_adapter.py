@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
+from datasets import Dataset, Features, Image, Value
 from families import build, config, inputs, processor
 from families.family import picture
 from safetensors.torch import load_file, save_file
@@ -152,6 +153,65 @@ def test_command(made: Made, tmp_path: Path, capsys: pytest.CaptureFixture[str])
     assert "of the dense decoder's FLOPs" in capsys.readouterr().err
     assert main(["export", str(made.run), "--adapter", "--model", "x", "--out", str(tmp_path / "two")]) == 1
     assert "--adapter is of a run" in capsys.readouterr().err
+
+
+@pytest.fixture(scope="module")
+def moved(made: Made, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """The adapter with a record of a base that is not there, and where the base is."""
+    folder = tmp_path_factory.mktemp("moved")
+    adapter = Path(shutil.copytree(made.adapter, folder / "adapter"))
+    router = json.loads((adapter / ROUTER_FILE).read_text())
+    _rewrite(adapter / ROUTER_FILE, base={**router["base"], "model": str(folder / "gone")})
+    return adapter, made.base
+
+
+def test_generate_command_takes_the_base(
+    made: Made, moved: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    picture(0, 0).save(tmp_path / "image.png")
+    asked = ["--image", str(tmp_path / "image.png"), "--prompt", "what is it", "--max-new-tokens", "4"]
+    assert main(["generate", str(made.merged), *asked]) == 0
+    wanted = capsys.readouterr()
+    assert main(["generate", str(moved[0]), "--base", str(moved[1]), *asked]) == 0
+    assert capsys.readouterr() == wanted
+    assert "of the dense decoder's FLOPs" in wanted.err
+    assert main(["generate", str(moved[0]), *asked]) == 1
+    assert "gone' cannot be loaded" in capsys.readouterr().err
+    assert main(["generate", str(made.merged), "--base", str(moved[1]), *asked]) == 1
+    assert "holds all weights itself" in capsys.readouterr().err
+
+
+def test_eval_command_takes_an_adapter(
+    made: Made, moved: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    parts = [{"type": "image"}, {"type": "text", "text": "what is it"}]
+    prompt = [{"role": "user", "content": parts}]
+    rows = [{"images": [picture(number, 0)], "prompt": prompt, "answer": "t5"} for number in range(3)]
+    Dataset.from_list(rows, features=_features(rows)).save_to_disk(tmp_path / "data")
+    found = {}
+    for name, folder, options in (
+        ("merged", made.merged, ["--base", str(made.base)]),
+        ("recorded", made.adapter, []),
+        ("moved", moved[0], ["--base", str(moved[1])]),
+    ):
+        line = ["eval", str(folder), str(tmp_path / "data"), *options, "--repeats", "1", "--out", str(tmp_path / name)]
+        assert main(line) == 0, capsys.readouterr().err
+        figures = json.loads((tmp_path / name / "eval.json").read_text())
+        kept = ("accuracy", "compute", "skip_rate", "same_answer", "rows")
+        found[name] = {model: {key: figures[model][key] for key in kept} for model in ("dense", "gated")}
+    assert found["merged"] == found["recorded"] == found["moved"]
+    assert found["moved"]["gated"]["compute"] < 1 == found["moved"]["dense"]["compute"]
+    budget = next(iter(find_router(skipit.load(made.adapter)[0])[1].config.operating_points))
+    line = ["eval", str(made.adapter), str(tmp_path / "data"), "--repeats", "1", "--out", str(tmp_path / "at")]
+    assert main([*line, "--budget", budget]) == 0
+    assert main([*line, "--budget", "fast", "--overwrite"]) == 1
+    assert "`budget`: got 'fast', this router is calibrated for" in capsys.readouterr().err
+
+
+def _features(rows: list[dict[str, Any]]) -> Features:
+    part = {"type": Value("string"), "text": Value("string")}
+    turns = [{"role": Value("string"), "content": [part]}]
+    return Features({"images": [Image()], "prompt": turns, "answer": Value("string")})
 
 
 def _rewrite(file: Path, **changes: Any) -> None:
