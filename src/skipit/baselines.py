@@ -200,6 +200,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--steps", type=int, default=250, help="of training (default %(default)s)")
     parser.add_argument("--rows", type=int, default=600, help="held-out rows (default %(default)s)")
+    parser.add_argument(
+        "--calibration", type=int, default=96, help="rows on which budgets are met (default %(default)s)"
+    )
     parser.add_argument("--latency", action="store_true", help="time every system against the untouched model")
     arguments = parser.parse_args(argv)
     quiet()
@@ -207,7 +210,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         check_budget(budget)
     names = list(dict.fromkeys(name for asked in arguments.methods for name in groups.get(asked, [asked])))
     for seed in arguments.seeds:
-        lab = Lab(seed, arguments.steps, arguments.rows)
+        lab = Lab(seed, arguments.steps, arguments.rows, arguments.calibration)
         for name in names:
             for budget in [1.0] if name == "lora" else arguments.budgets:
                 path = cell_path(arguments.out, name, budget, seed)
