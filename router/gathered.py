@@ -51,7 +51,7 @@ class _HeldImages:
     """Stands in for a cache while a layer reads the keys and values of images that it has already."""
 
     def __init__(self, store: SkipCacheLayer) -> None:
-        self.layers = defaultdict(lambda: store)  # only one layer will ask
+        self.layers: dict[int, SkipCacheLayer] = defaultdict(lambda: store)  # only one layer will ask
 
 
 class _PackedCache:

@@ -32,7 +32,8 @@ class LayerFacts:
         flops_per_token: all linear maps; a multiply-accumulate is 2 FLOPs.
         flops_per_key: attention, for each key that a token sees.
         flops_if_skipped: per token that skips it under `retain`: its keys and values; `evict` spends nothing.
-        kv_bytes: of cache per token.
+        kv_bytes: of cache per token; none where keys and values come from images.
+        flops_per_image_state: keys and values of images, in a cross-attention layer; whatever tokens do.
     """
 
     kind: str
@@ -43,6 +44,7 @@ class LayerFacts:
     flops_per_key: float
     flops_if_skipped: float
     kv_bytes: int
+    flops_per_image_state: float
 
 
 @dataclass(frozen=True)
@@ -107,6 +109,7 @@ def inspect_model(source: str) -> Inspection:
             cost.attention,
             cost.keys_values,
             cost.kv_bytes,
+            cost.image,
         )
         for kind, layer, cost in zip(layer_kinds(decoder.config), layers, costs, strict=True)
     )
