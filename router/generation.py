@@ -41,7 +41,7 @@ class BudgetedModel(Mixin, _Model):
         """
         chosen = budget if budget is not None else getattr(generation_config, "budget", None)
         with nullcontext() if chosen is None else running(budget=chosen):
-            return super().generate(inputs, generation_config, *args, **kwargs)
+            return super().generate(inputs, generation_config, *args, **kwargs)  # type: ignore[misc]
 
 
 def let_choose_budgets(model: nn.Module) -> None:
