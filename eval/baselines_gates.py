@@ -31,7 +31,7 @@ class DLLMGate(nn.Module):
         hidden = max(8, width // 8)
         self.net = nn.Sequential(nn.Linear(width, hidden), nn.RMSNorm(hidden), nn.SiLU(), nn.Linear(hidden, 2))
         with torch.no_grad():
-            self.net[-1].bias.copy_(torch.tensor([0.1, 2.0]))  # type: ignore[operator, union-attr]
+            self.net[-1].bias.copy_(torch.tensor([0.1, 2.0]))  # type: ignore[operator]
 
     def forward(
         self, hidden: Float[Tensor, "batch seq dim"], modality: Int[Tensor, "batch seq"]

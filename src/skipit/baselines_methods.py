@@ -35,7 +35,7 @@ from skipit.eval.baselines_policies import (
 )
 from skipit.eval.baselines_statistics import similarities
 from skipit.eval.prediction import layer_contribution
-from skipit.router import Gated, Step, attach, set_gates
+from skipit.router import MODALITIES, Gated, Step, attach, set_gates
 from skipit.router.config import KVPolicy, Unit
 from skipit.theory.calibrate import calibrate
 from skipit.theory.cost import CostModel
@@ -46,6 +46,7 @@ from skipit.train.config import TrainConfig
 from skipit.train.run import train
 
 from .baselines_training import depth_penalty, fit, rate_penalty, sequence_penalty
+from .display import training_progress
 from .pipeline import profile_model
 from .sources import load_data, load_model
 
@@ -164,15 +165,22 @@ class Lab:
         return load_data("reference", "train", self.steps * self.batch_size, self.seed)
 
     def meet(
-        self, model: Any, costs: CostModel, budget: float, make: Callable[[float], Mapping[str, Any]], **range_: float
+        self,
+        model: Any,
+        costs: CostModel,
+        budget: float,
+        make: Callable[[float], Mapping[str, Any]],
+        *,
+        low: float = 0.0,
+        high: float = 1.0,
     ) -> Mapping[str, Any]:
-        """The options of `running` that spend the budget on the held-out rows."""
+        """The options of `running` that spend the budget on the held-out rows: `make` between `low` and `high`."""
 
         def share(x: float) -> float:
             options = make(x)
             return answers(model, self.held_out, lambda batch: options).share(costs)
 
-        return make(at_budget(share, budget, **range_))
+        return make(at_budget(share, budget, low=low, high=high))
 
     def fit(self, budget: float, options: Mapping[str, Any], **more: Any) -> Any:
         """Train as `baselines_training.fit` does, with gates biased to run: the peers' practice."""
@@ -235,17 +243,18 @@ def ours(kv: KVPolicy, lab: Lab, budget: float) -> Systems:
     """Our plan, trained; and random controls on the same trained model, which keep how much is skipped, not what."""
     model, processor = load_model("reference")
     plan = make_plan(lab.profile, budget, kv)
-    with tempfile.TemporaryDirectory() as folder:
+    config, rows = lab.config(budget, kv), lab.train_rows()
+    with tempfile.TemporaryDirectory() as folder, training_progress(config) as callback:
         out = Path(folder) / "run"
-        tuned = train(model, processor, lab.train_rows(), plan, lab.config(budget, kv), out, base="reference")
+        tuned = train(model, processor, rows, plan, config, out, base="reference", callbacks=[callback])
     merged = tuned.merge_and_unload().eval()
     learned = _calibrated(lab, merged, budget, kv)
     rates = executed(answers(merged, lab.held_out, learned.options).steps)
 
-    def shuffled(shuffle: Callable[[Tensor, Tensor], Tensor]) -> System:
+    def shuffled(shuffle: Callable[[Step], Tensor]) -> System:
         def options(batch: dict[str, Tensor]) -> Mapping[str, Any]:
             step = answers(merged, [batch], learned.options).steps[0]
-            return {"policy": FixedMask(shuffle(step.run, step.real)), "kv": kv}
+            return {"policy": FixedMask(shuffle(step)), "kv": kv}
 
         return System(merged, options, learned.costs, timed=False)
 
@@ -254,9 +263,17 @@ def ours(kv: KVPolicy, lab: Lab, budget: float) -> Systems:
     return {
         name: [learned],
         f"{name}: Bernoulli at its layers' rates": [System(merged, always(bernoulli), with_gate_cost(lab.costs, 0.0))],
-        f"{name}: permuted over tokens": [shuffled(lambda run, real: over_tokens(run, real, lab.seed))],
-        f"{name}: permuted over layers": [shuffled(lambda run, real: over_layers(run, lab.seed))],
+        f"{name}: permuted over tokens": [shuffled(lambda step: over_tokens(step.run, step.real, lab.seed))],
+        f"{name}: permuted over tokens of a modality": [shuffled(lambda step: _within(step, lab.seed))],
+        f"{name}: permuted over layers": [shuffled(lambda step: over_layers(step.run, lab.seed))],
     }
+
+
+def _within(step: Step, seed: int) -> Tensor:
+    """A step's decisions, shuffled over the tokens of each modality."""
+    places = [step.real & (step.modality == modality) for modality in range(len(MODALITIES))]
+    parts = [over_tokens(step.run & here, here, seed) for here in places]
+    return torch.stack(parts).any(0)
 
 
 def _calibrated(lab: Lab, model: Any, budget: float, kv: KVPolicy) -> System:
