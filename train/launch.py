@@ -184,10 +184,12 @@ def _check_processes(found: int, wanted: int | None) -> None:
 
 
 def _prepare_deepspeed(environment: MutableMapping[str, str]) -> None:
-    """One process without a launcher is a group of one; DeepSpeed would look for MPI."""
+    """One configuration, the run's own; and one process without a launcher is a group of one, with no look at MPI."""
     import deepspeed.comm
     import deepspeed.ops
 
+    for name in [name for name in environment if name.startswith("ACCELERATE_") and name != "ACCELERATE_USE_CPU"]:
+        del environment[name]
     if "RANK" not in environment:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))

@@ -16,7 +16,7 @@ from skipit.router import RouterConfig, attach, find_router, gate_state, set_gat
 from skipit.router.artefact import load_json, provenance, save_json
 from skipit.router.call import Mode
 from skipit.router.checkpoint import save_router
-from skipit.router.decoder import find_decoder
+from skipit.router.decoder import find_decoder, layer_kinds
 from skipit.router.errors import CheckpointError, InputError
 from skipit.theory.artefact import check_same_model
 from skipit.theory.calibrate import calibrate, default_threshold
@@ -180,6 +180,8 @@ def train(
     peft_model = prepare(model, plan, config)
     checkpoint = _prepare_folder(out, settings, resume, main)
     mode: Mode = "masked" if stage_of(arguments) == 3 else "gathered"
+    # Every process runs every module, but for layers over images in a batch that has none.
+    arguments.ddp_find_unused_parameters = "cross_attention" in layer_kinds(find_decoder(model)[1].config)
     sample = list(batches(islice(rows, 64), collate, config.batch_size))
     trainer = SkipTrainer(
         settings=config,

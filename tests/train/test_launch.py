@@ -1,0 +1,285 @@
+"""Several processes, under every launcher, do what one process does; a launch that is not what was asked for stops."""
+
+import copy
+import json
+import os
+import re
+import socket
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import LlavaForConditionalGeneration
+
+from skipit.theory.artefact import save_plan
+from skipit.theory.identity import fingerprint
+from skipit.theory.plan import Plan
+from skipit.train.config import TrainConfig
+from skipit.train.launch import LaunchError, check_engine, deepspeed_config, launched
+from skipit.train.reference.model import build_model, build_processor
+
+LAYERS = 3
+BIN = Path(sys.executable).parent
+TORCHRUN = (sys.executable, "-m", "torch.distributed.run")
+TRAIN = "--steps 3 --samples 24 --lora-rank 2 --learning-rate 1e-3 --save-steps 2 --calibration-samples 8".split()
+# fp32 sums in another order; see docs/training.md.
+CLOSE = {"rtol": 1e-4, "atol": 2e-6}
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a small model, a plan whose gates skip token by token, and a run of one process."""
+    folder = tmp_path_factory.mktemp("launch")
+    config = copy.deepcopy(build_model().config)
+    config.text_config.num_hidden_layers, config.vision_config.num_hidden_layers = LAYERS, 1
+    torch.manual_seed(0)
+    model = LlavaForConditionalGeneration(config)
+    model.save_pretrained(folder / "model")
+    build_processor().save_pretrained(folder / "model")
+    weight = torch.randn(LAYERS, 2, config.text_config.hidden_size, generator=torch.Generator().manual_seed(0))
+    bias = torch.full((LAYERS, 2), 0.3)
+    save_plan(
+        Plan(0.2 * weight, bias, 0.5, "retain", "theory", fingerprint(model), torch.ones(LAYERS, 2)), folder / "plan"
+    )
+    finish(start(folder, "one", "--batch-size", 8))
+    return folder
+
+
+def start(work: Path, out: str, *options: Any, launcher: Sequence[Any] = (sys.executable,)) -> "subprocess.Popen[str]":
+    module = ("--module", "skipit.cli") if Path(str(launcher[0])).name == "deepspeed" else ("-m", "skipit.cli")
+    line = [*launcher, *module, "train", "model", "reference", "--plan", "plan", *TRAIN, *options, "--out", out]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        list(map(str, line)), cwd=work, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+
+
+def finish(process: "subprocess.Popen[str]", code: int = 0) -> str:
+    said, _ = process.communicate(timeout=300)
+    assert (process.returncode == 0) == (code == 0), said
+    return said
+
+
+def assert_same_run(one: Path, other: Path, processes: int) -> None:
+    assert json.loads((other / "run.json").read_text())["processes"] == processes
+    for file in ("adapter/adapter_model.safetensors", "gates.safetensors"):
+        ours, theirs = load_file(one / file), load_file(other / file)
+        assert ours.keys() == theirs.keys()
+        for name in ours:
+            torch.testing.assert_close(theirs[name], ours[name], **CLOSE)
+    # Something was learned, by every factor of LoRA.
+    adapter = load_file(one / "adapter" / "adapter_model.safetensors")
+    assert all(tensor.any() for name, tensor in adapter.items() if "lora_B" in name)
+    histories = [[json.loads(line) for line in (run / "history.jsonl").open()] for run in (one, other)]
+    assert len(histories[0]) == 3
+    for ours, theirs in zip(*histories, strict=True):
+        assert theirs == pytest.approx(ours, rel=1e-4)
+
+
+def test_zero_2_on_two_processes(work: Path) -> None:
+    """The launcher of DeepSpeed; four rows per process and step, two at a time."""
+    port = free_port()
+    launcher = (BIN / "deepspeed", "--num_gpus", 2, "--master_port", port)
+    options = ("--batch-size", 2, "--accumulation", 2, "--deepspeed", "zero2", "--processes", 2)
+    said = finish(start(work, "zero2", *options, launcher=launcher))
+    assert said.count("Next: skipit export zero2") == 1  # one process speaks
+    assert_same_run(work / "one", work / "zero2", 2)
+
+
+def test_zero_3_on_two_processes(work: Path) -> None:
+    """Weights are sharded as they are loaded; layers are computed twice; ranks skip different tokens."""
+    launcher = (*TORCHRUN, "--standalone", "--nproc-per-node", 2)
+    finish(
+        start(work, "zero3", "--batch-size", 4, "--deepspeed", "zero3", "--gradient-checkpointing", launcher=launcher)
+    )
+    assert_same_run(work / "one", work / "zero3", 2)
+
+
+def two_nodes(work: Path, out: str, *options: Any) -> None:
+    endpoint = f"127.0.0.1:{free_port()}"
+    common = (*TORCHRUN, "--nnodes", 2, "--nproc-per-node", 1, "--rdzv-backend", "c10d", "--rdzv-id", "test")
+    nodes = [
+        start(work, out, *options, launcher=(*common, "--rdzv-endpoint", endpoint, "--node-rank", rank))
+        for rank in range(2)
+    ]
+    for node in nodes:
+        finish(node)
+
+
+def test_two_nodes(work: Path) -> None:
+    two_nodes(work, "nodes", "--batch-size", 4, "--processes", 2)
+    assert_same_run(work / "one", work / "nodes", 2)
+
+
+@pytest.mark.slow
+def test_two_nodes_with_zero_3(work: Path) -> None:
+    two_nodes(work, "nodes3", "--batch-size", 4, "--processes", 2, "--deepspeed", "zero3")
+    assert_same_run(work / "one", work / "nodes3", 2)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("zero", ["zero1", "zero2-offload", "zero3-offload"])
+@pytest.mark.parametrize("processes", [1, 2])
+def test_every_configuration(work: Path, zero: str, processes: int) -> None:
+    launcher = (*TORCHRUN, "--standalone", "--nproc-per-node", processes) if processes > 1 else (sys.executable,)
+    out = f"{zero}-{processes}"
+    finish(start(work, out, "--batch-size", 8 // processes, "--deepspeed", zero, launcher=launcher))
+    assert_same_run(work / "one", work / out, processes)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("zero", [None, "zero2", "zero3"])
+def test_bf16(work: Path, zero: str | None) -> None:
+    options = ["--deepspeed", zero] if zero else []
+    finish(start(work, f"bf16-{zero}", "--batch-size", 8, "--precision", "bf16", *options))
+    histories = [
+        [json.loads(line) for line in (work / run / "history.jsonl").open()] for run in ("one", f"bf16-{zero}")
+    ]
+    for ours, theirs in zip(*histories, strict=True):
+        assert theirs["ce"] == pytest.approx(ours["ce"], rel=0.02)
+
+
+@pytest.mark.slow
+def test_accelerate(work: Path) -> None:
+    config = "distributed_type: DEEPSPEED\ndeepspeed_config: {zero_stage: 3}\nnum_machines: 1\nnum_processes: 2\n"
+    (work / "accelerate.yaml").write_text(f"{config}use_cpu: true\nmain_process_port: {free_port()}\n")
+    launcher = (BIN / "accelerate", "launch", "--config_file", "accelerate.yaml")
+    said = finish(start(work, "accelerate", "--batch-size", 4, launcher=launcher), code=1)
+    assert "accelerate asks for DeepSpeed, the run does not say which. Name it: --deepspeed zero2" in said
+    finish(start(work, "accelerate", "--batch-size", 4, "--deepspeed", "zero2", launcher=launcher))
+    assert_same_run(work / "one", work / "accelerate", 2)
+    # Two are asked for, and without a word one is started.
+    silent = (BIN / "accelerate", "launch", "--cpu", "--num_processes", 2)
+    said = finish(start(work, "silent", "--batch-size", 4, "--processes", 2, launcher=silent), code=1)
+    assert "`processes`: 2 were asked for, 1 take part" in said
+    said = finish(start(work, "silent", "--batch-size", 4, "--deepspeed", "zero2", launcher=silent), code=1)
+    assert "`deepspeed`: zero2 was asked for, but the model is run by DistributedDataParallel" in said
+    assert not (work / "silent" / "run.json").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("zero", ["zero2", "zero3"])
+def test_resume(work: Path, zero: str) -> None:
+    """Two processes are killed after their first checkpoint and go on to the same weights; one alone may not."""
+    launcher = (*TORCHRUN, "--standalone", "--nproc-per-node", 2)
+    options, out = ("--batch-size", 4, "--deepspeed", zero, "--save-steps", 1), f"resume-{zero}"
+    process = start(work, out, *options, launcher=launcher)
+    while process.poll() is None and not list((work / out).glob("checkpoints/*/skipit_state.json")):
+        pass
+    process.kill()
+    process.communicate()
+    subprocess.run(["pkill", "-9", "-f", f"--out {out}"], check=False)
+    assert not (work / out / "run.json").exists()
+    said = finish(start(work, out, *options[:1], 8, *options[2:], "--resume"), code=1)
+    assert "`processes` was 2, now 1" in said
+    finish(start(work, out, *options, "--resume", launcher=launcher))
+    assert_same_run(work / "one", work / out, 2)
+
+
+@pytest.mark.slow
+def test_deepspeed_is_forgotten(work: Path) -> None:
+    """Else every later `Trainer` of the process would be one with DeepSpeed."""
+    program = f"""
+import os
+from skipit.cli import main
+line = "train model reference --plan plan {" ".join(TRAIN)} --batch-size 8 --out".split()
+before = dict(os.environ)
+assert main([*line, "first", "--deepspeed", "zero2"]) == 0
+assert os.environ == before
+from skipit.train.trainer import SkipTrainer
+wrapped = []
+original = SkipTrainer.finish_step
+SkipTrainer.finish_step = lambda self: wrapped.append(type(self.model_wrapped).__name__) or original(self)
+assert main([*line, "second"]) == 0
+assert set(wrapped) == {{"PeftModel"}}, wrapped
+"""
+    subprocess.run([sys.executable, "-c", program], cwd=work, check=True, timeout=300)
+    assert_same_run(work / "one", work / "first", 1)
+    assert_same_run(work / "one", work / "second", 1)
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+class TestGuards:
+    def test_fewer_processes_than_asked_for(self, tmp_path: Path) -> None:
+        message = "`processes`: 4 were asked for, 1 take part. Start them with a launcher: `torchrun --nproc-per-node 4"
+        with pytest.raises(LaunchError, match=message), launched(TrainConfig(), tmp_path, processes=4):
+            pass
+
+    @pytest.mark.parametrize(
+        ("variable", "message"),
+        [
+            ("ACCELERATE_USE_FSDP", "accelerate asks for FSDP, which skipit does not know"),
+            ("ACCELERATE_USE_DEEPSPEED", "accelerate asks for DeepSpeed, the run does not say which"),
+        ],
+    )
+    def test_accelerate_asks_for_something_else(
+        self, variable: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setenv(variable, "true")
+        with pytest.raises(LaunchError, match=message), launched(TrainConfig(), tmp_path):
+            pass
+
+    def test_another_engine(self) -> None:
+        with pytest.raises(LaunchError, match="zero2 was asked for, but the model is run by Linear"):
+            check_engine("zero2", torch.nn.Linear(1, 1))
+        check_engine(None, torch.nn.Linear(1, 1))
+
+    def test_the_environment_is_as_before(self, tmp_path: Path) -> None:
+        before = dict(os.environ)
+        with launched(TrainConfig(precision="bf16", gradient_checkpointing=True), tmp_path) as arguments:
+            assert arguments.bf16
+            assert os.environ["TENSORBOARD_LOGGING_DIR"] == str(tmp_path / "logs")
+        assert dict(os.environ) == before
+
+
+class TestDeepSpeedConfig:
+    @pytest.mark.parametrize("name", ["zero1", "zero2", "zero3", "zero2-offload", "zero3-offload"])
+    def test_shipped(self, name: str) -> None:
+        values = deepspeed_config(name)
+        assert values["zero_optimization"]["stage"] == int(name[4])
+        assert ("offload_optimizer" in values["zero_optimization"]) == name.endswith("offload")
+        # What has no value of its own is what the run says; DeepSpeed would clip at 1.0 by itself.
+        assert values["gradient_clipping"] == values["gradient_accumulation_steps"] == "auto"
+
+    def test_the_users_own(self, tmp_path: Path) -> None:
+        (tmp_path / "mine.json").write_text('{"zero_optimization": {"stage": 2}, "gradient_clipping": 0.5}')
+        assert deepspeed_config(str(tmp_path / "mine.json")) == {
+            "zero_optimization": {"stage": 2},
+            "gradient_clipping": 0.5,
+            "zero_allow_untested_optimizer": True,
+        }
+
+    @pytest.mark.parametrize(
+        ("text", "message"),
+        [
+            (
+                None,
+                r"got '.*bad.json', expected one of zero1, zero2, zero2-offload, zero3, zero3-offload, or a JSON file",
+            ),
+            ("{", "bad.json cannot be read: Expecting property name"),
+            ("[]", "bad.json holds a list, expected a JSON object"),
+            ('{"optimizer": {}, "scheduler": {}}', "bad.json sets optimizer and scheduler. Leave these out: gates and"),
+        ],
+    )
+    def test_bad(self, text: str | None, message: str, tmp_path: Path) -> None:
+        if text is not None:
+            (tmp_path / "bad.json").write_text(text)
+        with pytest.raises(LaunchError, match=message):
+            deepspeed_config(str(tmp_path / "bad.json"))
+
+
+def test_what_is_asked_for_is_checked_before_a_model_is_loaded(tmp_path: Path) -> None:
+    from skipit.cli import main
+
+    assert main(["train", "/no/model", "reference", "--processes", "2", "--out", str(tmp_path / "run")]) == 1
+    assert not re.search("run", " ".join(path.name for path in tmp_path.iterdir()))
