@@ -26,7 +26,8 @@ from skipit.train.reference.model import build_model, build_processor
 LAYERS = 3
 BIN = Path(sys.executable).parent
 TORCHRUN = (sys.executable, "-m", "torch.distributed.run")
-TRAIN = "--steps 3 --samples 24 --lora-rank 2 --learning-rate 1e-3 --save-steps 2 --calibration-samples 8".split()
+SETTINGS = {"steps": 3, "samples": 24, "lora-rank": 2, "learning-rate": 1e-3, "save-steps": 2, "calibration-samples": 8}
+TRAIN = [part for name, value in SETTINGS.items() for part in (f"--{name}", str(value))]
 # fp32 sums in another order; see docs/training.md.
 CLOSE = {"rtol": 1e-4, "atol": 2e-6}
 
@@ -65,6 +66,10 @@ def finish(process: "subprocess.Popen[str]", code: int = 0) -> str:
     return said
 
 
+def history(run: Path) -> list[dict[str, float]]:
+    return [json.loads(line) for line in (run / "history.jsonl").read_text().splitlines()]
+
+
 def assert_same_run(one: Path, other: Path, processes: int) -> None:
     assert json.loads((other / "run.json").read_text())["processes"] == processes
     for file in ("adapter/adapter_model.safetensors", "gates.safetensors"):
@@ -75,9 +80,8 @@ def assert_same_run(one: Path, other: Path, processes: int) -> None:
     # Something was learned, by every factor of LoRA.
     adapter = load_file(one / "adapter" / "adapter_model.safetensors")
     assert all(tensor.any() for name, tensor in adapter.items() if "lora_B" in name)
-    histories = [[json.loads(line) for line in (run / "history.jsonl").open()] for run in (one, other)]
-    assert len(histories[0]) == 3
-    for ours, theirs in zip(*histories, strict=True):
+    assert len(history(one)) == 3
+    for ours, theirs in zip(history(one), history(other), strict=True):
         assert theirs == pytest.approx(ours, rel=1e-4)
 
 
@@ -137,10 +141,7 @@ def test_every_configuration(work: Path, zero: str, processes: int) -> None:
 def test_bf16(work: Path, zero: str | None) -> None:
     options = ["--deepspeed", zero] if zero else []
     finish(start(work, f"bf16-{zero}", "--batch-size", 8, "--precision", "bf16", *options))
-    histories = [
-        [json.loads(line) for line in (work / run / "history.jsonl").open()] for run in ("one", f"bf16-{zero}")
-    ]
-    for ours, theirs in zip(*histories, strict=True):
+    for ours, theirs in zip(history(work / "one"), history(work / f"bf16-{zero}"), strict=True):
         assert theirs["ce"] == pytest.approx(ours["ce"], rel=0.02)
 
 
