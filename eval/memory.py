@@ -1,5 +1,6 @@
-"""Memory of a forward pass: keys and values that a cache holds, and the most that was allocated at once."""
+"""Memory: keys and values that a cache holds, and the most that anything had allocated at once."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -30,19 +31,24 @@ def cache_bytes(model: Any, inputs: dict[str, Tensor], costs: CostModel) -> tupl
 
 @torch.no_grad()
 def peak_bytes(model: Any, inputs: dict[str, Tensor]) -> int:
-    """Most bytes that a forward pass over a prompt had allocated at once, beyond what was there before.
+    """Most bytes that a forward pass over a prompt had allocated at once, beyond what was there before."""
+    return most_allocated(lambda: model(**inputs, use_cache=True, logits_to_keep=1), model.device)
+
+
+def most_allocated(run: Callable[[], Any], device: torch.device) -> int:
+    """Most bytes that a call had allocated at once, beyond what was there before.
 
     From torch's own account of its allocations: on a GPU the allocator's, on a CPU the profiler's.
     """
-    if model.device.type == "cuda":
+    if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
-        model(**inputs, use_cache=True, logits_to_keep=1)
+        run()
         return torch.cuda.max_memory_allocated() - before
     from torch.profiler import ProfilerActivity, profile
 
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
-        model(**inputs, use_cache=True, logits_to_keep=1)
+        run()
     events = [e for e in record.profiler.kineto_results.events() if e.name() == "[memory]"]
     held = peak = 0
     for event in sorted(events, key=lambda e: e.start_ns()):

@@ -6,9 +6,10 @@ straight through. Attention with these weights has exactly the values that the m
 respect to one weight the change of the output when that key alone comes or goes.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
@@ -56,21 +57,53 @@ def weighted_attention(
     groups = query.shape[1] // key.shape[1]
     key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
     tokens = query.shape[2]
-    scores = (query @ key.transpose(-1, -2)).float() * (query.shape[-1] ** -0.5 if scaling is None else scaling)
     if mask is None:
         mask = torch.ones(tokens, tokens, dtype=torch.bool, device=query.device).tril()[None, None]
-    scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask
-    own = torch.eye(tokens, dtype=torch.bool, device=query.device)
-    weight = torch.where(own, 1.0, weight.float()[:, None, None, :])
-    with torch.no_grad():
-        # Softmax over the keys that are there, by the largest score among them; those that are not may be larger.
-        there = weight > 0.5
-        top = scores.masked_fill(~there, -torch.inf).amax(-1, keepdim=True)
-        top = top.masked_fill(top == -torch.inf, 0)
-    share = torch.exp((scores - top).clamp(max=30))
-    with torch.no_grad():
-        total = (share * there).sum(-1, keepdim=True)
-        damp = torch.where(there, 1.0, total / (total + share).clamp(min=1e-30))
-    share = share * damp * weight
-    output = (share @ value.float()) / share.sum(-1, keepdim=True).clamp(min=1e-30)
-    return output.to(query.dtype).transpose(1, 2)
+    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    output: Tensor = _WeightedAttention.apply(query, key, value, weight, mask, scaling)
+    return output.transpose(1, 2)
+
+
+class _WeightedAttention(torch.autograd.Function):
+    """The values are an ordinary attention's, by its kernel; scores are computed again for the derivatives."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, query: Tensor, key: Tensor, value: Tensor, weight: Tensor, mask: Tensor, scaling: float
+    ) -> Tensor:
+        output = F.scaled_dot_product_attention(query, key, value, _over(mask, _there(weight)), scale=scaling)
+        ctx.save_for_backward(query, key, value, weight, mask, output)
+        ctx.scaling = scaling
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
+        query, key, value, weight, mask, output = ctx.saved_tensors
+        gradient = gradients[0].float()
+        scores = (query @ key.transpose(-1, -2)).float() * ctx.scaling
+        scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask
+        there = _there(weight)
+        # Of each key, over the sum of those that are there: for them attention itself, for the others e_j / A.
+        total = scores.masked_fill(~there, -torch.inf).logsumexp(-1, keepdim=True)
+        share = torch.exp((scores - total.masked_fill(total == -torch.inf, 0)).clamp(max=30))
+        worth = gradient @ value.float().transpose(-1, -2) - (gradient * output.float()).sum(-1, keepdim=True)
+        attention = share * there
+        d_scores = attention * worth * ctx.scaling
+        others = ~torch.eye(scores.shape[-2], scores.shape[-1], dtype=torch.bool, device=scores.device)
+        d_weight = (torch.where(there, share, share / (1 + share)) * worth * others).sum((1, 2))
+        found = (
+            d_scores @ key.float(),
+            d_scores.transpose(-1, -2) @ query.float(),
+            attention.transpose(-1, -2) @ gradient,
+        )
+        return *(grad.to(query.dtype) for grad in found), d_weight.to(weight.dtype), None, None
+
+
+def _there(weight: Tensor) -> Tensor:
+    """Which keys a query may see as far as weights go, bool [batch, 1, tokens, tokens]: its own always."""
+    own = torch.eye(weight.shape[-1], dtype=torch.bool, device=weight.device)
+    return (weight > 0.5)[:, None, None, :] | own
+
+
+def _over(mask: Tensor, there: Tensor) -> Tensor:
+    return mask & there if mask.dtype == torch.bool else mask.masked_fill(~there, torch.finfo(mask.dtype).min)

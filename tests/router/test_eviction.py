@@ -50,6 +50,34 @@ def test_a_key_that_would_take_everything_does_no_harm_while_it_is_hidden() -> N
     assert weight.grad.isfinite().all()
 
 
+@pytest.mark.parametrize("additive", [False, True])
+def test_other_derivatives_are_those_of_the_mask(additive: bool) -> None:
+    query, key, value = (tensor.requires_grad_() for tensor in tensors(2))
+    there = torch.tensor([[1, 0, 1, 1, 0, 1], [0, 1, 1, 0, 1, 1]]).bool()
+    mask = torch.ones(6, 6, dtype=torch.bool).tril()[None, None]
+    if additive:
+        mask = torch.zeros(1, 1, 6, 6).masked_fill(~mask, torch.finfo().min)
+    wanted, loss = torch.randn(2, 6, 4, 8), lambda output: (output * wanted).sum()
+    got = torch.autograd.grad(
+        loss(weighted_attention(query, key, value, mask, there.float(), None)), (query, key, value)
+    )
+    plain = torch.autograd.grad(loss(hidden_by_mask(query, key, value, there)), (query, key, value))
+    for ours, theirs in zip(got, plain, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
+
+
+def test_a_query_that_sees_nothing() -> None:
+    """Padding, in some families."""
+    query, key, value = (tensor.requires_grad_() for tensor in tensors(3))
+    mask = torch.ones(6, 6, dtype=torch.bool).tril()[None, None].clone()
+    mask[..., 0, :] = mask[..., 0] = False
+    weight = torch.tensor([[1.0, 0, 1, 1, 0, 1]] * 2).requires_grad_()
+    output = weighted_attention(query, key, value, mask, weight, None)
+    assert not output[:, 0].any()
+    for gradient in torch.autograd.grad(output.square().sum(), (query, key, value, weight)):
+        assert gradient.isfinite().all()
+
+
 @pytest.mark.parametrize("token", [0, 2, 3])
 def test_the_derivative_at_a_hidden_key_is_what_showing_it_changes(token: int) -> None:
     query, key, value = tensors(1)

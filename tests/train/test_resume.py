@@ -2,7 +2,10 @@
 
 import copy
 import json
+import resource
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -16,6 +19,7 @@ from torch import Tensor
 from transformers import LlavaForConditionalGeneration, TrainerCallback
 
 from skipit.router.errors import CheckpointError
+from skipit.theory.artefact import save_plan
 from skipit.theory.identity import fingerprint
 from skipit.theory.plan import Plan
 from skipit.train.config import TrainConfig
@@ -156,6 +160,84 @@ def test_not_finite_stops_and_keeps_the_last_good_state(
         run(stopped, callback)
     assert last_checkpoint(stopped / "checkpoints").name == "checkpoint-3"  # type: ignore[union-attr]
     assert same_run(run(stopped, resume=True), whole)
+
+
+@pytest.mark.parametrize("room", [0, 2000, 60_000])
+def test_a_full_disk_stops_and_keeps_the_last_good_state(
+    run: Any, whole: Path, stopped: Path, room: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No file may grow beyond some bytes: settings, weights or the optimizer's state do not fit."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def fill(model: Any) -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (room, limits[1]))
+
+    try:
+        with pytest.raises(
+            TrainingError, match=r"checkpoint-6 cannot be written: .*checkpoint-3 is whole: make room and continue with"
+        ):
+            run(stopped, At("on_step_end", 4, fill))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert [path.name for path in (stopped / "checkpoints").iterdir()] == ["checkpoint-3"]
+    assert same_run(run(stopped, resume=True), whole)
+
+
+KILLED = """
+import os, random, signal, sys, time
+from pathlib import Path
+import accelerate, datasets, peft, torch, transformers
+from skipit.cli import main
+from skipit.train.trainer import last_checkpoint
+
+torch.set_num_threads(1)
+line = sys.argv[1:]
+folder = Path(line[-1]) / "checkpoints"
+
+def live(*options):
+    child = os.fork()
+    if child == 0:
+        os._exit(main([*line, *options]))
+    return child
+
+random.seed(0)
+kills = within = 0
+while kills < 20:
+    child = live(*["--resume"] * (last_checkpoint(folder) is not None))
+    before = time.time()
+    while time.time() - before < 60 and not folder.exists():
+        time.sleep(0.01)
+    time.sleep(random.uniform(0.2, 4))
+    assert os.waitpid(child, os.WNOHANG) == (0, 0), "it ended before it could be killed"
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    kills += 1
+    names = {path.name for path in folder.glob("checkpoint-*")}
+    within += bool(names - {path.parent.name for path in folder.glob("*/skipit_state.json")})
+last = last_checkpoint(folder)
+print(f"killed {kills} times, {within} within a save; {last and last.name} is the last", flush=True)
+sys.exit(os.waitstatus_to_exitcode(os.waitpid(live("--resume"), 0)[1]))
+"""
+
+
+@pytest.mark.slow
+def test_killed_twenty_times_is_uninterrupted(run: Any, model: Any, whole: Path, tmp_path: Path) -> None:
+    """SIGKILL at random moments, with a checkpoint after every step."""
+    model.save_pretrained(tmp_path / "model")
+    build_processor().save_pretrained(tmp_path / "model")
+    units, width = (3, 2), model.config.text_config.hidden_size
+    plan = Plan(
+        torch.zeros(*units, width), torch.zeros(units), 0.5, "retain", "zero", fingerprint(model), torch.ones(units)
+    )
+    save_plan(plan, tmp_path / "plan")
+    settings = "--steps 400 --samples 40 --batch-size 2 --accumulation 2 --lora-rank 2 --learning-rate 1e-3"
+    line = f"train model reference --plan plan {settings} --calibration-samples 4 --save-steps 1 --out"
+    program = [sys.executable, "-c", KILLED, *line.split(), "killed"]
+    found = subprocess.run(program, cwd=tmp_path, check=False, capture_output=True, text=True, timeout=1200)
+    print(found.stdout)
+    assert found.returncode == 0, found.stderr[-3000:]
+    subprocess.run([sys.executable, "-m", "skipit.cli", *line.split(), "whole"], cwd=tmp_path, check=True, timeout=600)
+    assert same_run(tmp_path / "killed", tmp_path / "whole")
 
 
 def test_not_finite_before_the_first_checkpoint(run: Any, stopped: Path) -> None:
