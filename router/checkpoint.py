@@ -191,7 +191,7 @@ def _check_size(folder: Path) -> None:
         CheckpointError: names both sizes.
     """
     from transformers import AutoConfig, AutoModelForImageTextToText
-    from transformers.integrations import is_deepspeed_zero3_enabled
+    from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
     if is_deepspeed_zero3_enabled():
         return  # whatever is made now is spread over processes at once, a model without weights too

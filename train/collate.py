@@ -268,6 +268,9 @@ class Rows(Dataset[dict[str, Any]]):
     def __len__(self) -> int:
         return len(self.rows)
 
+    def __iter__(self) -> Iterator[Row]:
+        return (self[index] for index in range(len(self)))
+
     def __getitem__(self, index: int) -> Row:
         if index >= len(self):
             raise IndexError(index)
