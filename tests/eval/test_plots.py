@@ -2,6 +2,7 @@ import doctest
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -14,12 +15,16 @@ from matplotlib.patches import Rectangle
 from numpy.typing import NDArray
 from PIL import Image
 
-from skipit.eval import plots
+from skipit.eval import plots_curves, plots_depth, plots_units
 from skipit.eval.plots import (
+    as_svg,
     draw_depth_map,
+    draw_growing_sets,
+    draw_intervals,
     draw_layer_modality_heatmaps,
     draw_pareto,
     draw_scatter,
+    draw_skip_rates,
     plot_depth_map,
     plot_layer_modality_heatmaps,
     plot_pareto,
@@ -59,10 +64,11 @@ def texts(figure: Figure) -> list[str]:
     return [text.get_text() for axes in figure.axes for text in axes.texts]
 
 
-def test_the_examples_in_docstrings() -> None:
-    failed, attempted = doctest.testmod(plots)
+@pytest.mark.parametrize("module", [plots_curves, plots_depth, plots_units])
+def test_the_examples_in_docstrings(module: ModuleType) -> None:
+    failed, attempted = doctest.testmod(module)
     assert failed == 0
-    assert attempted > 6
+    assert attempted > 1
 
 
 @pytest.mark.parametrize("kind", ["png", "svg"])
@@ -260,6 +266,44 @@ def test_one_modality_only() -> None:
     assert len(drawn(figure)) == 1
     constant = draw_scatter(np.ones((3, 2)), DAMAGE[:3], ("predicted", "measured"))
     assert constant.axes[0].get_title() == "Spearman undefined over 6 units"
+
+
+# --- curves of a report
+
+
+def test_intervals_share_a_line_per_name_and_have_a_colour_per_group() -> None:
+    rows = [("damage", "ours", -0.9, -1.0, -0.7), ("damage", "neutral", -0.5, -0.8, 0.1), ("VAR", "ours", 0.1, 0, 0.3)]
+    axes = draw_intervals(rows, "tracking", "Spearman", 0.0).axes[0]
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["damage", "VAR"]
+    spans = {tuple(line.get_xdata()): line.get_color() for line in axes.lines if len(line.get_xdata()) == 2}
+    assert list(spans)[:3] == [(-1.0, -0.7), (0, 0.3), (-0.8, 0.1)]
+    assert spans[(-1.0, -0.7)] == spans[(0, 0.3)] != spans[(-0.8, 0.1)]
+    with pytest.raises(ValueError, match="`rows` is empty, expected at least one estimate"):
+        draw_intervals([], "t", "x")
+
+
+def test_skip_rates_are_shares_per_layer() -> None:
+    figure = draw_skip_rates({"ours": RATES, "neutral": holed(RATES)})
+    vision, text = figure.axes
+    assert vision.lines[0].get_ydata().tolist() == RATES[:, 1].tolist()
+    assert np.isnan(text.lines[1].get_ydata()).all()
+    assert text.get_xlabel() == "decoder layer"
+    figure.canvas.draw()
+
+
+def test_growing_sets_are_drawn_against_what_is_left_of_the_flops() -> None:
+    curve = [(0.9, 0.95, 0.01), (0.4, 0.5, 1.0), (0.6, 0.9, 0.1)]
+    figure = draw_growing_sets({"best": curve, "worst": curve}, ("learned", 0.5, 0.97))
+    above, below = figure.axes
+    assert above.lines[0].get_xdata() == pytest.approx([0.4, 0.6, 0.9])
+    assert below.lines[1].get_ydata() == pytest.approx([1.0, 0.1, 0.01])
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["best", "worst", "learned"]
+
+
+def test_equal_figures_are_equal_svg() -> None:
+    first, second = (as_svg(draw_skip_rates({"ours": RATES})) for _ in range(2))
+    assert first == second
+    assert ElementTree.fromstring(first).tag.endswith("svg")
 
 
 # --- errors
