@@ -67,6 +67,12 @@ def unit_damage(profile: Profile, kv: KVPolicy) -> Float[Tensor, "layers modalit
     return profile.tables[f"damage_{kv}"]
 
 
+def unit_cost(profile: Profile, kv: KVPolicy) -> Float[Tensor, "layers modality"]:
+    """FLOPs that a row saves when a whole unit is skipped under a K/V policy; 0 where a unit has no tokens."""
+    t = profile.tables
+    return t["tokens_per_row"].nan_to_num(0.0) * profile.costs.saving(t["keys"].nan_to_num(1.0), kv)
+
+
 def allocate(
     damage: Float[Tensor, "layers modality"],
     cost: Float[Tensor, "layers modality"],
@@ -204,8 +210,7 @@ def _log_damage(profile: Profile, kv: KVPolicy, init: Init) -> tuple[Tensor, Ten
 def skip_set(profile: Profile, budget: float, kv: KVPolicy = "retain") -> Bool[Tensor, "layers modality"]:
     """The units a static plan runs at a budget: greedy by measured damage per FLOP. True runs."""
     t = profile.tables
-    keys, tokens = t["keys"].nan_to_num(1.0), t["tokens_per_row"].nan_to_num(0.0)
-    cost = tokens * profile.costs.saving(keys, kv)
-    total = profile.costs.dense(tokens, keys)
+    cost = unit_cost(profile, kv)
+    total = profile.costs.dense(t["tokens_per_row"].nan_to_num(0.0), t["keys"].nan_to_num(1.0))
     run, _ = allocate(unit_damage(profile, kv), cost, total - float(cost.sum()), total, budget)
     return run > 0.5
