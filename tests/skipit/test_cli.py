@@ -459,7 +459,7 @@ class TestStops:
         with monkeypatch.context() as patch:
             patch.setattr(_TrainingBar, "on_step_end", press_ctrl_c)
             said = refused(*line, code=130)
-        assert said.endswith("skipit: interrupted. The same command with --resume goes on from the last step.\n")
+        assert said.endswith("skipit: interrupted. The same command with --resume goes on from the last save.\n")
         said = refused("export", tmp_path / "run", "--out", tmp_path / "x")
         assert "it has no run.json. Finish it with `skipit train ... --resume`." in said
         assert "continue with --resume" in refused(*line)
