@@ -30,8 +30,9 @@ class TrainConfig:
         distillation: weight of KL(full model || gated model).
         multiplier_rate: step size of the dual ascent on the compute constraint.
         damping: weight of the last step's violation beside the multiplier, which keeps the ascent from swinging.
-        collapse: share of compute, at or below which all of the last `collapse_steps` steps mean a dead router;
-            within as much of everything, in the second half of training, they mean one that never skips.
+        collapse: share of the compute that gates decide about, at or below which all of the last `collapse_steps`
+            steps mean a dead router; within as much of everything, in the second half of training, they mean one that
+            never skips.
         collapse_steps: see `collapse`.
         seed: of data order, LoRA and sampling.
         save_steps: steps between resumable checkpoints.

@@ -45,8 +45,10 @@ def launched(
 
     Raises:
         LaunchError: another number of processes takes part, or one process has several GPUs, or the launcher asks for
-            something else than the settings, or the DeepSpeed configuration cannot be used.
+            something else than the settings, or the DeepSpeed configuration cannot be used, or nothing is installed
+            that could take a report.
     """
+    check_report(report_to)
     if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
         raise LaunchError("accelerate asks for FSDP, which skipit does not know. Use DeepSpeed: --deepspeed zero3.")
     if config.deepspeed is None and os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true":
@@ -74,6 +76,26 @@ def launched(
             _forget_deepspeed()
         os.environ.clear()
         os.environ.update(before)
+
+
+def check_report(report_to: str) -> None:
+    """Refuse a place to report to before a model is loaded, not after.
+
+    Raises:
+        LaunchError: `Trainer` does not know it, or it is not installed.
+    """
+    from transformers.integrations.integration_utils import (
+        INTEGRATION_TO_CALLBACK,
+        get_available_reporting_integrations,
+    )
+
+    if report_to in ("none", "all"):
+        return
+    if report_to not in INTEGRATION_TO_CALLBACK:
+        known = ", ".join(sorted(INTEGRATION_TO_CALLBACK))
+        raise LaunchError(f"`report_to`: got {report_to!r}, expected none, all, or one of {known}.")
+    if report_to not in get_available_reporting_integrations():
+        raise LaunchError(f"`report_to`: {report_to} is not installed here. Install it: `pip install {report_to}`.")
 
 
 def training_arguments(

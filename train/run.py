@@ -16,11 +16,12 @@ from skipit.router import RouterConfig, attach, find_router, gate_state, set_gat
 from skipit.router.artefact import load_json, provenance, save_json
 from skipit.router.call import Mode
 from skipit.router.checkpoint import save_router
+from skipit.router.config import KVPolicy, Unit
 from skipit.router.decoder import find_decoder, layer_kinds
 from skipit.router.errors import CheckpointError, InputError
 from skipit.theory.artefact import check_same_model
 from skipit.theory.calibrate import calibrate, default_threshold
-from skipit.theory.cost import CostModel
+from skipit.theory.cost import CostModel, token_flops
 from skipit.theory.identity import fingerprint
 from skipit.theory.labels import predicts_answer
 from skipit.theory.plan import Plan
@@ -105,6 +106,30 @@ def dense_per_answer(rows: Iterable[dict[str, Tensor]], costs: CostModel) -> flo
     return flops / answers
 
 
+def least_share(rows: Iterable[dict[str, Tensor]], costs: CostModel, kv: KVPolicy, unit: Unit) -> float:
+    """Share of the dense decoder's FLOPs that some batches cost when every token skips every layer."""
+    spent = dense = 0.0
+    for batch in rows:
+        real = batch["attention_mask"].bool()
+        nothing = torch.zeros(len(costs.layers), *real.shape, dtype=torch.float64)
+        executed, full = token_flops(costs, nothing, real, kv, unit=unit)
+        spent, dense = spent + float(executed.sum()), dense + float(full.sum())
+    return spent / dense
+
+
+def check_reachable(budgets: Iterable[float], least: float, kv: KVPolicy, unit: Unit) -> None:
+    """Refuse a budget that no gates can meet.
+
+    Raises:
+        InputError: it is not above the share that is spent when everything is skipped.
+    """
+    if (lowest := min(budgets)) <= least:
+        raise InputError(
+            f"`budget`: got {lowest:g}, expected more than {least:.3f}: so much is spent when every token skips every "
+            f"layer (unit {unit!r}, kv {kv!r}). A smaller share needs unit 'block' and kv 'evict'."
+        )
+
+
 def train(
     model: Any,
     processor: Any,
@@ -147,7 +172,7 @@ def train(
         CheckpointError: `out` holds a run and neither `resume` nor `overwrite` is set, or there is nothing to resume,
             or a setting that a resumed run must keep has changed.
         LaunchError: the processes are not what was asked for.
-        InputError: more rows than `config.max_broken_rows` cannot be read.
+        InputError: more rows than `config.max_broken_rows` cannot be read, or a budget cannot be met.
         TrainingError: the loss is not finite or the router collapsed; checkpoints stay.
         KeyboardInterrupt: the last whole step was saved; go on with `resume`.
     """
@@ -177,17 +202,20 @@ def train(
     costs = CostModel.of(model)
     rows = training_rows(dataset, collate, broken)
     settings = {**config.to_dict(), "base": base, "processes": arguments.world_size}
+    sample = list(batches(islice(rows, 64), collate, config.batch_size))
+    least = least_share(sample, costs, config.kv, config.unit)
+    check_reachable((config.budget, *config.more_budgets), least, config.kv, config.unit)
     peft_model = prepare(model, plan, config)
     checkpoint = _prepare_folder(out, settings, resume, main)
     mode: Mode = "masked" if stage_of(arguments) == 3 else "gathered"
     # Every process runs every module, but for layers over images in a batch that has none.
     arguments.ddp_find_unused_parameters = "cross_attention" in layer_kinds(find_decoder(model)[1].config)
-    sample = list(batches(islice(rows, 64), collate, config.batch_size))
     trainer = SkipTrainer(
         settings=config,
         costs=costs,
         dense_per_answer=dense_per_answer(sample, costs),
         thresholds=_thresholds(peft_model, sample, costs, config),
+        least=least,
         model=peft_model,
         args=arguments,
         train_dataset=rows,

@@ -22,7 +22,7 @@ from skipit.theory.cost import CostModel
 from skipit.theory.labels import IGNORE
 
 from .config import TrainConfig
-from .launch import check_engine, wait
+from .launch import check_engine, stage_of, wait
 from .objective import DualAscent, answer_losses, answer_targets, gated_compute
 
 PER_ANSWER = {"ce": "ce", "kl": "kl", "accuracy": "correct"}
@@ -45,6 +45,7 @@ class SkipTrainer(Trainer):
         costs: of the model's layers.
         dense_per_answer: dense decoder FLOPs per answer token of the data, the scale of the compute term.
         thresholds: of the gates at each budget of the settings; None is 0 for all.
+        least: share of the dense FLOPs that is spent when every token skips every layer.
         **trainer: passed to `transformers.Trainer`.
     """
 
@@ -55,17 +56,18 @@ class SkipTrainer(Trainer):
         costs: CostModel,
         dense_per_answer: float,
         thresholds: Sequence[float] | None = None,
+        least: float = 0.0,
         callbacks: list[Any] | None = None,
         **trainer: Any,
     ) -> None:
-        self.settings, self.costs, self.dense_per_answer = settings, costs, dense_per_answer
+        self.settings, self.costs, self.dense_per_answer, self.least = settings, costs, dense_per_answer, least
         budgets = (settings.budget, *settings.more_budgets)
         self.ascents = [DualAscent(budget, settings.multiplier_rate, settings.damping) for budget in budgets]
         self.thresholds = list(thresholds or [0.0] * len(budgets))
         self.progress = _Ascend(self)
         self.rates: Tensor | None = None
         self._sums: dict[str, Tensor] = {}
-        # First, so that the others see its figures, and may interrupt training between steps.
+        # First, so that the others may interrupt training between steps.
         super().__init__(callbacks=[self.progress, *(callbacks or [])], **trainer)
         self.model_accepts_loss_kwargs = True  # the loss is divided by num_items_in_batch below
 
@@ -79,6 +81,7 @@ class SkipTrainer(Trainer):
     ) -> Any:
         """CE + distillation + compute, summed over this batch and divided by the answer tokens of the whole step."""
         inputs = dict(inputs)
+        self._check_images(inputs)
         labels = inputs.pop("labels")
         kept, targets = answer_targets(labels)
         teacher = self._teacher(model, inputs, kept) if self.settings.distillation else None
@@ -105,6 +108,19 @@ class SkipTrainer(Trainer):
         self._add(ran=torch.einsum("lbs,bsm->lm", step.run.double(), modality))
         self._add(tokens=torch.einsum("bs,bsm->m", step.real.double(), modality))
         return (loss, {"logits": logits}) if return_outputs else loss
+
+    def _check_images(self, inputs: dict[str, Tensor]) -> None:
+        """Under ZeRO-3 processes gather a vision tower's weights together: one without images would never join in."""
+        if self.args.world_size == 1 or stage_of(self.args) != 3:
+            return
+        has_images = torch.tensor([any(name.startswith("pixel") for name in inputs)], device=self.args.device)
+        having = int(self.accelerator.reduce(has_images.long(), reduction="sum"))
+        if 0 < having < self.args.world_size:
+            raise TrainingError(
+                f"in step {self.state.global_step + 1} only {having} of {self.args.world_size} processes have images "
+                "in their batch; under ZeRO-3 they would wait for each other forever. Use --deepspeed zero2, a larger "
+                "--batch-size, or rows that all have images or all have none."
+            )
 
     def _add(self, **values: Tensor) -> None:
         for name, value in values.items():
@@ -140,9 +156,18 @@ class SkipTrainer(Trainer):
         per_answer = {name: float(sums[key] / sums["answers"]) for name, key in PER_ANSWER.items()}
         ascent = self.ascents[(self.state.global_step - 1) % len(self.ascents)]
         share = float(sums["executed"] / sums["dense"])
-        figures = {**per_answer, "budget": ascent.budget, "compute": share, "price": ascent.price}
+        prices = {"multiplier": ascent.multiplier, "price": ascent.price}
+        figures = {**per_answer, "budget": ascent.budget, "compute": share, **prices}
         ascent.update(share)
         return figures
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """What `Trainer` logs, with the last step's figures; reports are written before any other callback is told."""
+        if "loss" in logs and self.progress.history:
+            figures = {name: value for name, value in self.progress.history[-1].items() if name != "step"}
+            rates = skip_rates(self.rates) if self.args.report_to and self.rates is not None else {}
+            logs = {**logs, **{name: value for name, value in (figures | rates).items() if not math.isnan(value)}}
+        super().log(logs, start_time)
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         """AdamW with a learning rate of its own for the gates, which have few parameters and far to go."""
@@ -224,6 +249,19 @@ class SkipTrainer(Trainer):
                 group["initial_lr"] = rates.base_lrs[index] = rate
 
 
+def skip_rates(ran: Tensor) -> dict[str, float]:
+    """Share of the tokens that skipped each layer, by the names under which reports show them.
+
+    Args:
+        ran: share that ran [layers, modalities], NaN where there was no token.
+    """
+    return {
+        f"skip_rate_{modality}/layer_{layer:02}": 1 - rate
+        for number, modality in enumerate(MODALITIES)
+        for layer, rate in enumerate(ran[:, number].tolist())
+    }
+
+
 def last_checkpoint(folder: Path) -> Path | None:
     """The last whole checkpoint in a folder, or None."""
     whole = [path.parent for path in folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*/{STATE_FILE}")]
@@ -231,7 +269,7 @@ def last_checkpoint(folder: Path) -> Path | None:
 
 
 class _Ascend(TrainerCallback):
-    """Moves the price after every optimizer step, logs, and stops a run that would spoil the weights."""
+    """Moves the price after every optimizer step, and stops a run that would spoil the weights."""
 
     def __init__(self, trainer: SkipTrainer) -> None:
         self.trainer = trainer
@@ -269,34 +307,26 @@ class _Ascend(TrainerCallback):
             self._check_collapse(state)
 
     def _check_collapse(self, state: TrainerState) -> None:
-        settings, recent = self.trainer.settings, self.recent
+        settings, recent, least = self.trainer.settings, self.recent, self.trainer.least
         budgets = [ascent.budget for ascent in self.trainer.ascents]
-        if max(recent) <= settings.collapse < min(budgets):
+
+        def reach(share: float) -> float:
+            """0 where nothing runs and 1 where everything does: `retain` pays for keys and values in any case."""
+            return (share - least) / (1 - least)
+
+        if reach(max(recent)) <= settings.collapse < reach(min(budgets)):
             raise TrainingError(
                 f"the router collapsed: the last {len(recent)} steps executed at most {max(recent):.1%} of "
                 f"the dense compute, the budget is {min(budgets):.0%}. Start again with a lower "
                 "`gate_learning_rate` or a higher `damping`."
             )
         late = state.global_step > state.max_steps / 2
-        if late and min(recent) >= 1 - settings.collapse > max(budgets):
+        if late and reach(min(recent)) >= 1 - settings.collapse > reach(max(budgets)):
             raise TrainingError(
                 f"the router does not skip: the last {len(recent)} steps executed at least {min(recent):.1%} of "
                 f"the dense compute, the budget is {max(budgets):.0%}. Start again with a higher "
                 "`gate_learning_rate` or `multiplier_rate`, more steps, or a plan from a profile."
             )
-
-    def on_log(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: Any = None, **kwargs: Any
-    ) -> None:
-        if logs is None or "loss" not in logs or not self.history:
-            return
-        logs.update({k: v for k, v in self.history[-1].items() if k != "step" and not math.isnan(v)})
-        rates = self.trainer.rates
-        if args.report_to and rates is not None:
-            for number, modality in enumerate(MODALITIES):
-                for layer, rate in enumerate(rates[:, number].tolist()):
-                    if not math.isnan(rate):
-                        logs[f"skip_rate_{modality}/layer_{layer:02}"] = 1 - rate
 
 
 def _gradient_norm(trainer: SkipTrainer) -> Tensor:

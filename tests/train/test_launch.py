@@ -21,6 +21,7 @@ from skipit.theory.identity import fingerprint
 from skipit.theory.plan import Plan
 from skipit.train.config import TrainConfig
 from skipit.train.launch import LaunchError, check_engine, deepspeed_config, launched
+from skipit.train.reference.data import reference_dataset
 from skipit.train.reference.model import build_model, build_processor
 
 LAYERS = 3
@@ -51,9 +52,11 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def start(work: Path, out: str, *options: Any, launcher: Sequence[Any] = (sys.executable,)) -> "subprocess.Popen[str]":
+def start(
+    work: Path, out: str, *options: Any, launcher: Sequence[Any] = (sys.executable,), data: str = "reference"
+) -> "subprocess.Popen[str]":
     module = ("--module", "skipit.cli") if Path(str(launcher[0])).name == "deepspeed" else ("-m", "skipit.cli")
-    line = [*launcher, *module, "train", "model", "reference", "--plan", "plan", *TRAIN, *options, "--out", out]
+    line = [*launcher, *module, "train", "model", data, "--plan", "plan", *TRAIN, *options, "--out", out]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(
         list(map(str, line)), cwd=work, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
@@ -204,6 +207,41 @@ assert set(wrapped) == {{"PeftModel"}}, wrapped
     assert_same_run(work / "one", work / "second", 1)
 
 
+@pytest.mark.slow
+def test_text_beside_images_under_zero_3(work: Path) -> None:
+    """One process would gather the vision tower's weights alone, and both would wait forever."""
+    image = work / "image.png"
+    reference_dataset("train", 1)[0]["images"][0].save(image)
+    rows = [{"images": [str(image)] * (n % 2), "prompt": "read the top row .", "completion": "1 2"} for n in range(8)]
+    (work / "mixed.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    launcher = (*TORCHRUN, "--standalone", "--nproc-per-node", 2)
+    options = ("--batch-size", 1, "--calibration-data", "reference")
+    said = finish(start(work, "mixed3", *options, "--deepspeed", "zero3", launcher=launcher, data="mixed.jsonl"), 1)
+    assert re.search(r"in step \d only 1 of 2 processes have images in their batch; under ZeRO-3 they would wait", said)
+    finish(start(work, "mixed2", *options, "--deepspeed", "zero2", launcher=launcher, data="mixed.jsonl"))
+    assert len(history(work / "mixed2")) == 3
+
+
+@pytest.mark.slow
+def test_a_stream_on_two_processes(work: Path) -> None:
+    """Each takes its share of the rows, in their order."""
+    finish(start(work, "stream1", "--batch-size", 8, "--streaming"))
+    launcher = (*TORCHRUN, "--standalone", "--nproc-per-node", 2)
+    finish(start(work, "stream2", "--batch-size", 4, "--streaming", "--deepspeed", "zero2", launcher=launcher))
+    assert_same_run(work / "stream1", work / "stream2", 2)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("zero", ["zero2", "zero3"])
+def test_evict_with_gradient_checkpointing(work: Path, zero: str) -> None:
+    options = ("--kv", "evict", "--gradient-checkpointing", "--deepspeed", zero)
+    if not (work / "evict").exists():
+        finish(start(work, "evict", "--batch-size", 8, "--kv", "evict"))
+    launcher = (*TORCHRUN, "--standalone", "--nproc-per-node", 2)
+    finish(start(work, f"evict-{zero}", "--batch-size", 4, *options, launcher=launcher))
+    assert_same_run(work / "evict", work / f"evict-{zero}", 2)
+
+
 def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -228,6 +266,17 @@ class TestGuards:
     ) -> None:
         monkeypatch.setenv(variable, "true")
         with pytest.raises(LaunchError, match=message), launched(TrainConfig(), tmp_path):
+            pass
+
+    @pytest.mark.parametrize(
+        ("name", "message"),
+        [
+            ("tensorbord", "`report_to`: got 'tensorbord', expected none, all, or one of .*tensorboard"),
+            ("neptune", "`report_to`: neptune is not installed here. Install it: `pip install neptune`."),
+        ],
+    )
+    def test_a_report_that_nobody_takes(self, name: str, message: str, tmp_path: Path) -> None:
+        with pytest.raises(LaunchError, match=message), launched(TrainConfig(), tmp_path, report_to=name):
             pass
 
     def test_another_engine(self) -> None:

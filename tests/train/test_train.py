@@ -15,7 +15,16 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import LlavaForConditionalGeneration
 
-from skipit.router import CheckpointError, InputError, attach, find_router, gate_state, gated_layers, running
+from skipit.router import (
+    CheckpointError,
+    InputError,
+    RouterConfig,
+    attach,
+    find_router,
+    gate_state,
+    gated_layers,
+    running,
+)
 from skipit.router.checkpoint import load_router
 from skipit.theory.calibrate import measured_share
 from skipit.theory.cost import CostModel
@@ -27,7 +36,7 @@ from skipit.train.launch import training_arguments
 from skipit.train.objective import answer_losses, answer_targets
 from skipit.train.reference.data import reference_dataset
 from skipit.train.reference.model import build_model, build_processor
-from skipit.train.run import dense_per_answer, lora_targets, prepare, train
+from skipit.train.run import dense_per_answer, least_share, lora_targets, prepare, train
 from skipit.train.trainer import SkipTrainer, TrainingError
 
 LAYERS = 3
@@ -110,12 +119,13 @@ class TestRunFolder:
         assert [figures["step"] for figures in history] == list(range(1, CONFIG.steps + 1))
         assert record["last"] == history[-1]
         for figures in history:
-            assert set(figures) == {"step", "ce", "kl", "accuracy", "budget", "compute", "price"}
+            assert set(figures) == {"step", "ce", "kl", "accuracy", "budget", "compute", "multiplier", "price"}
             assert 0 <= figures["accuracy"] <= 1
             assert 0 < figures["compute"] < 1.01
             assert min(figures["ce"], figures["kl"]) > 0
         assert history[0]["price"] == 0
         violation = history[0]["compute"] - CONFIG.budget
+        assert history[1]["multiplier"] == pytest.approx(CONFIG.multiplier_rate * violation)
         assert history[1]["price"] == pytest.approx((CONFIG.multiplier_rate + CONFIG.damping) * violation)
 
     def test_the_model_that_comes_back_is_the_one_on_disk(
@@ -272,8 +282,12 @@ class TestLoss:
 
 
 class TestCollapse:
-    def test_a_dead_router_stops_the_run(self, model: Any, processor: Any, rows: Dataset, tmp_path: Path) -> None:
-        config = replace(CONFIG, kv="evict", collapse=0.4, collapse_steps=3, gate_learning_rate=0)
+    @pytest.mark.parametrize("kv", ["retain", "evict"])
+    def test_a_dead_router_stops_the_run(
+        self, model: Any, processor: Any, rows: Dataset, tmp_path: Path, kv: Any
+    ) -> None:
+        """Also where keys and values are paid for in any case."""
+        config = replace(CONFIG, kv=kv, collapse_steps=3, gate_learning_rate=0)
         message = (
             r"the router collapsed: the last 3 steps executed at most \d+\.\d% of the dense compute, "
             r"the budget is 50%. Start again with a lower `gate_learning_rate` or a higher `damping`"
@@ -287,6 +301,102 @@ class TestCollapse:
         config = replace(CONFIG, kv="evict", collapse=0.4, collapse_steps=3, budget=0.3, steps=4)
         train(model, processor, rows, plan_for(model, bias=-9.0), config, tmp_path / "run")
         assert (tmp_path / "run" / "run.json").exists()
+
+    def test_a_router_that_never_skips_stops_the_run_in_its_second_half(
+        self, model: Any, processor: Any, rows: Dataset, tmp_path: Path
+    ) -> None:
+        config = replace(CONFIG, collapse_steps=2, gate_learning_rate=0, save_steps=3)
+        message = (
+            r"the router does not skip: the last 2 steps executed at least 100\.\d% of the dense compute, the budget "
+            "is 50%. Start again with a higher `gate_learning_rate` or `multiplier_rate`, more steps, or a plan from a"
+        )
+        with pytest.raises(TrainingError, match=message):
+            train(model, processor, rows, plan_for(model, bias=9.0), config, tmp_path / "run")
+        assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["checkpoint-3"]
+
+    def test_a_router_that_may_run_everything_goes_on(
+        self, model: Any, processor: Any, rows: Dataset, tmp_path: Path
+    ) -> None:
+        config = replace(CONFIG, collapse_steps=2, gate_learning_rate=0, budget=1.0)
+        train(model, processor, rows, plan_for(model, bias=9.0), config, tmp_path / "run")
+        assert (tmp_path / "run" / "run.json").exists()
+
+
+class TestReach:
+    @pytest.mark.parametrize("unit", ["block", "attention", "mlp"])
+    @pytest.mark.parametrize("kv", ["retain", "evict"])
+    def test_the_least_share_is_what_a_closed_router_executes(
+        self, model: Any, processor: Any, rows: Dataset, kv: Any, unit: Any
+    ) -> None:
+        held, costs = list(batches(rows, Collator(processor), 4)), CostModel.of(model)
+        attach(model, RouterConfig(kv=kv, unit=unit))
+        measured = measured_share(model, held, costs, kv, threshold=99.0)
+        assert least_share(held, costs, kv, unit) == pytest.approx(measured)
+
+    def test_a_budget_that_cannot_be_met(self, model: Any, processor: Any, rows: Dataset, tmp_path: Path) -> None:
+        message = (
+            r"`budget`: got 0\.05, expected more than 0\.\d{3}: so much is spent when every token skips every layer "
+            r"\(unit 'block', kv 'retain'\)\. A smaller share needs unit 'block' and kv 'evict'\."
+        )
+        with pytest.raises(InputError, match=message):
+            train(model, processor, rows, plan_for(model), replace(CONFIG, more_budgets=(0.05,)), tmp_path / "run")
+        assert not (tmp_path / "run").exists()
+        assert not model._forward_pre_hooks
+
+
+def test_several_budgets_take_turns(model: Any, processor: Any, rows: Dataset, tmp_path: Path) -> None:
+    """Each has a price and a threshold of its own; the gates are the same."""
+    config = replace(CONFIG, budget=0.6, more_budgets=(0.4, 0.8))
+    held_out = reference_dataset("calibration", 8)
+    tuned = train(model, processor, rows, plan_for(model), config, tmp_path / "run", calibration=held_out)
+    history = [json.loads(line) for line in (tmp_path / "run" / "history.jsonl").read_text().splitlines()]
+    assert [figures["budget"] for figures in history] == [0.6, 0.4, 0.8] * 2
+    assert all(figures["price"] == 0 for figures in history[:3])
+    for first, second in zip(history[:3], history[3:], strict=True):
+        over = first["compute"] - first["budget"]
+        assert second["price"] == pytest.approx((CONFIG.multiplier_rate + CONFIG.damping) * over)
+    assert history[1]["compute"] < history[0]["compute"] < history[2]["compute"]
+    shares = json.loads((tmp_path / "run" / "run.json").read_text())["calibrated_shares"]
+    assert {float(budget): share for budget, share in shares.items()} == pytest.approx(
+        {budget: budget for budget in (0.6, 0.4, 0.8)}, abs=0.03
+    )
+    points = find_router(tuned)[1].config.operating_points
+    assert points["0.8"] < points["0.6"] < points["0.4"]
+    assert find_router(tuned)[1].config.threshold == points["0.6"]
+
+
+def test_rows_may_have_several_images_or_none(model: Any, processor: Any, rows: Dataset, tmp_path: Path) -> None:
+    """Batches of one row: a batch may be of text alone."""
+    pictures = [image for row in rows for image in row["images"]]
+    mixed = [
+        {"images": pictures[:count], "prompt": "read the top row .", "completion": "1 2 3"} for count in (2, 0, 1, 0)
+    ]
+    train(model, processor, mixed, plan_for(model), replace(CONFIG, batch_size=1), tmp_path / "run")
+    history = [json.loads(line) for line in (tmp_path / "run" / "history.jsonl").read_text().splitlines()]
+    assert len(history) == CONFIG.steps
+    assert all(figures["ce"] > 0 and 0 < figures["compute"] < 1.01 for figures in history)
+
+
+def test_tensorboard(model: Any, processor: Any, rows: Dataset, tmp_path: Path) -> None:
+    """What is reported, under which names."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    config = replace(CONFIG, steps=10)
+    train(model, processor, rows, plan_for(model), config, tmp_path / "run", report_to="tensorboard")
+    read = EventAccumulator(str(tmp_path / "run" / "logs"))
+    read.Reload()
+    last = json.loads((tmp_path / "run" / "history.jsonl").read_text().splitlines()[-1])
+    for name in ("ce", "kl", "accuracy", "budget", "compute", "multiplier", "price"):
+        (event,) = read.Scalars(f"train/{name}")
+        assert event.value == pytest.approx(last[name], rel=1e-5), name
+    rates = [
+        read.Scalars(f"train/skip_rate_{modality}/layer_{layer:02}")[0].value
+        for modality in ("text", "vision")
+        for layer in range(LAYERS)
+    ]
+    assert all(0 <= rate <= 1 for rate in rates)
+    assert 0 < sum(rates) < len(rates)
+    assert {"train/loss", "train/grad_norm", "train/learning_rate"} <= set(read.Tags()["scalars"])
 
 
 def test_the_budget_is_approached(model: Any, processor: Any, rows: Dataset, tmp_path: Path) -> None:
