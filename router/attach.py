@@ -42,6 +42,11 @@ def attach(model: nn.Module, config: RouterConfig | None = None) -> Router:
     _, decoder, layers = find_decoder(model, config.layers)
     if not hasattr(decoder, "config"):
         raise UnsupportedModelError(f"`{type(decoder).__name__}` has no `config`: gates need a transformers decoder.")
+    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        raise UnsupportedModelError(
+            f"`{type(model).__name__}` is an encoder-decoder: images are in its encoder, which gates in its decoder "
+            "would not reach."
+        )
     if reason := why_not(decoder.config):
         raise UnsupportedModelError(f"`{type(decoder).__name__}` has {reason}")
     implementation = packed_implementation(decoder.config._attn_implementation)  # type: ignore[union-attr, arg-type]

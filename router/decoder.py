@@ -64,7 +64,8 @@ def why_not(config: Any) -> str | None:
     """Why layers with this decoder configuration cannot have gates; None if they can."""
     for kind in layer_kinds(config):
         if kind not in GATED_KINDS:
-            return f"{kind.replace('_', '-')} layers, whose recurrent state cannot leave tokens out."
+            kinds = ", ".join(known.removesuffix("_attention") for known in GATED_KINDS)
+            return f"{kind.replace('_', '-')} layers; a token can be left out of attention that is {kinds}, no other."
     return None
 
 

@@ -346,7 +346,11 @@ class TestSavedIsLoaded:
         batch = processor(text="USER: what is it ? ASSISTANT:", return_tensors="pt")
         assert find_router(loaded)[1].config == find_router(model)[1].config
         assert not loaded.training
-        assert torch.equal(logits(loaded, batch), logits(model, batch))
+        ours, theirs = model.state_dict(), loaded.state_dict()
+        assert ours.keys() == theirs.keys()
+        assert all(torch.equal(theirs[name], ours[name]) for name in ours)
+        # Equal weights at other addresses: some processors then choose another kernel, which rounds otherwise.
+        assert same(logits(loaded, batch), logits(model, batch))
 
 
 class TestDetachLeavesNoTrace:
@@ -649,7 +653,7 @@ class TestTraining:
         assert same(logits(tuned, batch)[real], before[real])  # a new LoRA adds nothing
         trainable = [name for name, p in tuned.named_parameters() if p.requires_grad]
         assert sum("layer_gate" in name for name in trainable) == 2 * LAYERS
-        assert sum("lora_" in name for name in trainable) == 2 * 7 * LAYERS
+        assert sum("lora_" in name for name in trainable) == 2 * FAMILIES[family].linear_maps * LAYERS
         tuned.train()
         optimizer = torch.optim.SGD([p for p in tuned.parameters() if p.requires_grad], lr=0.05)
         for _ in range(3):

@@ -118,6 +118,7 @@ def _plan(verb: Parser) -> None:
 
 def _inspect(verb: Parser) -> None:
     verb.add_argument("model", help="`reference`, a folder with a config.json, or a Hub id; weights are not needed")
+    verb.add_argument("--layers", default=None, help="dotted path of the decoder layers, where they are not found")
     verb.add_argument("--json", action=argparse.BooleanOptionalAction, default=False, help="print JSON")
 
 

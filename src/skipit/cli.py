@@ -220,7 +220,7 @@ def _inspect(arguments: argparse.Namespace) -> None:
 
     from .inspection import inspect_model, inspection_table
 
-    found = inspect_model(arguments.model)
+    found = inspect_model(arguments.model, arguments.layers)
     if arguments.json:
         print(json.dumps(found.to_json(), indent=2))
     else:

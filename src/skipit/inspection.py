@@ -9,7 +9,7 @@ import torch
 from rich.console import Group
 from rich.table import Table
 
-from skipit.router import MODALITIES, RouterConfig, SkipItError, attach
+from skipit.router import MODALITIES, RouterConfig, SkipItError, attach, detach
 from skipit.router.attention import SUPPORTED
 from skipit.router.checkpoint import ROUTER_FILE
 from skipit.router.decoder import find_decoder, layer_kinds
@@ -77,6 +77,11 @@ class Inspection:
     refused: str | None
     router: dict[str, Any] | None
 
+    @property
+    def share_if_skipped(self) -> float:
+        """FLOPs in linear maps of a token that skips every layer under `retain`, of those of one that runs them."""
+        return sum(layer.flops_if_skipped for layer in self.layers) / sum(x.flops_per_token for x in self.layers)
+
     def to_json(self) -> dict[str, Any]:
         """Plain values, with totals over the layers."""
         names = ("gate_parameters", "flops_per_token", "kv_bytes")
@@ -84,21 +89,34 @@ class Inspection:
         return {**asdict(self), "supported": self.refused is None, "totals": totals}
 
 
-def inspect_model(source: str) -> Inspection:
-    """Inspect a model on the meta device: a folder with a config.json, a Hub id, or `reference`.
+def inspect_model(source: str, layers: str | None = None) -> Inspection:
+    """Inspect a model on the meta device.
+
+    Args:
+        source: a folder with a config.json, a Hub id, or `reference`.
+        layers: dotted path of the decoder layers, where they are not found by themselves.
 
     Raises:
         CheckpointError: there is no configuration, or transformers does not know it.
-        UnsupportedModelError: it is not a vision-language model, or transformers cannot build it.
+        UnsupportedModelError: it is not a vision-language model, transformers cannot build it, or what its layers cost
+            cannot be read off them.
         DecoderNotFoundError: its decoder layers are not found; the message lists what could be named.
     """
     folder = resolve_model(source)
+    router_file = Path(folder) / ROUTER_FILE
+    router = RouterConfig.from_file(router_file) if router_file.is_file() else None
+    layers = layers or (router.layers if router else None)
     config = _config(source, folder)
     model = _on_meta(source, config)
-    path, decoder, layers = find_decoder(model)
+    path, decoder, found = find_decoder(model, layers)
+    refused = _refused(model, layers)
+    try:
+        costs = CostModel.of(model, layers).layers
+    except UnsupportedModelError as error:
+        # Why there can be no gates says more than that an attention is unlike others.
+        raise UnsupportedModelError(refused or str(error)) from error
     width = int(decoder.config.hidden_size)  # type: ignore[union-attr, arg-type]
     gate = len(MODALITIES) * (width + 1)
-    costs = CostModel.of(model).layers
     facts = tuple(
         LayerFacts(
             kind,
@@ -111,9 +129,8 @@ def inspect_model(source: str) -> Inspection:
             cost.kv_bytes,
             cost.image,
         )
-        for kind, layer, cost in zip(layer_kinds(decoder.config), layers, costs, strict=True)
+        for kind, layer, cost in zip(layer_kinds(decoder.config), found, costs, strict=True)
     )
-    router = Path(folder) / ROUTER_FILE
     return Inspection(
         source,
         type(model).__name__,
@@ -122,10 +139,10 @@ def inspect_model(source: str) -> Inspection:
         sum(p.numel() for p in model.parameters()),
         path,
         facts,
-        {name: getattr(config, name) for name in PLACEHOLDERS if isinstance(getattr(config, name, None), int)},
+        _vision_tokens(config),
         _attention(model),
-        _refused(model),
-        RouterConfig.from_file(router).to_dict() if router.is_file() else None,
+        refused,
+        None if router is None else router.to_dict(),
     )
 
 
@@ -167,37 +184,47 @@ def _attention(model: Any) -> dict[str, bool]:
     return {name: name in SUPPORTED for name, there in has.items() if there}
 
 
-def _refused(model: Any) -> str | None:
+def _vision_tokens(config: Any) -> dict[str, int]:
+    """Placeholders by name; several families give each two names."""
+    found: dict[str, int] = {}
+    for name in PLACEHOLDERS:
+        value = getattr(config, name, None)
+        twin = name.replace("_index", "_id")
+        if isinstance(value, int) and found.get(twin) != value:
+            found[name] = value
+    return found
+
+
+def _refused(model: Any, layers: str | None) -> str | None:
     try:
-        attach(model)
+        attach(model, RouterConfig(layers=layers))
     except SkipItError as error:
         return str(error)
+    detach(model)
     return None
 
 
 def inspection_table(found: Inspection) -> Group:
-    """What was found, to read: one line per stretch of equal layers."""
+    """What was found, to read: one line per stretch of equal layers, and what the columns mean."""
     about = Table.grid(padding=(0, 2))
     whole = found.to_json()["totals"]
     vision = ", ".join(f"{name} {value}" for name, value in found.vision_tokens.items()) or "none in the configuration"
-    attention = ", ".join(f"{name} ({'gated' if yes else 'dense only'})" for name, yes in found.attention.items())
+    attention = ", ".join(f"{name}" + ("" if yes else " (not with gates)") for name, yes in found.attention.items())
     lines = {
         "model": f"{found.name} ({found.model_type}), {found.parameters:,} parameters in {found.dtype}",
         "decoder": f"{found.decoder}, {len(found.layers)} layers",
         "modalities": f"text; vision: {vision}",
         "attention": attention,
-        "gates": f"{whole['gate_parameters']:,} parameters",
+        "gates": f"{whole['gate_parameters']:,} parameters, one gate per layer, in fp32",
         "per token": f"{_short(whole['flops_per_token'])} FLOPs in linear maps, {whole['kv_bytes']:,} bytes of K/V",
-        "supported": "yes: masked and gathered execution, K/V policies retain and evict"
-        if found.refused is None
-        else f"no: {found.refused}",
+        "supported": _SUPPORTED if found.refused is None else f"no: {found.refused}",
     }
     if found.router is not None:
         points = ", ".join(found.router["operating_points"]) or "none"
         lines["router"] = f"a gated checkpoint: K/V policy {found.router['kv']}, operating points: {points}"
     for name, text in lines.items():
         about.add_row(name, text)
-    table = Table("layers", "kind", "class", "FLOPs/token", "per key", "if skipped", "K/V bytes", "gate parameters")
+    table = Table("layers", "kind", "class", "FLOPs/token", "FLOPs/key", "if skipped", "K/V bytes", "gate parameters")
     for column in table.columns[3:]:
         column.justify = "right"
     first = 0
@@ -214,7 +241,24 @@ def inspection_table(found: Inspection) -> Group:
             f"{layer.gate_parameters:,}",
         )
         first = last + 1
-    return Group(about, table)
+    return Group(about, table, "\n".join(_legend(found)))
+
+
+_SUPPORTED = "yes, by its structure: a block, its attention or its MLP is skipped, keys and values retained or evicted"
+
+
+def _legend(found: Inspection) -> list[str]:
+    lines = [
+        "FLOPs/token: of one token, in the layer's linear maps; FLOPs/key: more for every key that it attends to.",
+        "if skipped: FLOPs of a token that skips the layer: under `retain` for its keys and values, "
+        f"{found.share_if_skipped:.0%} of running it; under `evict` none.",
+        f"K/V bytes: of the cache, per token that has keys and values there, in {found.dtype}.",
+    ]
+    images = {layer.flops_per_image_state for layer in found.layers} - {0.0}
+    if images:
+        costs = ", ".join(map(_short, sorted(images)))
+        lines.append(f"cross: keys and values are the images', once for all tokens: {costs} FLOPs per image state.")
+    return lines
 
 
 def _short(count: float) -> str:

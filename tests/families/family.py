@@ -34,6 +34,7 @@ class Family:
         prefix_lm: a prompt's tokens see each other; its processor wants an image, and the answer as `suffix`.
         mixes_rows: its tokens before the first image depend on how many images other rows of the batch have: the model
             lets them see all image states alike, those of padding too.
+        linear_maps: of a decoder layer; experts are none, they are one tensor each.
     """
 
     processor: Callable[[], Any]
@@ -42,6 +43,7 @@ class Family:
     video: str | None = None
     prefix_lm: bool = False
     mixes_rows: bool = False
+    linear_maps: int = 7
 
 
 def tokenizer(image: str, special: Sequence[str] = (), **named: str) -> PreTrainedTokenizerFast:

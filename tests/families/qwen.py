@@ -1,4 +1,4 @@
-"""Qwen2.5-VL and Qwen3-VL: M-RoPE, dynamic resolution, video."""
+"""Qwen2.5-VL, Qwen3-VL and its mixture of experts: M-RoPE, dynamic resolution, video."""
 
 from typing import Any
 
@@ -8,6 +8,7 @@ from transformers import (
     Qwen2VLImageProcessor,
     Qwen2VLVideoProcessor,
     Qwen3VLConfig,
+    Qwen3VLMoeConfig,
     Qwen3VLProcessor,
     Qwen3VLVideoProcessor,
 )
@@ -95,7 +96,17 @@ def _config_3(processor: Any) -> Qwen3VLConfig:
     )
 
 
+def _config_3_experts(processor: Any) -> Qwen3VLMoeConfig:
+    experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 12}
+    return Qwen3VLMoeConfig(
+        text_config=text_config(processor, head_dim=8, **experts, **_rope(mrope_interleaved=True)),
+        vision_config=_vision(num_position_embeddings=16, deepstack_visual_indexes=[0, 1]),
+        **_ids(processor),
+    )
+
+
 FAMILIES = {
     "qwen2.5-vl": Family(_processor_2_5, _config_2_5, PLACEHOLDER, VIDEO),
     "qwen3-vl": Family(_processor_3, _config_3, PLACEHOLDER, VIDEO),
+    "qwen3-vl-moe": Family(_processor_3, _config_3_experts, PLACEHOLDER, VIDEO, linear_maps=4),
 }

@@ -120,6 +120,16 @@ def test_linear_attention() -> None:
     model = build("llava")
     model.config.text_config.layer_types = ["linear_attention", "full_attention"] * 2
     with pytest.raises(
-        UnsupportedModelError, match="`LlamaModel` has linear-attention layers, whose recurrent state cannot"
+        UnsupportedModelError,
+        match="has linear-attention layers; a token can be left out of attention that is full, sliding, chunked, cross",
+    ):
+        attach(model)
+
+
+def test_an_encoder_decoder() -> None:
+    model = build("llava")
+    model.config.is_encoder_decoder = True
+    with pytest.raises(
+        UnsupportedModelError, match="`LlavaForConditionalGeneration` is an encoder-decoder: images are"
     ):
         attach(model)

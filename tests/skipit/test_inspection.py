@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 from families import FAMILIES, IMAGE, LAYERS, build, config
-from transformers import CLIPVisionConfig, LlamaConfig
+from transformers import CLIPVisionConfig, LlamaConfig, Qwen3_5Config
 
 from skipit.cli import main
 from skipit.inspection import inspect_model
-from skipit.router import RouterConfig, SkipItError, attach, gated_layers
+from skipit.router import RouterConfig, SkipItError, UnsupportedModelError, attach, gated_layers
 from skipit.router.attention import SUPPORTED
 from skipit.router.checkpoint import save_gated
 from skipit.router.decoder import find_decoder
@@ -70,8 +70,9 @@ def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config("mllama").save_pretrained(tmp_path)
     assert main(["inspect", str(tmp_path)]) == 0
     said = capsys.readouterr().out
-    assert "supported   yes" in said
+    assert "supported   yes, by its structure" in said
     assert re.search(r"\n│ 1 +│ cross +│", said)
+    assert "cross: keys and values are the images', once for all tokens: 2.05k FLOPs per image state." in said
     recurrent = copy.deepcopy(config("llava"))
     recurrent.text_config.layer_types = ["linear_attention", "full_attention"] * 2
     recurrent.save_pretrained(tmp_path)
@@ -87,6 +88,34 @@ def test_a_gated_checkpoint_says_its_router(tmp_path: Path) -> None:
     assert found.refused is None
     assert found.router is not None
     assert (found.router["kv"], found.router["operating_points"]) == ("evict", {"0.5": 0.1})
+
+
+def test_what_the_columns_mean(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config("llava").save_pretrained(tmp_path)
+    assert main(["inspect", str(tmp_path)]) == 0
+    said = capsys.readouterr().out
+    layer = inspect_model(str(tmp_path)).layers[0]
+    assert (layer.flops_if_skipped, layer.flops_per_token) == (2 * 2 * 32 * 16, 2 * (2 * 32 * 48 + 3 * 32 * 48))
+    assert "under `retain` for its keys and values, 13% of running it; under `evict` none." in said
+    assert f"modalities  text; vision: image_token_id {IMAGE} " in said  # one name of two that mean the same
+    assert "flash_attention_2 (not with gates)" in said
+    assert "cross:" not in said
+
+
+def test_layers_by_name(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config("llava").save_pretrained(tmp_path)
+    path = "model.vision_tower.encoder.layers"
+    assert main(["inspect", str(tmp_path), "--layers", path]) == 0
+    assert f"decoder     {path}, 2 layers" in capsys.readouterr().out
+    assert main(["inspect", str(tmp_path), "--layers", "model.nowhere"]) == 1
+    assert "no decoder layers at `layers='model.nowhere'`" in capsys.readouterr().err
+
+
+def test_an_attention_of_another_make_says_why_gates_cannot_be(tmp_path: Path) -> None:
+    hybrid = {"layer_types": ["linear_attention", "full_attention"], "num_hidden_layers": 2, "hidden_size": 32}
+    Qwen3_5Config(text_config=hybrid).save_pretrained(tmp_path)
+    with pytest.raises(UnsupportedModelError, match="`Qwen3_5TextModel` has linear-attention layers; a token can be"):
+        inspect_model(str(tmp_path))
 
 
 def test_no_weights_are_needed_and_bytes_follow_the_dtype(tmp_path: Path) -> None:

@@ -39,6 +39,28 @@ def test_a_dense_layer(family: str) -> None:
         assert got == 3 * (tokens * cost.linear + tokens**2 * cost.attention)
 
 
+def test_experts() -> None:
+    model, batch = build("qwen3-vl-moe", attention="eager"), inputs("qwen3-vl-moe", ROWS)
+    model.set_experts_implementation("eager")  # torch's counter does not see grouped products
+    tokens = batch["input_ids"].shape[1]
+    flops, _ = counted(model, batch)
+    for cost, got in zip(CostModel.of(model).layers, flops, strict=True):
+        assert got == 3 * (tokens * cost.linear + tokens**2 * cost.attention)
+        assert cost.mlp == 2 * (2 * 3 * 12 * 32 + 4 * 32)  # two of four experts with three maps each, and their scores
+    config = model.config.text_config
+    config.num_experts_per_tok = 0
+    with pytest.raises(UnsupportedModelError, match=r"has experts, but none of num_experts_per_tok, moe_topk, .* says"):
+        CostModel.of(model)
+
+
+def test_heads_of_keys_without_a_name() -> None:
+    model = build("llava")
+    costs = CostModel.of(model).layers[0]
+    config = model.config.text_config
+    config.num_attention_heads, config.num_key_value_heads = 2, None
+    assert CostModel.of(model).layers[0].kv_bytes == costs.kv_bytes
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("kv", ["retain", "evict"])
 @pytest.mark.parametrize("rows", [ROWS, ROWS[2:]], ids=["batch", "one row"])
