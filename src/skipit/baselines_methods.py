@@ -332,7 +332,7 @@ def pmod(lab: Lab, budget: float) -> Systems:
 def flexidepth(lab: Lab, budget: float) -> Systems:
     """FlexiDepth: a bottleneck router that scales the MLP, an adapter where a token skips, a loss on the squared depth.
 
-    In all layers, where the authors convert the last half; the threshold, not the loss's weight, meets the budget.
+    In all layers, where the authors convert the last half.
     """
     text = lab.dense[0].config.get_text_config()
 
@@ -341,7 +341,9 @@ def flexidepth(lab: Lab, budget: float) -> Systems:
 
     costs = with_gate_cost(lab.costs, gate().router_flops, gate().adapter_flops)
     options: dict[str, Any] = {"policy": Gated(), "kv": "retain"}
-    penalty = depth_penalty(FLEXIDEPTH_WEIGHT)
+    floor, total = (sum(getattr(c, name) for c in costs.layers) for name in ("keys_values", "linear"))
+    gates = sum(c.gate for c in costs.layers)
+    penalty = depth_penalty(FLEXIDEPTH_WEIGHT, max(0.0, (budget * total - floor - gates) / (total - floor)))
     model = lab.fit(budget, options, gate=gate, change=scale_by_router, penalty=penalty, soft=True)
     met = lab.meet(model, costs, budget, lambda x: {**options, "policy": Gated(x)}, low=-30.0, high=30.0)
     return {"flexidepth": [System(model, always(met), costs)]}

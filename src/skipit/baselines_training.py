@@ -131,10 +131,15 @@ def rate_penalty(share: float) -> Penalty:
     return penalty
 
 
-def depth_penalty(weight: float) -> Penalty:
-    """FlexiDepth's loss: weight times the mean over tokens of (sum over layers of w)^2."""
+def depth_penalty(weight: float, share: float) -> Penalty:
+    """FlexiDepth's loss: weight times the mean over tokens of (sum over layers of w)^2, while too much runs.
+
+    The authors have no budget: they choose the weight. Here it counts while more than `share` of the tokens and layers
+    have w > 0.5 (ours); always on, it closed every router of the reference model.
+    """
 
     def penalty(run: Tensor, real: Tensor) -> Tensor:
-        return weight * run.sum(0).square()[real].mean()
+        open_share = (run.detach() > 0.5).float().mean(0)[real].mean()
+        return weight * (open_share > share) * run.sum(0).square()[real].mean()
 
     return penalty

@@ -76,7 +76,8 @@ def test_the_losses_of_peers() -> None:
     run = torch.tensor([[[1.0, 1.0, 0.0]], [[1.0, 0.0, 0.0]], [[0.0, 0.0, 0.0]]])
     real = torch.tensor([[True, True, False]])
     assert float(rate_penalty(0.5)(run, real)) == pytest.approx((abs(2 / 3 - 0.5) + abs(1 / 3 - 0.5)) / 2)
-    assert float(depth_penalty(0.1)(run, real)) == pytest.approx(0.1 * (4 + 1) / 2)
+    assert float(depth_penalty(0.1, 0.4)(run, real)) == pytest.approx(0.1 * (4 + 1) / 2)
+    assert float(depth_penalty(0.1, 0.6)(run, real)) == 0
     assert float(sequence_penalty(0.2, 0, 2)(run, real)) == pytest.approx((1 - 0.2) + (0.5 - 0.2))
     assert float(sequence_penalty(0.2, 2, 3)(run, real)) == 0
 
