@@ -141,15 +141,19 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return built
 
 
-def test_wheel_ships_the_folders_and_nothing_else(wheel: Path) -> None:
+def test_wheel_ships_the_folders_and_nothing_else(wheel: Path, pyproject: dict[str, Any]) -> None:
     with zipfile.ZipFile(wheel) as file:
         shipped = {name for name in file.namelist() if ".dist-info/" not in name}
-    expected = {"skipit/py.typed"}
+    expected = set()
     for name, path in modules_in_folders().items():
         base = name.replace(".", "/")
         expected.add(f"{base}/__init__.py" if path.name == "__init__.py" else f"{base}.py")
-    weights = ROOT / "train/reference/weights"
-    expected |= {f"skipit/train/reference/weights/{path.name}" for path in weights.glob("*")}
+    settings = pyproject["tool"]["setuptools"]
+    for package, patterns in settings["package-data"].items():
+        folder = ROOT / settings["package-dir"][package]
+        files = [path.relative_to(folder) for pattern in patterns for path in folder.glob(pattern)]
+        assert files, f"{package}: nothing matches {patterns}"
+        expected |= {f"{package.replace('.', '/')}/{path.as_posix()}" for path in files}
     assert shipped == expected
     assert wheel.stat().st_size < 12_000_000
 

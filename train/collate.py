@@ -13,7 +13,10 @@ from torch.utils.data import Dataset, IterableDataset
 from skipit.router import InputError
 from skipit.theory.labels import IGNORE
 
-FORMAT = "Rows need images, prompt and completion (TRL's conversational vision format)."
+FORMAT = (
+    "Rows need images, prompt and completion, or images and messages of which the assistant has the last (TRL's "
+    "conversational vision format)."
+)
 
 
 @dataclass(frozen=True)
@@ -211,11 +214,22 @@ def _open(image: Any) -> Any:
     return image if image.mode == "RGB" else image.convert("RGB")
 
 
+def answer_apart(row: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A row whose `messages` are a conversation, with the last answer as `completion` and the rest as `prompt`."""
+    messages = row.get("messages")
+    if "prompt" in row or "completion" in row or not isinstance(messages, list) or len(messages) < 2:
+        return row
+    last = messages[-1]
+    if not isinstance(last, Mapping) or last.get("role") != "assistant":
+        return row
+    return {**row, "prompt": messages[:-1], "completion": [last]}
+
+
 class Row(dict[str, Any]):
     """A row that knows where it comes from, so that an error about it can say so."""
 
     def __init__(self, values: Mapping[str, Any], where: str) -> None:
-        super().__init__(values)
+        super().__init__(answer_apart(values))
         self.where = where
 
 
@@ -351,6 +365,8 @@ def _readable(rows: Any) -> Iterator[Row]:
             row = next(iterator)
         except StopIteration:
             return
+        except InputError:  # `Rows` has named the row
+            raise
         except Exception as error:
             raise InputError(f"row {number} cannot be read: {error}") from error
         yield Row(row, f"row {number}")
