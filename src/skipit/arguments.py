@@ -343,7 +343,7 @@ def _columns(verb: Parser) -> None:
         type=_names,
         default=None,
         metavar="OURS=THEIRS,...",
-        help="columns by other names than images, prompt, completion, answer: images=photo,prompt=question",
+        help="columns by other names than images, prompt, completion, messages, answer: images=photo,prompt=question",
     )
 
 
@@ -463,7 +463,7 @@ def _budgets(text: str) -> tuple[float, ...]:
 
 def _names(text: str) -> dict[str, str]:
     pairs = [part.partition("=") for part in text.split(",")]
-    known = ("images", "prompt", "completion", "answer")
+    known = ("images", "prompt", "completion", "messages", "answer")
     if not all(ours in known and theirs for ours, _, theirs in pairs):
         raise argparse.ArgumentTypeError(f"got {text!r}, expected such as images=photo,prompt=question")
     return {ours: theirs for ours, _, theirs in pairs}

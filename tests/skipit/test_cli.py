@@ -174,6 +174,7 @@ WRONG: list[tuple[str, str]] = [
     ("demo --samples few", "argument --samples: got 'few', expected a whole number, at least 1"),
     ("demo --seed -1", "argument --seed: got '-1', expected a whole number, at least 0"),
     ("train m d --plan p --out x --learning-rate fast", "argument --learning-rate: got 'fast', expected a number"),
+    ("train m d --out x --columns image=photo", "got 'image=photo', expected such as images=photo,prompt=question"),
     ("train m d --plan p --out x --damping nan", "argument --damping: got 'nan', expected a number, at least 0"),
     ("generate c --image i --prompt p --depth-map d.jpg", "expected a name that ends in .png or .svg"),
     ("generate c --image i --prompt p --depth-map no/d.png", "got 'no/d.png', but there is no folder no"),
@@ -211,6 +212,10 @@ class TestConfig:
         file = config("budget: 0.25")
         assert parse(["plan", f"--config={file}", "p", "--out", "x"], RUNS).budget == 0.25
         assert parse(["plan", f"--config={file}", "p", "--out", "x", "--budget=0.75"], RUNS).budget == 0.75
+
+    def test_columns(self) -> None:
+        parsed = parse("train m d --out x --columns images=photo,messages=chat".split(), RUNS)
+        assert parsed.columns == {"images": "photo", "messages": "chat"}
 
     def test_lists(self, config: Any) -> None:
         file = config("image: [a.png, b.png]\nprompt: what is it ?")

@@ -63,6 +63,44 @@ def test_files(rows: Dataset, tmp_path: Path) -> None:
     assert all(ours[name].equal(theirs[name]) for name in theirs), "paths and texts stand for pictures and messages"
 
 
+COLUMNS = {"images": "photo", "prompt": "question"}
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_columns_by_other_names(rows: Dataset, tmp_path: Path, streaming: bool) -> None:
+    rows.rename_columns({"images": "photo", "prompt": "question"}).to_parquet(tmp_path / "rows.parquet")
+    source = str(tmp_path / "rows.parquet")
+    loaded = load_data(source, "train", columns={**COLUMNS, "completion": "completion"}, streaming=streaming)
+    collate = Collator(build_processor())
+    ours, theirs = collate(list(loaded)), collate(list(rows))
+    assert all(ours[name].equal(theirs[name]) for name in theirs)
+    with pytest.raises(InputError, match=r"has no column 'picture' for `images`; found: photo, question, completion"):
+        load_data(source, "train", columns={"images": "picture"}, streaming=streaming)
+    with pytest.raises(InputError, match="`completion` is to be 'answer', but it has a column 'completion' already"):
+        load_data(source, "train", columns={"completion": "answer"}, streaming=streaming)
+    assert len(load_held_out(source, "reference", "any", 4, 0, COLUMNS)) == 4
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_folder_of_pictures(rows: Dataset, tmp_path: Path, streaming: bool) -> None:
+    """As `datasets` knows it: splits are folders, a metadata.jsonl in each names the files."""
+    for split, numbers in {"train": range(4), "validation": range(4, 6)}.items():
+        folder = tmp_path / "photos" / split
+        folder.mkdir(parents=True)
+        lines = []
+        for number in numbers:
+            rows[number]["images"][0].save(folder / f"{number}.png")
+            text = rows[number]["prompt"][0]["content"][1]["text"]
+            lines.append({"file_name": f"{number}.png", "prompt": text, "completion": rows[number]["answer"]})
+        (folder / "metadata.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    source, columns = str(tmp_path / "photos"), {"images": "image"}
+    loaded = load_data(source, "train", columns=columns, streaming=streaming)
+    collate = Collator(build_processor())
+    ours, theirs = collate(list(loaded)), collate(list(rows.select(range(4))))
+    assert all(ours[name].equal(theirs[name]) for name in theirs)
+    assert len(load_held_out(None, source, "validation", 9, 0, columns)) == 2
+
+
 def test_held_out_rows_are_never_those_trained_on(rows: Dataset, tmp_path: Path) -> None:
     rows.to_parquet(tmp_path / "rows.parquet")
     rows.save_to_disk(tmp_path / "one")

@@ -100,6 +100,26 @@ def test_forms_of_a_row_mean_the_same(processor: Any) -> None:
         assert all(torch.equal(tensor[0], one) for one in tensor)
 
 
+def test_a_conversation_is_asked_about_its_last_answer(processor: Any) -> None:
+    said = [
+        {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "read the top row ."}]},
+        {"role": "assistant", "content": "1 2 3"},
+        {"role": "user", "content": "count 3 ."},
+        {"role": "assistant", "content": "1"},
+    ]
+    whole = {"images": [picture()], "messages": said}
+    apart = {"images": [picture()], "prompt": said[:3], "completion": said[3:]}
+    ours, theirs = (next(batches([one], Collator(processor), 1)) for one in (whole, apart))
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    labels = ours["labels"][0]
+    assert processor.tokenizer.decode(labels[labels != -100]).replace("</s>", "").strip() == "1"
+    for bad in (said[:3], said[3:], "read it", [{}, "1"]):
+        with pytest.raises(
+            InputError, match=r"row 0: no column prompt, completion; found: images, messages\. .* the assistant has"
+        ):
+            list(batches([{**whole, "messages": bad}], Collator(processor), 1))
+
+
 def test_files(processor: Any, tmp_path: Any) -> None:
     (tmp_path / "a.png").write_bytes(png(picture()))
     path = str(tmp_path / "a.png")

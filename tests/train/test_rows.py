@@ -1,0 +1,151 @@
+"""Rows that cannot be read are named, counted and left out up to a limit; streams are trained on as they come."""
+
+import copy
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from datasets import Dataset
+from PIL import Image
+from safetensors.torch import load_file
+from transformers import LlavaForConditionalGeneration, TrainerCallback
+
+from skipit.router import InputError
+from skipit.theory.identity import fingerprint
+from skipit.theory.plan import Plan
+from skipit.train.collate import Broken, Collator, Rows, RowStream, training_rows
+from skipit.train.config import TrainConfig
+from skipit.train.reference.data import reference_dataset
+from skipit.train.reference.model import build_model, build_processor
+from skipit.train.run import train
+
+LAYERS = 2
+
+
+@pytest.fixture(scope="module")
+def collate() -> Collator:
+    return Collator(build_processor())
+
+
+@pytest.fixture
+def rows() -> Dataset:
+    """Six rows; the picture of the third and the prompt of the fifth are broken."""
+    buffer = io.BytesIO()
+    Image.new("RGB", (48, 48)).save(buffer, format="png")
+    values = [
+        {
+            "images": [{"bytes": b"no picture" if number == 2 else buffer.getvalue(), "path": None}],
+            "prompt": "an <image> ?" if number == 4 else "read the top row .",
+            "completion": str(number),
+        }
+        for number in range(6)
+    ]
+    return Dataset.from_list(values, features=None)
+
+
+def completions(rows: Any) -> list[str]:
+    return [row["completion"] for row in rows]
+
+
+class TestRows:
+    def test_the_next_good_row_stands_in(self, rows: Dataset, collate: Collator) -> None:
+        said: list[str] = []
+        broken = Broken(2, said.append)
+        read = Rows(rows, collate, broken)
+        assert len(read) == 6
+        assert completions(read) == ["0", "1", "3", "3", "5", "5"]
+        assert completions(read) == ["0", "1", "3", "3", "5", "5"]
+        assert broken.count == 2
+        assert len(said) == 2, "each is named once"
+        assert said[0].startswith("skipped: row 2: image 0 cannot be read: cannot identify image file")
+        assert said[1].startswith("skipped: row 4: 2 image tokens, 1 images.")
+
+    def test_the_last_row_is_followed_by_the_first(self, rows: Dataset, collate: Collator) -> None:
+        assert completions([Rows(rows.select([0, 2]), collate, Broken(1))[1]]) == ["0"]
+
+    def test_one_too_many(self, rows: Dataset, collate: Collator) -> None:
+        message = r"more than 1 rows cannot be read \(`max_broken_rows`\); the last: row 4: 2 image tokens, 1 images"
+        with pytest.raises(InputError, match=message):
+            list(Rows(rows, collate, Broken(1)))
+
+    def test_none_is_allowed_unasked(self, rows: Dataset, collate: Collator) -> None:
+        with pytest.raises(InputError, match=r"^row 2: image 0 cannot be read"):
+            list(Rows(rows, collate))
+
+    def test_no_good_row(self, rows: Dataset, collate: Collator) -> None:
+        with pytest.raises(InputError, match="no row of the data can be read"):
+            Rows(rows.select([2, 4]), collate, Broken(9))[0]
+
+
+class TestStream:
+    def test_broken_rows_are_left_out(self, rows: Dataset, collate: Collator) -> None:
+        broken = Broken(2)
+        stream = training_rows(rows.to_iterable_dataset(), collate, broken)
+        assert isinstance(stream, RowStream)
+        assert completions(stream) == completions(stream) == ["0", "1", "3", "5"]
+        assert broken.count == 2
+
+    def test_a_picture_that_cannot_be_decoded_does_not_end_it(self, collate: Collator) -> None:
+        whole = reference_dataset("train", 3)
+        values = whole.with_format("arrow")[:].to_pylist()
+        values[1]["images"][0]["bytes"] = b"no picture"
+        stream = Dataset.from_list(values, features=whole.features).to_iterable_dataset()
+        assert completions(RowStream(stream, collate, Broken(1))) == [whole[0]["completion"], whole[2]["completion"]]
+
+    def test_one_too_many(self, rows: Dataset, collate: Collator) -> None:
+        with pytest.raises(InputError, match=r"more than 1 rows cannot be read .*; the last: row 4"):
+            list(RowStream(rows.to_iterable_dataset(), collate, Broken(1)))
+
+
+@pytest.fixture(scope="module")
+def model() -> Any:
+    config = copy.deepcopy(build_model().config)
+    config.text_config.num_hidden_layers, config.vision_config.num_hidden_layers = LAYERS, 1
+    torch.manual_seed(0)
+    return LlavaForConditionalGeneration(config).eval()
+
+
+def run(model: Any, data: Any, out: Path, callbacks: Any = None, **options: Any) -> list[dict[str, float]]:
+    """Train on some rows; the history."""
+    units, width = (LAYERS, 2), model.config.text_config.hidden_size
+    plan = Plan(
+        torch.zeros(*units, width), torch.zeros(units), 0.5, "retain", "zero", fingerprint(model), torch.ones(units)
+    )
+    settings = {"steps": 4, "batch_size": 2, "lora_rank": 2, "learning_rate": 1e-3, "save_steps": 1}
+    more = {name: options.pop(name) for name in ("resume", "note") if name in options}
+    config = TrainConfig(**{**settings, **options})
+    train(copy.deepcopy(model), build_processor(), data, plan, config, out, callbacks=callbacks, **more)
+    return [json.loads(line) for line in (out / "history.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_run_counts_the_rows_it_left_out(model: Any, rows: Dataset, tmp_path: Path, streaming: bool) -> None:
+    said: list[str] = []
+    data = rows.to_iterable_dataset() if streaming else rows
+    assert len(run(model, data, tmp_path / "run", max_broken_rows=2, note=said.append)) == 4
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["skipped_rows"] == len(said) == 2
+    with pytest.raises(InputError, match=r"more than 1 rows cannot be read \(`max_broken_rows`\)"):
+        run(model, data, tmp_path / "other", max_broken_rows=1)
+
+
+class Stop(TrainerCallback):
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == 3:
+            raise KeyboardInterrupt
+
+
+def test_a_stream_begins_again_and_is_resumed_where_it_was(model: Any, tmp_path: Path) -> None:
+    """Five rows, twelve are needed: a stopped run goes on in the middle of the second round, bit for bit."""
+    stream = reference_dataset("train", 5).to_iterable_dataset()
+    whole = run(model, stream, tmp_path / "whole", steps=6)
+    assert len(whole) == 6
+    with pytest.raises(KeyboardInterrupt):
+        run(model, stream, tmp_path / "stopped", callbacks=[Stop()], steps=6)
+    assert run(model, stream, tmp_path / "stopped", steps=6, resume=True) == whole
+    ours, theirs = (
+        load_file(tmp_path / name / "adapter" / "adapter_model.safetensors") for name in ("whole", "stopped")
+    )
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
