@@ -1,4 +1,4 @@
-"""The metrics of `skipit.eval.metrics` as `torchmetrics.Metric`: every state is a sum, so batches and ranks add up."""
+"""The metrics of `skipit.eval` as `torchmetrics.Metric`: every state is a sum, so batches and ranks add up."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -9,6 +9,8 @@ from torch import Tensor
 from torchmetrics import Metric
 
 from .metrics import anls_scores, compute_share, exact_match_scores, skip_counts, vqa_scores
+from .metrics_alignment import alignment_of_counts
+from .metrics_confidence import CalibrationBins, calibration_bins
 
 
 class _MeanScore(Metric):
@@ -152,19 +154,8 @@ class ExactMatchByGroup(Metric):
         return dict(zip(self.groups, self.correct / self.answers, strict=True))
 
 
-class SkipRate(Metric):
-    """The share of real tokens that skipped each (layer, modality); see `skipit.eval.metrics.skip_rate`.
-
-    Args:
-        layers: Number of decoder layers.
-        kwargs: Options of `torchmetrics.Metric`.
-
-    Example:
-        >>> metric = SkipRate(layers=1)
-        >>> metric.update(torch.tensor([[[True, False]]]), torch.tensor([[0, 1]]), torch.tensor([[True, True]]))
-        >>> metric.compute().tolist()
-        [[0.0, 1.0]]
-    """
+class _SkipCounts(Metric):
+    """Skipped and all real tokens of each (layer, modality), over all updates and ranks."""
 
     is_differentiable = False
     full_state_update = False
@@ -188,15 +179,98 @@ class SkipRate(Metric):
         if len(run) != len(self.skipped):
             raise ValueError(
                 f"`run` has {len(run)} layers, expected {len(self.skipped)}. "
-                f"Make SkipRate(layers={len(run)}) for this model."
+                f"Make a {type(self).__name__} for the {len(run)} layers of this model."
             )
         skipped, total = skip_counts(run, modality, real)
         self.skipped += skipped.to(self.skipped.device)
         self.total += total.to(self.total.device)
 
+
+class SkipRate(_SkipCounts):
+    """The share of real tokens that skipped each (layer, modality); see `skipit.eval.metrics.skip_rate`.
+
+    Args:
+        layers: Number of decoder layers.
+        kwargs: Options of `torchmetrics.Metric`.
+
+    Example:
+        >>> metric = SkipRate(layers=1)
+        >>> metric.update(torch.tensor([[[True, False]]]), torch.tensor([[0, 1]]), torch.tensor([[True, True]]))
+        >>> metric.compute().tolist()
+        [[0.0, 1.0]]
+    """
+
     def compute(self) -> Float[Tensor, "layers 2"]:
         """Rates of shape [layers, 2] in [0, 1], float64; NaN where a unit has no tokens."""
         return self.skipped.double() / self.total.double()
+
+
+class SkipAlignment(_SkipCounts):
+    """How far decisions agree with the theory's skip set; see `skipit.eval.metrics_alignment.alignment_of_counts`.
+
+    Args:
+        theory_set: True where the theory skips a unit, of shape [layers, 2], columns text and vision.
+        weight: Of one decision, by unit, such as the FLOPs that a skip saves; by default all count alike.
+        kwargs: Options of `torchmetrics.Metric`.
+
+    Example:
+        >>> metric = SkipAlignment(torch.tensor([[False, True]]))
+        >>> metric.update(torch.tensor([[[True, False]]]), torch.tensor([[0, 1]]), torch.tensor([[True, True]]))
+        >>> metric.compute()["agreement"].item()
+        1.0
+    """
+
+    def __init__(
+        self, theory_set: Bool[Tensor, "layers 2"], weight: Float[Tensor, "layers 2"] | None = None, **kwargs: Any
+    ) -> None:
+        super().__init__(len(theory_set), **kwargs)
+        # Raises on tables that mean nothing: at once, not after a long run.
+        alignment_of_counts(self.skipped, self.total, theory_set, weight)
+        self.theory_set, self.weight = theory_set, weight
+
+    def compute(self) -> dict[str, Tensor]:
+        """The "inside", "outside", "balanced" and "agreement", float64, NaN where there are no tokens."""
+        return alignment_of_counts(self.skipped, self.total, self.theory_set, self.weight)
+
+
+class ExpectedCalibrationError(Metric):
+    """Mean distance of confidence and accuracy; see `skipit.eval.metrics_confidence.expected_calibration_error`.
+
+    Args:
+        bins: Number of equal bins of confidence.
+        kwargs: Options of `torchmetrics.Metric`.
+
+    Example:
+        >>> metric = ExpectedCalibrationError()
+        >>> metric.update(torch.tensor([0.9, 0.8]), torch.tensor([True, True]))
+        >>> round(metric.compute().item(), 4)
+        0.15
+    """
+
+    is_differentiable = False
+    higher_is_better = False
+    full_state_update = False
+
+    number: Tensor
+    confidence: Tensor
+    correct: Tensor
+
+    def __init__(self, bins: int = 10, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        nothing = calibration_bins(torch.zeros(0), torch.zeros(0, dtype=torch.bool), bins)
+        for name, state in nothing._asdict().items():
+            self.add_state(name, state, dist_reduce_fx="sum")
+
+    def update(self, confidence: Float[Tensor, " answers"], correct: Bool[Tensor, " answers"]) -> None:
+        """Add the confidence in each answer, and whether it is right."""
+        added = calibration_bins(confidence, correct, len(self.number))
+        self.number += added.number.to(self.number.device)
+        self.confidence += added.confidence.to(self.confidence.device)
+        self.correct += added.correct.to(self.correct.device)
+
+    def compute(self) -> Float[Tensor, ""]:
+        """The error, float64 in [0, 1]; NaN before the first answer."""
+        return CalibrationBins(self.number, self.confidence, self.correct).error()
 
 
 class ComputeShare(Metric):

@@ -1,7 +1,6 @@
 """What a router costs and saves, as pure functions: answer scores, skip rates, compute shares and speed.
 
-Answer scores come per answer (so that two models can be compared pair by pair) and as a mean. What torchmetrics has is
-not repeated here: the calibration error of a model's confidence is `torchmetrics.functional.calibration_error`.
+Answer scores come per answer (so that two models can be compared pair by pair) and as a mean.
 """
 
 import re

@@ -20,6 +20,8 @@ from skipit.eval.metric_classes import (
     ComputeShare,
     ExactMatch,
     ExactMatchByGroup,
+    ExpectedCalibrationError,
+    SkipAlignment,
     SkipRate,
     VQAAccuracy,
 )
@@ -40,6 +42,8 @@ from skipit.eval.metrics import (
     vqa_accuracy,
     vqa_scores,
 )
+from skipit.eval.metrics_alignment import skip_alignment
+from skipit.eval.metrics_confidence import expected_calibration_error
 
 HUMANS = [["2"] * 2 + ["3"] * 8, ["cat"] * 10, ["left"] * 4 + ["right"] * 6]
 
@@ -206,6 +210,16 @@ def test_speed_and_compute() -> None:
 
 # --- classes: as the function on everything at once, over batches and over ranks
 
+THEORY_SET = torch.tensor([[False, True], [False, False], [True, True]])
+WEIGHT = torch.tensor([[1.0, 2.0], [1.0, 2.0], [1.0, 3.0]])
+
+
+def answers(number: int, seed: int) -> tuple[Tensor, Tensor]:
+    """Confidences in sixteenths, whose sums are exact in any order, and whether each answer is right."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(0, 17, (number,), generator=generator) / 16, torch.rand(number, generator=generator) < 0.7
+
+
 GROUPS = ["cell", "count", "cell"]
 CASES: dict[str, tuple[Callable[[], Metric], list[tuple[Any, ...]]]] = {
     "exact match": (ExactMatch, [(["1", "2"], ["1", "3"]), (["4"], ["4"]), ([], [])]),
@@ -217,6 +231,8 @@ CASES: dict[str, tuple[Callable[[], Metric], list[tuple[Any, ...]]]] = {
         [(["1", "2", "3"], ["1", "3", "3"], GROUPS), (["1"], ["1"], ["count"])],
     ),
     "skip rate": (lambda: SkipRate(3), [tuple(masks(seed).values()) for seed in range(3)]),
+    "alignment": (lambda: SkipAlignment(THEORY_SET, WEIGHT), [tuple(masks(seed).values()) for seed in range(3)]),
+    "calibration": (lambda: ExpectedCalibrationError(4), [answers(7, 0), answers(2, 1), answers(0, 2), answers(11, 3)]),
     "compute": (ComputeShare, [(1e15, 4e15), (3e15, 4e15)]),
 }
 
@@ -231,7 +247,7 @@ def together(updates: list[tuple[Any, ...]]) -> tuple[Any, ...]:
     joined = []
     for parts in zip(*updates, strict=True):
         if isinstance(parts[0], Tensor):
-            joined.append(torch.cat(parts, dim=parts[0].ndim - 2))
+            joined.append(torch.cat(parts, dim=max(parts[0].ndim - 2, 0)))
         else:
             joined.append(sum(parts, type(parts[0])()))
     return tuple(joined)
@@ -285,7 +301,8 @@ def _rank(rank: int, rendezvous: str, results: str) -> None:
 
 
 @pytest.mark.slow
-def test_two_real_processes_add_up(tmp_path: Path) -> None:
+def test_two_real_processes_add_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(Path(__file__).parents[2])  # the processes import this file by its name
     torch.multiprocessing.spawn(_rank, args=(str(tmp_path / "rendezvous"), str(tmp_path)), nprocs=2)
     for case, (make, updates) in CASES.items():
         whole = make()
@@ -302,6 +319,8 @@ def test_the_functions_agree_with_the_classes() -> None:
         "vqa": vqa_accuracy,
         "anls": anls,
         "skip rate": lambda *mask: skip_rate(*mask),
+        "alignment": lambda *mask: torch.stack(list(skip_alignment(*mask, THEORY_SET, WEIGHT).values())),
+        "calibration": lambda *answers: expected_calibration_error(*answers, bins=4),
         "compute": compute_share,
     }
     for case, function in pairs.items():
@@ -340,7 +359,7 @@ def test_the_functions_agree_with_the_classes() -> None:
             lambda: ExactMatchByGroup(["cell"]).update(["1"], ["1"], []),
             r"`groups` has 0 entries for 1 answers",
         ),
-        (lambda: SkipRate(2).update(**masks()), r"`run` has 3 layers, expected 2. Make SkipRate\(layers=3\)"),
+        (lambda: SkipRate(2).update(**masks()), r"`run` has 3 layers, expected 2. Make a SkipRate for the 3 layers"),
     ],
 )
 def test_errors_say_what_to_do(call: Callable[[], object], message: str) -> None:
