@@ -30,7 +30,7 @@ from .baselines_methods import METHODS, TRAINED, UNTRAINED, Lab, System, Systems
 from .display import quiet
 from .sources import load_data
 
-SETTINGS = ("steps", "rows", "calibration", "profiled", "batch_size")
+SETTINGS = ("steps", "rows", "calibration", "profiled", "batch_size", "lora_rank")
 REPEATS = 15
 
 
@@ -200,6 +200,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         help=f"untrained, trained, all (default), or some of {', '.join(METHODS)}",
     )
     parser.add_argument("--steps", type=int, default=250, help="of training (default %(default)s)")
+    parser.add_argument("--batch-size", type=int, default=16, help="rows of a step (default %(default)s)")
+    parser.add_argument("--lora-rank", type=int, default=8, help="of every trained method (default %(default)s)")
     parser.add_argument("--rows", type=int, default=600, help="held-out rows (default %(default)s)")
     parser.add_argument(
         "--calibration", type=int, default=96, help="rows on which budgets are met (default %(default)s)"
@@ -211,7 +213,14 @@ def main(argv: Sequence[str] | None = None) -> None:
         check_budget(budget)
     names = list(dict.fromkeys(name for asked in arguments.methods for name in groups.get(asked, [asked])))
     for seed in arguments.seeds:
-        lab = Lab(seed, arguments.steps, arguments.rows, arguments.calibration)
+        lab = Lab(
+            seed,
+            arguments.steps,
+            arguments.rows,
+            arguments.calibration,
+            batch_size=arguments.batch_size,
+            lora_rank=arguments.lora_rank,
+        )
         for name in names:
             for budget in [1.0] if name == "lora" else arguments.budgets:
                 path = cell_path(arguments.out, name, budget, seed)

@@ -86,6 +86,7 @@ class Lab:
         calibration: held-out rows, on which statistics are taken and budgets met.
         profiled: rows of the theory's profile.
         batch_size: rows of a training step.
+        lora_rank: of the LoRA that every trained method has; its scale is 2.
     """
 
     seed: int
@@ -94,6 +95,7 @@ class Lab:
     calibration: int = 96
     profiled: int = 192
     batch_size: int = 16
+    lora_rank: int = 8
 
     def read(self, split: str, rows: int, size: int = 48) -> list[dict[str, Tensor]]:
         """Batches with labels."""
@@ -158,6 +160,8 @@ class Lab:
             seed=self.seed,
             save_steps=10 * self.steps,
             batch_size=self.batch_size,
+            lora_rank=self.lora_rank,
+            lora_alpha=2 * self.lora_rank,
         )
 
     def train_rows(self) -> Any:
