@@ -4,6 +4,8 @@ A scan belongs to exactly one split, decided before any grid is composed: a held
 training step has seen.
 """
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Literal
@@ -72,3 +74,27 @@ def render(cells: NDArray[np.uint8]) -> NDArray[np.uint8]:
     enlarged = cells.repeat(2, axis=1).repeat(2, axis=2)
     image = enlarged.reshape(GRID, GRID, CELL, CELL).swapaxes(1, 2).reshape(IMAGE_SIZE, IMAGE_SIZE)
     return np.repeat(image[..., None], 3, axis=2)
+
+
+def cell_patches(cells: Sequence[int], patches: int) -> NDArray[np.bool_]:
+    """Which of an image's patches, in reading order, show one of some cells.
+
+    Args:
+        cells: 0 to 8, in reading order.
+        patches: number of them: a square of which each cell has as many.
+
+    Raises:
+        ValueError: `patches` is no such square, or there is no such cell.
+
+    Example:
+        >>> cell_patches([8], 36).nonzero()[0].tolist()
+        [28, 29, 34, 35]
+    """
+    side = math.isqrt(patches)
+    if side * side != patches or side % GRID:
+        raise ValueError(f"`patches`: got {patches}, expected a square whose side is a multiple of {GRID}, such as 36.")
+    if wrong := [cell for cell in cells if not 0 <= cell < GRID * GRID]:
+        raise ValueError(f"`cells`: got {wrong}, expected numbers from 0 to {GRID * GRID - 1}.")
+    shown = np.zeros((GRID, GRID), dtype=np.bool_)
+    shown.flat[list(cells)] = True
+    return shown.repeat(side // GRID, axis=0).repeat(side // GRID, axis=1).ravel()
