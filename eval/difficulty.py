@@ -36,7 +36,9 @@ def row_difficulty(model: Any, batches: Iterable[dict[str, Tensor]]) -> dict[str
         tokens = chosen.sum(-1)
         if not bool((tokens > 0).all()):
             empty = int((tokens == 0).nonzero()[0])
-            raise InputError(f"`batches`: row {empty} of a batch has no label, expected an answer. Give it a completion.")
+            raise InputError(
+                f"`batches`: row {empty} of a batch has no label, expected an answer. Give it a completion."
+            )
         with running(mode="dense"):
             logits = model(**inputs, use_cache=False).logits[:, :-1][chosen].float()
         log_p, row = logits.log_softmax(-1).double(), chosen.nonzero()[:, 0]
