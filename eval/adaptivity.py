@@ -10,6 +10,7 @@ A router without adaptivity has an excess of zero everywhere; its control is the
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from math import nan
 from typing import Any
 
 import numpy as np
@@ -340,13 +341,12 @@ class _Rows:
 def _contrast(mine: _Rows, chance: _Rows, labels: Sequence[str], level: str, resampling: Resampling) -> Contrast:
     inside = np.array([label == level for label in labels])
     share, rest = (
-        float(mine.executed[rows].sum() / mine.dense[rows].sum()) if rows.any() else math.nan
-        for rows in (inside, ~inside)
+        float(mine.executed[rows].sum() / mine.dense[rows].sum()) if rows.any() else nan for rows in (inside, ~inside)
     )
-    control = _difference(chance.excess[inside], chance.excess[~inside]) if 0 < inside.sum() < len(inside) else math.nan
+    control = _difference(chance.excess[inside], chance.excess[~inside]) if 0 < inside.sum() < len(inside) else nan
     members, others = mine.excess[inside], mine.excess[~inside]
     if min(len(members), len(others)) < 2:
-        return Contrast(share, rest, *[math.nan] * 5, float(control), len(members))
+        return Contrast(share, rest, nan, nan, nan, nan, nan, float(control), len(members))
     low, high, p = _uncertainty((members, others), "independent", resampling)
     wins = mannwhitneyu(members, others).statistic / (len(members) * len(others))
     value = float(_difference(members, others))
@@ -357,7 +357,7 @@ def _token_contrast(mine: _Rows, chance: _Rows, name: str, resampling: Resamplin
     inside, outside = mine.kinds[name]
     here = (inside[:, 2] > 0) & (outside[:, 2] > 0)
     if here.sum() < 2:
-        return Contrast(*[math.nan] * 8, int(here.sum()))
+        return Contrast(nan, nan, nan, nan, nan, nan, nan, nan, int(here.sum()))
     kind, rest = (values[here, 1] / values[here, 2] for values in (inside, outside))
     share, other = (float(values[here, 0].sum() / values[here, 2].sum()) for values in (inside, outside))
     control = _difference(*(values[here, 1] / values[here, 2] for values in chance.kinds[name]))
@@ -370,7 +370,7 @@ def _associate(
     excess: Floats, chance: Floats, hard: Floats, labels: Sequence[str] | None, resampling: Resampling
 ) -> Association:
     if len(excess) < 4:
-        return Association(*[math.nan] * 5, len(excess))
+        return Association(nan, nan, nan, nan, nan, len(excess))
     codes = np.zeros(len(excess), np.int64) if labels is None else np.unique(labels, return_inverse=True)[1]
     spent, by_chance, harder = (_centred(rankdata(values), codes) for values in (excess, chance, hard))
     control = float(_cosine(by_chance, harder))
