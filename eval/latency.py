@@ -2,12 +2,13 @@
 
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
+from scipy.stats import binom
 from torch import Tensor
 
 from .metrics import speed_up
@@ -23,6 +24,8 @@ class Latency:
         prefill_speed_up: prefill time of the first model over this one's, median of the ratios pair by pair.
         decode_speed_up: the same for a decoding step.
         repeats: measurements.
+        prefill_interval: of the prefill's speed-up, 95 %; None with too few repeats.
+        decode_interval: of the decoding step's.
     """
 
     prefill_ms: float
@@ -30,6 +33,8 @@ class Latency:
     prefill_speed_up: float
     decode_speed_up: float
     repeats: int
+    prefill_interval: tuple[float, float] | None = None
+    decode_interval: tuple[float, float] | None = None
 
     def to_json(self) -> dict[str, Any]:
         """All fields."""
@@ -70,19 +75,35 @@ def time_models(
                 decode[name].append(step)
     base = next(iter(subjects))
 
-    def ratio(times: dict[str, list[float]], name: str) -> float:
-        return statistics.median(speed_up(a, b) for a, b in zip(times[base], times[name], strict=True))
+    def ratios(times: dict[str, list[float]], name: str) -> list[float]:
+        return [speed_up(a, b) for a, b in zip(times[base], times[name], strict=True)]
 
     return {
         name: Latency(
             1000 * statistics.median(prefill[name]),
             1000 * statistics.median(decode[name]),
-            ratio(prefill, name),
-            ratio(decode, name),
+            statistics.median(ratios(prefill, name)),
+            statistics.median(ratios(decode, name)),
             repeats,
+            median_interval(ratios(prefill, name)),
+            median_interval(ratios(decode, name)),
         )
         for name in subjects
     }
+
+
+def median_interval(values: Sequence[float], confidence: float = 0.95) -> tuple[float, float] | None:
+    """The distribution-free interval of a median: two of the values themselves; None if there are too few.
+
+    The number of values below the median is binomial, so the k-th smallest is above it with P(Bin(n, 1/2) < k).
+
+    Example:
+        >>> median_interval([1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0]), median_interval([1.0, 2.0])
+        ((1.0, 7.0), None)
+    """
+    last = int(binom.ppf((1 - confidence) / 2, len(values), 0.5)) - 1
+    # `ppf` is the smallest k with P(Bin <= k) of at least the tail; one below it has at most the tail.
+    return (sorted(values)[last], sorted(values)[-1 - last]) if last >= 0 else None
 
 
 def run_once(model: Any, inputs: dict[str, Tensor], steps: int) -> tuple[float, float]:

@@ -12,7 +12,7 @@ from skipit.cli import RUNS
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-FOLDERS = ("src/skipit", "router", "theory", "train", "train/zero", "train/reference", "eval", "scripts")
+FOLDERS = ("src/skipit", "router", "theory", "train", "train/zero", "train/reference", "eval", "eval/report", "scripts")
 
 
 def test_every_file_has_its_line_in_the_tree() -> None:

@@ -268,6 +268,23 @@ def _eval(verb: Parser) -> None:
 
 def _demo(verb: Parser) -> None:
     _out(verb, Path("skipit-demo"))
+    verb.add_argument(
+        "--also",
+        type=_named_checkpoint,
+        action="append",
+        default=None,
+        metavar="NAME=CKPT",
+        help="a further router of the same base, such as one that began neutral; may be given more than once",
+    )
+    verb.add_argument("--baselines", type=Path, default=None, help="folder made by `python -m skipit.baselines`")
+    verb.add_argument("--transfer", type=Path, default=None, help="folder made by `python -m skipit.transfer`")
+    verb.add_argument(
+        "--controlled-samples",
+        type=_not_negative,
+        default=48,
+        metavar="N",
+        help="rows of controlled skipping; 0 leaves out all experiments beyond answering rows (default %(default)s)",
+    )
     verb.add_argument("--budget", type=_budget, default=0.5, help=f"{BUDGET} (default %(default)s)")
     verb.add_argument("--kv", choices=("retain", "evict"), default="retain", help=KV)
     verb.add_argument("--steps", type=_positive, default=250, help="training steps (default %(default)s)")
@@ -314,7 +331,7 @@ VERBS: dict[str, tuple[str, str, Callable[[Parser], None]]] = {
         _generate,
     ),
     "eval": (
-        "accuracy, executed FLOPs and milliseconds of a gated checkpoint",
+        "report what a gated checkpoint costs, saves and follows: report.html and eval.json",
         "skipit eval runs/checkpoint reference --profile runs/profile --out runs/eval",
         _eval,
     ),
@@ -474,5 +491,14 @@ def _picture(text: str) -> Path:
     if path.suffix.lower() not in (".png", ".svg"):
         raise argparse.ArgumentTypeError(f"got {text!r}, expected a name that ends in .png or .svg")
     if not path.parent.is_dir():
+def _named_checkpoint(text: str) -> tuple[str, Path]:
+    name, _, folder = text.partition("=")
+    if not name.strip() or not folder:
+        raise argparse.ArgumentTypeError(
+            f"got {text!r}, expected a name and a checkpoint, such as neutral=runs/neutral"
+        )
+    return name.strip(), Path(folder)
+
+
         raise argparse.ArgumentTypeError(f"got {text!r}, but there is no folder {path.parent}")
     return path

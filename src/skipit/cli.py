@@ -470,28 +470,13 @@ def _generate(arguments: argparse.Namespace) -> None:
 
 
 def _eval(arguments: argparse.Namespace) -> None:
-    from skipit.theory.artefact import load_profile
-
-    from .adapter import load_with_dense
-    from .compare import compare
-    from .display import loading, progress
-    from .pipeline import check_profile, save_evaluation
-    from .sources import load_data
+    from .evaluation import EVALUATION, REPORT, Request, evaluate
 
     _check_out(arguments)
-    measured = load_profile(arguments.profile) if arguments.profile else None
-    with loading("loading"):
-        model, processor, dense = load_with_dense(arguments.checkpoint, arguments.base, budget=arguments.budget)
-        rows = load_data(arguments.data, arguments.split, arguments.samples, arguments.seed)
-    if measured is not None:
-        check_profile(measured, arguments.checkpoint, dense)
-    with progress("eval", 2 * len(rows)) as advance:
-        result = compare(
-            dense, {"gated": model}, processor, rows, measured, repeats=arguments.repeats, progress=advance
-        )
-    save_evaluation(arguments.out, result.to_json(), arguments.overwrite)
+    asked = {name: getattr(arguments, name) for name in Request.__dataclass_fields__}
+    result = evaluate(Request(**{**asked, "also": tuple(asked["also"] or ())}), arguments.out, arguments.overwrite)
     print(result.table())
-    print(f"{arguments.out}: eval.json")
+    print(f"{arguments.out}: {REPORT}, {EVALUATION}")
 
 
 def _demo(arguments: argparse.Namespace) -> None:

@@ -161,7 +161,7 @@ def compare(
             )
         if profile is not None:
             skip_rate = outcomes[name].skip_rate.numpy()
-            tracking[name] = track(skip_rate, theory_tables(profile, kv), _theory_skips(profile, outcomes[name], kv))
+            tracking[name] = track(skip_rate, theory_tables(profile, kv), theory_skips(profile, outcomes[name], kv))
     first = {name: value.to(dense.device) for name, value in collate([rows[0]]).items()}
     latency = time_models(subjects, first, repeats=repeats)
     same = {name: agreement(outcomes["dense"].answers, outcome.answers) for name, outcome in outcomes.items()}
@@ -180,5 +180,6 @@ def theory_tables(profile: Profile, kv: str) -> dict[str, Any]:
     }
 
 
-def _theory_skips(profile: Profile, outcome: Outcome, kv: Any) -> Any:
+def theory_skips(profile: Profile, outcome: Outcome, kv: Any) -> Any:
+    """The units that the theory would skip to spend what a model spent, bool [layers, modalities]."""
     return (~skip_set(profile, min(1.0, max(outcome.compute, 1e-3)), kv)).numpy()

@@ -37,7 +37,7 @@ from skipit.train.reference.data import reference_dataset
 from skipit.train.reference.model import build_processor
 
 TRAIN = ("--steps", 4, "--batch-size", 4, "--calibration-samples", 8, "--lora-rank", 2)
-EVAL = ("--samples", 12, "--repeats", 2)
+EVAL = ("--samples", 12, "--repeats", 2, "--controlled-samples", 2)
 
 
 @dataclass(frozen=True)
@@ -121,7 +121,17 @@ class TestVerbs:
         assert {"dense", "gated", "made_by"} == set(figures)
         assert figures["dense"]["compute"] == 1
         assert figures["gated"]["tracking"]["tables"].keys() == {"damage", "geometric", "cross-attention"}
-        assert "12 held-out rows" in (chain / "eval.out").read_text()
+        out = (chain / "eval.out").read_text()
+        assert "12 held-out rows" in out
+        assert out.endswith(f"{chain / 'eval'}: report.html, eval.json\n")
+        page = (chain / "eval" / "report.html").read_text()
+        assert f"{figures['gated']['compute']:.1%}" in page
+        assert f"skipit eval {chain}/checkpoint reference --baselines BASELINES --out DIR" in page
+        # Bars for what takes long, each filled to its end.
+        assert re.search(r"^units +25/25  \d+ s$", (chain / "eval.err").read_text(), re.MULTILINE)
+        for what in ("eval", "sets", "2x2"):
+            done, total = re.search(rf"^{what} +(\d+)/(\d+)  \d+ s$", (chain / "eval.err").read_text(), re.M).groups()
+            assert done == total
 
     def test_a_profile_is_optional_for_eval(self, chain: Path, tmp_path: Path) -> None:
         result = skipit("eval", chain / "checkpoint", "reference", *EVAL, "--out", tmp_path / "eval")
@@ -177,6 +187,9 @@ WRONG: list[tuple[str, str]] = [
     ("train m d --out x --columns image=photo", "got 'image=photo', expected such as images=photo,prompt=question"),
     ("train m d --plan p --out x --damping nan", "argument --damping: got 'nan', expected a number, at least 0"),
     ("generate c --image i --prompt p --depth-map d.jpg", "expected a name that ends in .png or .svg"),
+    ("eval c d --out x --also runs/neutral", "got 'runs/neutral', expected a name and a checkpoint, such as neutral="),
+    ("eval c d --out x --also =runs/neutral", "got '=runs/neutral', expected a name and a checkpoint"),
+    ("eval c d --out x --controlled-samples -1", "argument --controlled-samples: got '-1', expected a whole number"),
     ("generate c --image i --prompt p --depth-map no/d.png", "got 'no/d.png', but there is no folder no"),
 ]
 
@@ -284,6 +297,26 @@ class TestBadInput:
         assert said.startswith(f"skipit: {tmp_path} has no router_config.json: it is not a gated checkpoint")
 
     def test_not_an_artefact(self, tmp_path: Path) -> None:
+    def test_a_further_router_that_is_none(self, chain: Path, tmp_path: Path) -> None:
+        line = ("eval", chain / "checkpoint", "reference", "--out", tmp_path / "x")
+        said = refused(*line, "--also", f"neutral={tmp_path}")
+        assert said == (
+            f"skipit: {tmp_path} has no router_config.json: it is no gated checkpoint. Make one with `skipit export`.\n"
+        )
+        other = tmp_path / "other"
+        other.mkdir()
+        (other / "router_config.json").write_text("{}")
+        save_json(other / "provenance.json", {"model": "0123456789abcdef"})
+        said = refused(*line, "--also", f"neutral={other}")
+        assert f"{other} was made from a model with fingerprint 0123456789abcdef, {chain / 'checkpoint'} from" in said
+        assert "leave it out of --also" in said
+
+    def test_folders_of_studies_that_are_none(self, chain: Path, tmp_path: Path) -> None:
+        line = ("eval", chain / "checkpoint", "reference", "--out", tmp_path / "x")
+        assert f"{tmp_path}: no summary.json. Give a folder" in refused(*line, "--baselines", tmp_path)
+        assert f"{tmp_path}: no summary.json. Give a folder" in refused(*line, "--transfer", tmp_path)
+        assert not (tmp_path / "x").exists()
+
         assert (
             refused("plan", tmp_path, "--out", "x") == f"skipit: {tmp_path} is not a profile: it has no profile.json.\n"
         )

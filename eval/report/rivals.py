@@ -1,0 +1,156 @@
+"""Would something simpler have done as well? Peers' schemes on the same engine, at equal measured FLOPs."""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from skipit.eval.plots import draw_pareto
+
+from .page import Content, Html, figure, heading, joined, paragraph, strong, table
+from .part import NOTHING, Missing, Part, Values, again, label, number, percent, plural
+
+OURS = ("ours-retain", "ours-evict")
+# As far as measured budgets of two methods may differ and still be called equal.
+CLOSE = 0.02
+ROW_ERROR = 1.0  # standard deviations that a difference must exceed to be called one
+
+
+def rivals(values: Values) -> Part | Missing:
+    """Accuracy against measured FLOPs of ours and of every baseline in the folder that was given."""
+    title = "Would something simpler have done as well?"
+    if "baselines" not in values:
+        return Missing(
+            title, again(values, "--baselines BASELINES", "python -m skipit.baselines --latency --out BASELINES")
+        )
+    entries = values["baselines"]["entries"]
+    verdicts, lines = _verdicts(entries)
+    body: list[Html] = []
+    checkpoint = _checkpoint_point(values)
+    for trained, name in ((True, "with training"), (False, "without training")):
+        chosen = [e for e in entries if e["runs"] and e["trained"] == trained]
+        if chosen:
+            body += _figure(chosen, checkpoint if trained else [], name)
+    body += [heading("At every budget"), *lines, _table(entries)]
+    body.append(
+        paragraph(
+            "Accuracy is relative to the dense model of the same sweep, a mean over seeds and random draws ± their "
+            "standard deviation. Peers' schemes are re-implemented from their formulas, with the same base, rows, "
+            "LoRA rank, steps and executor. A baseline is compared with ours where it spends at most "
+            f"{100 * CLOSE:.0f} points more FLOPs; it wins or loses where the difference is beyond both standard "
+            "deviations together, else it is a tie.",
+            class_="soft",
+        )
+    )
+    return Part("rivals", title, verdicts, body, ("baselines",))
+
+
+def _checkpoint_point(values: Values) -> list[tuple[str, float, float, float]]:
+    dense, gated = values["dense"]["accuracy"], values["gated"]
+    if not dense:
+        return []
+    return [("this checkpoint", gated["compute"], gated["accuracy"] / dense, math.nan)]
+
+
+def _figure(
+    chosen: Sequence[Mapping[str, Any]], checkpoint: Sequence[tuple[str, float, float, float]], name: str
+) -> list[Html]:
+    points = [
+        (label(e["system"]), e["compute"], e["accuracy"], math.nan if e["spread"] is None else e["spread"])
+        for e in chosen
+    ]
+    drawn = draw_pareto([("dense", 1.0, 1.0, math.nan), *checkpoint, *points], "standard deviation")
+    drawn.axes[0].set_ylabel("accuracy (% of dense)", fontsize=9)
+    alt = f"Accuracy relative to dense against executed FLOPs, methods {name}"
+    caption = f"Methods {name}. Up and left is better."
+    if checkpoint:
+        caption += " This checkpoint: on the rows of this report; all others on those of the sweep."
+    return [figure(drawn, alt, caption)]
+
+
+def compared(ours: Mapping[str, Any], other: Mapping[str, Any]) -> str:
+    """Whether a baseline "wins", "ties" or "loses" against ours, or is "not comparable" for what it spends.
+
+    Example:
+        >>> ours = {"accuracy": 0.99, "spread": 0.01, "compute": 0.5}
+        >>> compared(ours, {"accuracy": 0.90, "spread": 0.02, "compute": 0.49})
+        'loses'
+        >>> compared(ours, {"accuracy": 1.0, "spread": None, "compute": 0.6})
+        'not comparable'
+    """
+    if other["compute"] > ours["compute"] + CLOSE:
+        return "not comparable"
+    reach = math.hypot(ours["spread"] or 0.0, other["spread"] or 0.0) * ROW_ERROR
+    difference = other["accuracy"] - ours["accuracy"]
+    if abs(difference) <= max(reach, 1e-9):
+        return "ties"
+    return "wins" if difference > 0 else "loses"
+
+
+def _verdicts(entries: Sequence[Mapping[str, Any]]) -> tuple[list[Html], list[Html]]:
+    """For every budget and variant of ours, who wins, ties and loses: the summary's sentences, and the lists."""
+    short: list[Html] = []
+    lines: list[Html] = []
+    ours = [e for e in entries if e["system"] in OURS and e["runs"]]
+    if not ours:
+        best = _best_theory(entries)
+        told = "The folder of baselines holds no trained router of ours (methods ours-retain, ours-evict)"
+        return [joined([f"{told}: whether something simpler does as well ", strong("cannot be said"), f".{best}"])], []
+    for mine in ours:
+        results: dict[str, list[str]] = {"wins": [], "ties": [], "loses": [], "not comparable": []}
+        for other in entries:
+            if other["runs"] and other["budget"] == mine["budget"] and other["system"] not in (*OURS, "lora"):
+                label = f"{other['system']} ({percent(other['accuracy'])} at {percent(other['compute'])})"
+                results[compared(mine, other)].append(label)
+        start = (
+            f"{mine['system']}, budget {mine['budget']:g}: {percent(mine['accuracy'])} of dense accuracy at "
+            f"{percent(mine['compute'])} of the FLOPs ({plural(mine['seeds'], 'seed')}). "
+        )
+        short.append(joined([start, *_word(results)]))
+        rest = [f"{words}: {', '.join(results[key])}. " for key, words in _LISTS.items() if results[key]]
+        lines.append(paragraph(strong(f"{mine['system']}, budget {mine['budget']:g}. "), *rest))
+    return short, lines
+
+
+_LISTS = {"wins": "Better than ours", "ties": "As good", "loses": "Worse", "not comparable": "Spend more FLOPs"}
+
+
+def _word(results: Mapping[str, Sequence[str]]) -> list[Content]:
+    compared_with = sum(len(results[key]) for key in ("wins", "ties", "loses"))
+    if not compared_with:
+        return [strong("Nothing to compare with"), " at this budget."]
+    if results["wins"]:
+        return [strong("Yes, something simpler did better", "bad"), f": {', '.join(results['wins'])}."]
+    if results["ties"]:
+        return [strong("Something simpler did as well"), f": {', '.join(results['ties'])}."]
+    return [strong("No", "good"), f", it is above all of {plural(compared_with, 'baseline')} beyond the error bars."]
+
+
+def _best_theory(entries: Sequence[Mapping[str, Any]]) -> str:
+    measured = [e for e in entries if e["runs"]]
+    if not measured:
+        return ""
+    best = max(measured, key=lambda e: (e["accuracy"], -e["compute"]))
+    return (
+        f" Best of what was measured: {best['system']}, {percent(best['accuracy'])} of dense accuracy at "
+        f"{percent(best['compute'])} of the FLOPs."
+    )
+
+
+def _table(entries: Sequence[Mapping[str, Any]]) -> Html:
+    rows: list[list[Content]] = []
+    for e in entries:
+        name = f"{e['system']}{' (tuned)' if e['trained'] else ''}, budget {e['budget']:g}"
+        if not e["runs"]:
+            why = "training failed" if e["floor"] is None else f"cannot: spends {percent(e['floor'])} at least"
+            rows.append([name, why, NOTHING, NOTHING, NOTHING, "0"])
+            continue
+        spread = "" if e["spread"] is None else f" ± {100 * e['spread']:.1f}"
+        time = NOTHING
+        if e["prefill_ms"]:
+            time = f"{number(e['prefill_ms'])} ({number(e['prefill_speed_up'])}x)"
+        runs = f"{e['runs']} ({plural(e['seeds'], 'seed')}" + (f", {e['failed']} failed)" if e["failed"] else ")")
+        rows.append(
+            [name, f"{percent(e['accuracy'])}{spread}", percent(e["same_answer"]), percent(e["compute"]), time, runs]
+        )
+    head = ["method", "of dense accuracy", "same answer", "FLOPs", "prefill, ms (speed-up)", "runs"]
+    return table("All methods, by budget", head, rows)

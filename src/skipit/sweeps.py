@@ -1,0 +1,89 @@
+"""Reading what `python -m skipit.baselines` and `python -m skipit.transfer` wrote, for a report."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from skipit.router import InputError
+from skipit.router.artefact import load_json
+from skipit.router.errors import CheckpointError
+
+SUMMARY = "summary.json"
+# What an entry of a sweep of baselines must hold; the rest only if something was measured.
+ENTRY = ("system", "budget", "trained", "runs", "seeds", "floor", "failed")
+MEASURED = ("accuracy", "spread", "compute", "same_answer", "prefill_ms", "prefill_speed_up")
+SYSTEM = ("accuracy", "same", "compute")
+
+
+def load_baselines(folder: Path) -> dict[str, Any]:
+    """The summary of a sweep of baselines: `entries`, and what made it.
+
+    Raises:
+        InputError: the folder holds none.
+        CheckpointError: its summary is damaged.
+    """
+    path, values = _summary(folder, "entries", "skipit.baselines")
+    entries = values["entries"]
+    if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
+        raise CheckpointError(f"{path}: `entries`: got no list of objects. Run `python -m skipit.baselines` again.")
+    for number, entry in enumerate(entries):
+        needed = (*ENTRY, *(MEASURED if entry.get("runs") else ()))
+        if lacking := [key for key in needed if key not in entry]:
+            raise CheckpointError(
+                f"{path}: entry {number} has no {', '.join(lacking)}. Run `python -m skipit.baselines` again."
+            )
+        if wrong := [key for key in needed if not _plain(key, entry[key])]:
+            found = entry[wrong[0]]
+            raise CheckpointError(f"{path}: entry {number}: `{wrong[0]}`: got {found!r}, expected {_kind(wrong[0])}.")
+    return {"entries": entries, "made_by": values.get("made_by") or {}}
+
+
+def load_transfer(folder: Path) -> dict[str, Any]:
+    """The summary of a study of transfer: `figures`, `kinds` trained on, and what made it.
+
+    Raises:
+        InputError: the folder holds none.
+        CheckpointError: its summary is damaged.
+    """
+    path, values = _summary(folder, "figures", "skipit.transfer")
+    figures, kinds = values["figures"], values.get("kinds")
+    again = "Run `python -m skipit.transfer` again."
+    if not isinstance(figures, dict) or not isinstance(kinds, list) or not all(isinstance(k, str) for k in kinds):
+        raise CheckpointError(f"{path}: expected `figures`, an object, and `kinds`, a list of names. {again}")
+    for part in ("types", "shifts"):
+        for name, systems in _object(figures.get(part)).items():
+            if "dense" not in _object(systems):
+                raise CheckpointError(f"{path}: {part} {name!r} has no figures of the dense model. {again}")
+            for system, found in systems.items():
+                if bad := [key for key in SYSTEM if not isinstance(_object(found).get(key), int | float)]:
+                    raise CheckpointError(f"{path}: {part} {name!r}, {system!r}: no number {bad[0]!r}. {again}")
+    return {"figures": figures, "kinds": kinds, "made_by": values.get("made_by") or {}}
+
+
+def _summary(folder: Path, key: str, module: str) -> tuple[Path, dict[str, Any]]:
+    path = folder / SUMMARY
+    if not path.is_file():
+        raise InputError(f"{folder}: no {SUMMARY}. Give a folder that `python -m {module} --out DIR` made.")
+    values = load_json(path)
+    if key not in values:
+        raise InputError(
+            f"{path}: no `{key}`; found: {', '.join(values)}. Give a folder that `python -m {module} --out DIR` made."
+        )
+    return path, values
+
+
+def _object(value: Any) -> Mapping[str, Any]:
+    return value if isinstance(value, dict) else {}
+
+
+def _plain(key: str, value: Any) -> bool:
+    if key == "system":
+        return isinstance(value, str)
+    if key == "trained":
+        return isinstance(value, bool)
+    optional = key in ("spread", "floor", "prefill_ms", "prefill_speed_up")
+    return (value is None and optional) or (isinstance(value, int | float) and not isinstance(value, bool))
+
+
+def _kind(key: str) -> str:
+    return {"system": "a name", "trained": "true or false"}.get(key, "a number")

@@ -1,0 +1,51 @@
+"""Intervals of accuracy: checked against other formulas, and by coverage on simulated rows."""
+
+import numpy as np
+import pytest
+from scipy.stats import binomtest
+
+from skipit.eval.paired import paired_difference, proportion
+
+
+def test_counts() -> None:
+    first = [True] * 90 + [False] * 10
+    second = [True] * 80 + [False] * 10 + [True] * 3 + [False] * 7
+    found = paired_difference(first, second)
+    assert (found.lost, found.gained, found.rows) == (10, 3, 100)
+    assert found.value == pytest.approx(-0.07)
+    assert found.p == pytest.approx(binomtest(3, 13).pvalue)
+    assert found.low < found.value < found.high < 0.02
+    assert paired_difference(second, first).value == pytest.approx(0.07)
+
+
+def test_no_change_is_not_certainty() -> None:
+    few, many = (paired_difference([True] * rows, [True] * rows) for rows in (10, 1000))
+    assert (few.value, few.p) == (0.0, 1.0)
+    assert few.low < -0.05
+    assert -0.05 < many.low < 0 < many.high < 0.05
+
+
+def test_the_interval_covers() -> None:
+    rng = np.random.default_rng(0)
+    covered = 0
+    for _ in range(400):
+        first = rng.random(60) < 0.9
+        second = np.where(rng.random(60) < 0.1, ~first, first)
+        truth = 0.1 * (0.1 - 0.9)
+        found = paired_difference(list(first), list(second))
+        covered += found.low <= truth <= found.high
+    assert 0.93 <= covered / 400 <= 0.99
+
+
+def test_wrong_rows_are_refused() -> None:
+    with pytest.raises(ValueError, match="`first` has 1 rows and `second` 2, expected as many, and at least one"):
+        paired_difference([True], [True, False])
+    with pytest.raises(ValueError, match="`first` has 0 rows and `second` 0"):
+        paired_difference([], [])
+
+
+def test_proportion() -> None:
+    assert proportion(0.5, 100).low == pytest.approx(0.404, abs=1e-3)
+    assert proportion(0.0, 16).high == pytest.approx(0.194, abs=1e-3)
+    with pytest.raises(ValueError, match=r"`share` is 1\.5 of 3 rows, expected one in"):
+        proportion(1.5, 3)
