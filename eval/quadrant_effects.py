@@ -27,6 +27,7 @@ from .tracking import USUAL, Resampling
 
 Verdict = Literal["found", "not found", "undecided"]
 FIGURES = ("accuracy", "kl")
+BETTER = {"accuracy": 1, "kl": -1}  # the sign of an improvement
 
 
 @dataclass(frozen=True)
@@ -93,6 +94,15 @@ class Quadrants:
     note: str
     resampling: Resampling
 
+    @property
+    def conditions(self) -> dict[str, dict[str, Verdict]]:
+        """Is each condition alone worth something? By "redundancy" and "attention", and by figure; as `verdict`."""
+        effects = {"redundancy": self.redundancy_effect, "attention": self.attention_effect}
+        return {
+            name: {figure: _verdict(found[figure], better) for figure, better in BETTER.items()}
+            for name, found in effects.items()
+        }
+
     def to_json(self) -> dict[str, Any]:
         """Everything as a JSON-ready dictionary, None for NaN."""
         effects = {
@@ -108,6 +118,7 @@ class Quadrants:
             "cells": {name: cell.to_json() for name, cell in self.cells.items()},
             **effects,
             "verdict": dict(self.verdict),
+            "conditions": self.conditions,
             "note": self.note,
             "resampling": asdict(self.resampling),
         }
@@ -202,6 +213,8 @@ def _result(
         )
         for at, name in enumerate(QUADRANTS)
     }
+    losses = {name: row_interval(everything.right - right[at], None, resampling) for at, name in enumerate(QUADRANTS)}
+    unhurt = [name for name in QUADRANTS if sets[name] and not losses[name].low > 0]
     margin = {
         "accuracy": figure("accuracy", lambda q: q[..., 0] - np.fmax.reduce(q[..., 1:], axis=-1)),
         "kl": figure("kl", lambda q: q[..., 0] - np.fmin.reduce(q[..., 1:], axis=-1)),
@@ -217,8 +230,8 @@ def _result(
         both(lambda q: (q[..., 0] + q[..., 2] - q[..., 1] - q[..., 3]) / 2),
         both(lambda q: q[..., 0] - q[..., 1] - q[..., 2] + q[..., 3]),
         margin,
-        {"accuracy": _verdict(margin["accuracy"], 1), "kl": _verdict(margin["kl"], -1)},
-        _note(layers, sets),
+        {name: _verdict(margin[name], better) for name, better in BETTER.items()},
+        _note(layers, sets, unhurt),
         resampling,
     )
 
@@ -235,7 +248,9 @@ def _verdict(margin: Interval, better: int) -> Verdict:
     return "not found" if better * margin.value <= 0 else "undecided"
 
 
-def _note(layers: Mapping[str, tuple[int, ...]], sets: Mapping[str, tuple[tuple[int, ...], ...]]) -> str:
+def _note(
+    layers: Mapping[str, tuple[int, ...]], sets: Mapping[str, tuple[tuple[int, ...], ...]], unhurt: Sequence[str]
+) -> str:
     empty = [name for name in QUADRANTS if not sets[name]]
     number = sum(len(of) for of in layers.values())
     notes = []
@@ -249,6 +264,8 @@ def _note(layers: Mapping[str, tuple[int, ...]], sets: Mapping[str, tuple[tuple[
             f"The smallest quadrant ({smallest}) limits every set to its FLOPs, those of {sizes[smallest]} layer of "
             f"{number}: single layers decide."
         )
+    if len(unhurt) > 1:
+        notes.append(f"On these rows no loss of accuracy is shown for {'; '.join(unhurt)}: it cannot rank them.")
     return " ".join(notes)
 
 

@@ -141,6 +141,11 @@ def test_effects_are_differences_of_cells(monkeypatch: pytest.MonkeyPatch) -> No
     assert found.margin["accuracy"].value == pytest.approx(0.04)
     assert found.margin["kl"].value == pytest.approx(-0.04)
     assert found.verdict == {"accuracy": "found", "kl": "found"}
+    assert found.conditions == {
+        "redundancy": {"accuracy": "found", "kl": "found"},
+        "attention": {"accuracy": "found", "kl": "found"},
+    }
+    assert found.to_json()["conditions"] == found.conditions
     assert found.dense.value == 1
     assert found.note == ""
     assert found.correlation == pytest.approx(
@@ -160,6 +165,19 @@ def test_verdicts_follow_from_the_margin(
     monkeypatch: pytest.MonkeyPatch, hurt: Callable[[int], float], rows: int, verdict: str
 ) -> None:
     assert outcome(monkeypatch, hurt, rows).verdict["accuracy"] == verdict
+
+
+def test_a_condition_may_be_worth_something_where_accuracy_cannot_rank_quadrants(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    found = outcome(monkeypatch, lambda layer: 0.1 if layer in (4, 5) else 0.0)
+    assert found.verdict["accuracy"] == "not found"  # others do as well
+    assert found.conditions["redundancy"]["accuracy"] == "found"
+    assert found.conditions["attention"] == {"accuracy": "not found", "kl": "not found"}
+    assert found.note == (
+        "On these rows no loss of accuracy is shown for redundant, unattended; redundant, attended; not redundant, "
+        "attended: it cannot rank them."
+    )
 
 
 def test_an_empty_quadrant_is_named_and_what_needs_it_has_no_value(monkeypatch: pytest.MonkeyPatch) -> None:
