@@ -263,11 +263,6 @@ def _eval(verb: Parser) -> None:
         "--budget", type=_point, default=None, help="a calibrated budget or named point (default: the trained)"
     )
     verb.add_argument("--profile", type=Path, default=None, help="profile to compare the skips with")
-    verb.add_argument("--repeats", type=_positive, default=15, help="of the timing (default %(default)s)")
-
-
-def _demo(verb: Parser) -> None:
-    _out(verb, Path("skipit-demo"))
     verb.add_argument(
         "--also",
         type=_named_checkpoint,
@@ -285,6 +280,11 @@ def _demo(verb: Parser) -> None:
         metavar="N",
         help="rows of controlled skipping; 0 leaves out all experiments beyond answering rows (default %(default)s)",
     )
+    verb.add_argument("--repeats", type=_positive, default=15, help="of the timing (default %(default)s)")
+
+
+def _demo(verb: Parser) -> None:
+    _out(verb, Path("skipit-demo"))
     verb.add_argument("--budget", type=_budget, default=0.5, help=f"{BUDGET} (default %(default)s)")
     verb.add_argument("--kv", choices=("retain", "evict"), default="retain", help=KV)
     verb.add_argument("--steps", type=_positive, default=250, help="training steps (default %(default)s)")
@@ -486,11 +486,6 @@ def _names(text: str) -> dict[str, str]:
     return {ours: theirs for ours, _, theirs in pairs}
 
 
-def _picture(text: str) -> Path:
-    path = Path(text)
-    if path.suffix.lower() not in (".png", ".svg"):
-        raise argparse.ArgumentTypeError(f"got {text!r}, expected a name that ends in .png or .svg")
-    if not path.parent.is_dir():
 def _named_checkpoint(text: str) -> tuple[str, Path]:
     name, _, folder = text.partition("=")
     if not name.strip() or not folder:
@@ -500,5 +495,10 @@ def _named_checkpoint(text: str) -> tuple[str, Path]:
     return name.strip(), Path(folder)
 
 
+def _picture(text: str) -> Path:
+    path = Path(text)
+    if path.suffix.lower() not in (".png", ".svg"):
+        raise argparse.ArgumentTypeError(f"got {text!r}, expected a name that ends in .png or .svg")
+    if not path.parent.is_dir():
         raise argparse.ArgumentTypeError(f"got {text!r}, but there is no folder {path.parent}")
     return path

@@ -186,10 +186,10 @@ WRONG: list[tuple[str, str]] = [
     ("train m d --plan p --out x --learning-rate fast", "argument --learning-rate: got 'fast', expected a number"),
     ("train m d --out x --columns image=photo", "got 'image=photo', expected such as images=photo,prompt=question"),
     ("train m d --plan p --out x --damping nan", "argument --damping: got 'nan', expected a number, at least 0"),
-    ("generate c --image i --prompt p --depth-map d.jpg", "expected a name that ends in .png or .svg"),
     ("eval c d --out x --also runs/neutral", "got 'runs/neutral', expected a name and a checkpoint, such as neutral="),
     ("eval c d --out x --also =runs/neutral", "got '=runs/neutral', expected a name and a checkpoint"),
     ("eval c d --out x --controlled-samples -1", "argument --controlled-samples: got '-1', expected a whole number"),
+    ("generate c --image i --prompt p --depth-map d.jpg", "expected a name that ends in .png or .svg"),
     ("generate c --image i --prompt p --depth-map no/d.png", "got 'no/d.png', but there is no folder no"),
 ]
 
@@ -296,7 +296,6 @@ class TestBadInput:
         said = refused(verb, tmp_path, *rest)
         assert said.startswith(f"skipit: {tmp_path} has no router_config.json: it is not a gated checkpoint")
 
-    def test_not_an_artefact(self, tmp_path: Path) -> None:
     def test_a_further_router_that_is_none(self, chain: Path, tmp_path: Path) -> None:
         line = ("eval", chain / "checkpoint", "reference", "--out", tmp_path / "x")
         said = refused(*line, "--also", f"neutral={tmp_path}")
@@ -317,6 +316,7 @@ class TestBadInput:
         assert f"{tmp_path}: no summary.json. Give a folder" in refused(*line, "--transfer", tmp_path)
         assert not (tmp_path / "x").exists()
 
+    def test_not_an_artefact(self, tmp_path: Path) -> None:
         assert (
             refused("plan", tmp_path, "--out", "x") == f"skipit: {tmp_path} is not a profile: it has no profile.json.\n"
         )
