@@ -11,7 +11,7 @@ import os
 import statistics
 import time
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,7 @@ from .baselines_methods import METHODS, TRAINED, UNTRAINED, Lab, System, Systems
 from .display import quiet
 from .sources import load_data
 
-SETTINGS = ("steps", "rows", "calibration", "profiled", "batch_size", "lora_rank")
+SETTINGS = ("steps", "rows", "calibration", "profiled", "batch_size", "lora_rank", "learning_rate")
 REPEATS = 15
 
 
@@ -94,7 +94,7 @@ def cell_path(out: Path, name: str, budget: float, seed: int) -> Path:
     return out / "cells" / f"{name}_{budget:g}_{seed}.json"
 
 
-def finished(path: Path, settings: dict[str, int]) -> bool:
+def finished(path: Path, settings: Mapping[str, Any]) -> bool:
     """Whether a cell is there.
 
     Raises:
@@ -202,6 +202,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--steps", type=int, default=250, help="of training (default %(default)s)")
     parser.add_argument("--batch-size", type=int, default=16, help="rows of a step (default %(default)s)")
     parser.add_argument("--lora-rank", type=int, default=8, help="of every trained method (default %(default)s)")
+    parser.add_argument("--learning-rate", type=float, default=2e-3, help="of LoRA (default %(default)s)")
     parser.add_argument("--rows", type=int, default=600, help="held-out rows (default %(default)s)")
     parser.add_argument(
         "--calibration", type=int, default=96, help="rows on which budgets are met (default %(default)s)"
@@ -220,6 +221,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             arguments.calibration,
             batch_size=arguments.batch_size,
             lora_rank=arguments.lora_rank,
+            learning_rate=arguments.learning_rate,
         )
         for name in names:
             for budget in [1.0] if name == "lora" else arguments.budgets:

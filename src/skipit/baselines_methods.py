@@ -87,6 +87,7 @@ class Lab:
         profiled: rows of the theory's profile.
         batch_size: rows of a training step.
         lora_rank: of the LoRA that every trained method has; its scale is 2.
+        learning_rate: of LoRA.
     """
 
     seed: int
@@ -96,6 +97,7 @@ class Lab:
     profiled: int = 192
     batch_size: int = 16
     lora_rank: int = 8
+    learning_rate: float = 2e-3
 
     def read(self, split: str, rows: int, size: int = 48) -> list[dict[str, Tensor]]:
         """Batches with labels."""
@@ -162,6 +164,7 @@ class Lab:
             batch_size=self.batch_size,
             lora_rank=self.lora_rank,
             lora_alpha=2 * self.lora_rank,
+            learning_rate=self.learning_rate,
         )
 
     def train_rows(self) -> Any:
