@@ -1,5 +1,6 @@
 """From rows in the conversational vision format to batches of a model, with labels on the completion only."""
 
+import hashlib
 import io
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -243,22 +244,26 @@ class Broken:
 
     def __init__(self, limit: int = 0, note: Callable[[str], None] | None = None) -> None:
         self.limit, self.note = limit, note
-        self._places: set[str] = set()
+        self._seen: set[str] = set()
 
     @property
     def count(self) -> int:
         """How many different rows there were."""
-        return len(self._places)
+        return len(self._seen)
 
-    def __call__(self, where: str, error: InputError) -> None:
+    def __call__(self, row: str, error: InputError) -> None:
         """Count a row.
+
+        Args:
+            row: what tells it from others, however often it is met.
+            error: why it cannot be read.
 
         Raises:
             InputError: it is one too many.
         """
-        if where in self._places:
+        if row in self._seen:
             return
-        self._places.add(where)
+        self._seen.add(row)
         if self.limit == 0:
             raise error
         if self.count > self.limit:
@@ -323,7 +328,8 @@ class RowStream(IterableDataset[dict[str, Any]]):
             try:
                 yield self.collate.checked(row)
             except InputError as error:
-                self.broken(row.where, error)
+                # A stream that is shuffled has it in another place each time.
+                self.broken(hashlib.blake2b(repr(row).encode(), digest_size=16).hexdigest(), error)
 
     def set_epoch(self, epoch: int) -> None:
         """Shuffle anew where the stream can."""

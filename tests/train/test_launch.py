@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -64,9 +65,20 @@ def start(
 
 
 def finish(process: "subprocess.Popen[str]", code: int = 0) -> str:
-    said, _ = process.communicate(timeout=300)
+    try:
+        said, _ = process.communicate(timeout=600)
+    except subprocess.TimeoutExpired:
+        kill(process)
+        raise
     assert (process.returncode == 0) == (code == 0), said
     return said
+
+
+def kill(process: "subprocess.Popen[str]") -> None:
+    """With what it has started: workers of torchrun have sessions of their own."""
+    for each in (*psutil.Process(process.pid).children(recursive=True), process):
+        each.kill()
+    process.communicate()
 
 
 def history(run: Path) -> list[dict[str, float]]:
@@ -175,9 +187,7 @@ def test_resume(work: Path, zero: str) -> None:
     process = start(work, out, *options, launcher=launcher)
     while process.poll() is None and not list((work / out).glob("checkpoints/*/skipit_state.json")):
         pass
-    process.kill()
-    process.communicate()
-    subprocess.run(["pkill", "-9", "-f", f"--out {out}"], check=False)
+    kill(process)
     assert not (work / out / "run.json").exists()
     said = finish(start(work, out, *options[:1], 8, *options[2:], "--resume"), code=1)
     assert "`processes` was 2, now 1" in said
@@ -202,7 +212,7 @@ SkipTrainer.finish_step = lambda self: wrapped.append(type(self.model_wrapped)._
 assert main([*line, "second"]) == 0
 assert set(wrapped) == {{"PeftModel"}}, wrapped
 """
-    subprocess.run([sys.executable, "-c", program], cwd=work, check=True, timeout=300)
+    subprocess.run([sys.executable, "-c", program], cwd=work, check=True, timeout=600)
     assert_same_run(work / "one", work / "first", 1)
     assert_same_run(work / "one", work / "second", 1)
 

@@ -88,6 +88,17 @@ class TestStream:
         assert completions(stream) == completions(stream) == ["0", "1", "3", "5"]
         assert broken.count == 2
 
+    def test_a_shuffle_moves_a_row_and_does_not_make_it_another(self, rows: Dataset, collate: Collator) -> None:
+        said: list[str] = []
+        broken = Broken(2, said.append)
+        stream = RowStream(rows.to_iterable_dataset().shuffle(seed=0, buffer_size=6), collate, broken)
+        orders = []
+        for epoch in range(4):
+            stream.set_epoch(epoch)
+            orders.append(completions(stream))
+        assert len(set(map(tuple, orders))) > 1
+        assert broken.count == len(said) == 2
+
     def test_a_picture_that_cannot_be_decoded_does_not_end_it(self, collate: Collator) -> None:
         whole = reference_dataset("train", 3)
         values = whole.with_format("arrow")[:].to_pylist()
