@@ -305,7 +305,7 @@ def _each_cell(change: Callable[[Pixels], Pixels], pixels: Pixels) -> Pixels:
     return out
 
 
-def _levels(values: NDArray[np.float64]) -> Pixels:
+def _levels(values: NDArray[np.floating[Any]]) -> Pixels:
     return np.clip(np.round(values), 0, 255).astype(np.uint8)
 
 
