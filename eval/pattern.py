@@ -2,10 +2,11 @@
 
 Hartman et al., "Skip-It?" (arXiv 2509.25584), report that early and late vision tokens are redundant and fusion happens
 in between. Here that is a question to each model: how long are the first and the last stretch of layers that their rule
-allows vision to skip, and does vision skip the first and the last third of the layers more than the middle one? Every
-verdict is computed; the rule behind it is stated with it.
+allows vision to skip, how long are those that the router does skip, and does vision skip the first and the last third
+of the layers more than the middle one? Every verdict is computed; the rule behind it is stated with it.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
@@ -28,6 +29,24 @@ Floats = NDArray[np.float64]
 Verdict = Literal["found", "not found"]
 ENTRY, EXIT, BOTH = "late entry", "early exit", "both"
 LEVEL = 0.05
+
+
+@dataclass(frozen=True)
+class Stretch:
+    """The layers at one end of the decoder that a router skips without a gap.
+
+    Attributes:
+        length: in layers, with its interval over rows.
+        p: probability of one as long or longer if as many skipped layers lay anywhere: with k of L layers skipped and a
+            stretch of n it is C(L - n, k - n) / C(L, k). It takes neighbouring layers for independent.
+    """
+
+    length: Interval
+    p: float
+
+    def to_json(self) -> dict[str, Any]:
+        """The fields as a JSON-ready dictionary."""
+        return {"length": self.length.to_json(), "p": self.p}
 
 
 @dataclass(frozen=True)
@@ -66,8 +85,8 @@ class Pattern:
         early: the first third against the middle.
         late: the last third against the middle.
         most: layers count as skipped by the router where its rate is at least this.
-        learned_entry: length of the longest skipped stretch at the start.
-        learned_exit: length of the longest skipped stretch at the end.
+        learned_entry: the skipped layers at the start.
+        learned_exit: the skipped layers at the end.
         rows: with vision tokens; 0 where only rates by layer were given, and intervals are NaN.
     """
 
@@ -83,27 +102,31 @@ class Pattern:
     early: Outer
     late: Outer
     most: float
-    learned_entry: int
-    learned_exit: int
+    learned_entry: Stretch
+    learned_exit: Stretch
     rows: int
 
     @property
     def theory(self) -> dict[str, Verdict]:
         """By the paper's rule: a stretch is found where it has a layer and leaves one; both, where both do."""
-        layers = len(self.qualifying)
-        return {
-            ENTRY: _verdict(0 < self.entry < layers),
-            EXIT: _verdict(0 < self.exit < layers),
-            BOTH: _verdict(self.entry > 0 and self.exit > 0 and self.entry + self.exit < layers),
-        }
+        return _stretches(self.entry, self.exit, len(self.qualifying))
 
     @property
     def learned(self) -> dict[str, Verdict]:
-        """By the router's skips: an outer third is skipped more than the middle, beyond the interval and p <= 0.05."""
-        early, late = (
-            o.difference.value > 0 and not o.difference.low <= 0 and o.p <= LEVEL for o in (self.early, self.late)
+        """By the router's skips, in the same way; a stretch must have a layer at the low end of its interval, too."""
+        first, last = (
+            0 if stretch.length.low < 1 else int(stretch.length.value)
+            for stretch in (self.learned_entry, self.learned_exit)
         )
-        return {ENTRY: _verdict(early), EXIT: _verdict(late), BOTH: _verdict(early and late)}
+        return _stretches(first, last, len(self.rates))
+
+    @property
+    def outer(self) -> dict[str, Verdict]:
+        """Are the "first third" and the "last third" skipped more than the middle, beyond interval and p <= 0.05?"""
+        return {
+            name: _verdict(o.difference.value > 0 and not o.difference.low <= 0 and o.p <= LEVEL)
+            for name, o in (("first third", self.early), ("last third", self.late))
+        }
 
     def to_json(self) -> dict[str, Any]:
         """Everything as a JSON-ready dictionary, verdicts included, None for NaN."""
@@ -112,9 +135,11 @@ class Pattern:
             "thirds": {name: third.to_json() for name, third in self.thirds.items()},
             "early": self.early.to_json(),
             "late": self.late.to_json(),
+            "learned_entry": self.learned_entry.to_json(),
+            "learned_exit": self.learned_exit.to_json(),
         }
         lists = {k: [or_none(v) for v in getattr(self, k)] for k in ("geometric", "attention", "rates")}
-        return {**plain, **lists, **parts, "theory": self.theory, "learned": self.learned}
+        return {**plain, **lists, **parts, "theory": self.theory, "learned": self.learned, "outer": self.outer}
 
 
 def row_skip_rates(records: Sequence[Record]) -> Float[Tensor, "rows layers"]:
@@ -168,12 +193,19 @@ def find_pattern(
     third = layers // 3
     parts = {"first": slice(0, third), "middle": slice(third, layers - third), "last": slice(layers - third, layers)}
     columns = np.stack([by_row[:, part].mean(1) for part in parts.values()], -1)
-    skipped = torch.from_numpy(mean >= most)
 
     def outer(at: int) -> Outer:
         difference = row_interval(columns, lambda means: means[..., at] - means[..., 1], resampling)
         part = list(parts.values())[at]
         return Outer(difference, *_p_values(mean, part, parts["middle"], resampling))
+
+    def stretch(way: slice) -> Stretch:
+        def length(means: Floats) -> Floats:
+            return np.asarray((means[..., way] >= most).cumprod(-1).sum(-1), np.float64)
+
+        found, skipped = row_interval(by_row, length, resampling), int((mean >= most).sum())
+        n = int(found.value)
+        return Stretch(found, math.comb(layers - n, skipped - n) / math.comb(layers, skipped))
 
     return Pattern(
         eps,
@@ -188,8 +220,8 @@ def find_pattern(
         outer(0),
         outer(2),
         most,
-        span_of(profile, skipped, "late-entry").entry,
-        layers - span_of(profile, skipped, "early-exit").exit,
+        stretch(slice(None)),
+        stretch(slice(None, None, -1)),
         rows,
     )
 
@@ -224,6 +256,14 @@ def _p_values(rates: Floats, part: slice, middle: slice, resampling: Resampling)
     p = (1 + float((difference(orders) >= observed).sum())) / (1 + resampling.resamples)
     shifted = np.stack([np.roll(rates, by) for by in range(len(rates))])
     return p, float((difference(shifted) >= observed).mean())
+
+
+def _stretches(first: int, last: int, layers: int) -> dict[str, Verdict]:
+    return {
+        ENTRY: _verdict(0 < first < layers),
+        EXIT: _verdict(0 < last < layers),
+        BOTH: _verdict(first > 0 and last > 0 and first + last < layers),
+    }
 
 
 def _verdict(found: bool) -> Verdict:

@@ -3,6 +3,7 @@
 import json
 import math
 from dataclasses import replace
+from itertools import combinations
 
 import numpy as np
 import pytest
@@ -92,8 +93,7 @@ def test_a_real_profile_gives_the_stretches_of_the_fixed_modes() -> None:
 )
 def test_thirds_decide_in_the_router(means: list[float], early: str, late: str) -> None:
     found = find_pattern(U_SHAPED, rows_of(means), resampling=FEW)
-    both = "found" if early == late == "found" else "not found"
-    assert found.learned == {"late entry": early, "early exit": late, "both": both}
+    assert found.outer == {"first third": early, "last third": late}
     assert found.thirds["first"].value == pytest.approx(np.mean(means[:4]), abs=0.05)
     assert found.early.difference.value == pytest.approx(np.mean(means[:4]) - np.mean(means[4:8]), abs=0.05)
     assert found.late.difference.low <= found.late.difference.value <= found.late.difference.high
@@ -108,6 +108,42 @@ def test_rows_that_disagree_decide_nothing() -> None:
     assert found.early.difference.value > 0
     assert found.early.p <= 0.05
     assert found.early.difference.low < 0
+    assert found.outer["first third"] == "not found"
+
+
+@pytest.mark.parametrize(
+    ("means", "first", "last", "entry", "leaving"),
+    [
+        ([0.9] * 3 + [0.1] * 5 + [0.8] * 4, 3, 4, "found", "found"),
+        # Vision leaves after two layers: the last third is skipped no more than the middle, and yet this is early exit.
+        ([0.0, 0.1] + [1.0] * 10, 0, 10, "not found", "found"),
+        ([0.1] * 4 + [0.9] * 4 + [0.1] * 4, 0, 0, "not found", "not found"),
+        ([0.9] * 12, 12, 12, "not found", "not found"),
+        ([0.1] * 12, 0, 0, "not found", "not found"),
+    ],
+)
+def test_stretches_decide_in_the_router(means: list[float], first: int, last: int, entry: str, leaving: str) -> None:
+    found = find_pattern(U_SHAPED, rows_of(means), resampling=FEW)
+    assert (found.learned_entry.length.value, found.learned_exit.length.value) == (first, last)
+    both = "found" if entry == leaving == "found" else "not found"
+    assert found.learned == {"late entry": entry, "early exit": leaving, "both": both}
+
+
+def test_a_stretch_is_compared_with_skipped_layers_anywhere() -> None:
+    means = [0.9, 0.9, 0.1, 0.9, *[0.1] * 7, 0.9]
+    found = find_pattern(U_SHAPED, means, resampling=FEW)
+    orders = [set(chosen) for chosen in combinations(range(LAYERS), 4)]
+    assert found.learned_entry.p == pytest.approx(sum({0, 1} <= order for order in orders) / len(orders))
+    assert found.learned_exit.p == pytest.approx(4 / 12)
+    assert find_pattern(U_SHAPED, [0.0] * LAYERS, resampling=FEW).learned_entry.p == 1
+
+
+def test_a_stretch_on_which_rows_disagree_is_not_found() -> None:
+    table = np.full((5, LAYERS), 0.2)
+    table[:3, 0] = 0.75  # the mean is 0.53, but without one of these rows it is not a half
+    found = find_pattern(U_SHAPED, table, resampling=FEW)
+    assert found.learned_entry.length.value == 1
+    assert found.learned_entry.length.low == 0
     assert found.learned["late entry"] == "not found"
 
 
@@ -117,8 +153,8 @@ def test_rates_by_layer_have_no_interval_over_rows() -> None:
     assert found.rows == 0
     assert math.isnan(found.early.difference.low)
     assert found.learned["late entry"] == "found"
-    assert (found.learned_entry, found.learned_exit) == (4, 2)
-    assert find_pattern(U_SHAPED, means, most=0.4, resampling=FEW).learned_exit == 4
+    assert (found.learned_entry.length.value, found.learned_exit.length.value) == (4, 2)
+    assert find_pattern(U_SHAPED, means, most=0.4, resampling=FEW).learned_exit.length.value == 4
     written = json.loads(json.dumps(found.to_json(), allow_nan=False))
     assert written["early"]["difference"]["low"] is None
     assert written["learned"]["late entry"] == "found"
