@@ -64,7 +64,7 @@ def plain_trainer(model: Any, batch: dict[str, Tensor], config: TrainConfig, **o
     from peft import LoraConfig, get_peft_model
 
     lora = LoraConfig(r=config.lora_rank, lora_alpha=config.lora_alpha, target_modules=lora_targets(model), bias="none")
-    return Trainer(model=get_peft_model(model, lora), **options)  # type: ignore[arg-type]
+    return Trainer(model=get_peft_model(model, lora), **options)
 
 
 def our_trainer(model: Any, batch: dict[str, Tensor], config: TrainConfig, **options: Any) -> SkipTrainer:
@@ -187,7 +187,7 @@ def measure_runs(
     for name in (PLAIN, *OURS):
         config = replace(OURS.get(name, TrainConfig()), steps=repeats + WARM_UP, save_steps=10**9, **settings)
         with tempfile.TemporaryDirectory() as folder, launched(config, folder) as arguments:
-            arguments.save_strategy = "no"  # type: ignore[assignment]
+            arguments.save_strategy = "no"
             model, clock = make(), _Clock()
             one = batch(model)
             rows = [{"row": number} for number in range(config.steps * config.batch_size)]
