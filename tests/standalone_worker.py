@@ -1,4 +1,4 @@
-"""Started by test_standalone.py in an interpreter without skipit: loads checkpoints with their own code and runs them.
+"""Started by test_standalone.py where skipit is not installed: loads checkpoints with their own code and runs them.
 
 Prints, as JSON, for each folder named: the class of the model, where its router comes from, the generated tokens, and
 how many tokens ran in all layers of each step; the latter two also at the budget "none", named in three ways.
@@ -7,6 +7,7 @@ how many tokens ran in all layers of each step; the latter two also at the budge
 import importlib
 import json
 import sys
+from importlib.metadata import distributions
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -14,7 +15,9 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText, GenerationConfig
 
+assert sys.prefix != sys.base_prefix, "this is no virtual environment"
 assert find_spec("skipit") is None, "skipit can be imported here"
+assert not [found.name for found in distributions() if found.name == "skipit"], "skipit is installed here"
 assert find_spec("jaxtyping") is None or "jaxtyping" not in sys.modules
 torch.set_num_threads(1)
 

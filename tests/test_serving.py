@@ -1,13 +1,11 @@
-"""`transformers serve` answers image questions with a gated checkpoint, in a process that has no skipit."""
+"""`transformers serve` answers image questions with a gated checkpoint, in a virtual environment that has no skipit."""
 
 import base64
 import io
 import json
-import os
 import signal
 import socket
 import subprocess
-import sys
 import time
 import urllib.error
 import urllib.request
@@ -18,7 +16,7 @@ from typing import Any
 
 import pytest
 import torch
-import transformers
+from bare_environment import bare_python, bare_variables
 from transformers.utils.import_utils import is_serve_available
 
 import skipit
@@ -45,36 +43,21 @@ def make(folder: Path, leaves: int) -> None:
 
 @contextmanager
 def server(log: Path, *options: str) -> Iterator[str]:
-    """`transformers serve` on a free port of this machine, where skipit cannot be imported; stopped at the end."""
+    """`transformers serve` on a free port, in a virtual environment that has no skipit; stopped at the end."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
-    environment |= {
-        "PYTHONPATH": str(Path(transformers.__file__).parents[1]),
-        "HF_MODULES_CACHE": str(log.parent / "modules"),
-        "OMP_NUM_THREADS": "1",
-    }
+    python = log.parent / "venv" / "bin" / "python"
+    if not python.exists():
+        bare_python(log.parent / "venv")
     code = (
         "from importlib.util import find_spec; assert find_spec('skipit') is None; "
         "from transformers.cli.transformers import main; main()"
     )
-    command = [
-        sys.executable,
-        "-S",
-        "-P",
-        "-c",
-        code,
-        "serve",
-        "--host",
-        "127.0.0.1",
-        "--port",
-        str(port),
-        "--device",
-        "cpu",
-    ]
+    command = [str(python), "-c", code, "serve", "--host", "127.0.0.1", "--port", str(port), "--device", "cpu"]
+    environment = bare_variables(HF_MODULES_CACHE=str(log.parent / "modules"), OMP_NUM_THREADS="1")
     with log.open("w") as file:
-        process = subprocess.Popen([*command, *options], env=environment, stdout=file, stderr=file)
+        process = subprocess.Popen([*command, *options], env=environment, cwd=log.parent, stdout=file, stderr=file)
     address = f"http://127.0.0.1:{port}"
     try:
         for _ in range(600):

@@ -3,7 +3,6 @@
 import ast
 import json
 import logging
-import os
 import subprocess
 import sys
 from importlib.util import find_spec
@@ -12,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-import transformers
+from bare_environment import bare_python, bare_variables
 from families import processor
 from safetensors.torch import load_file, save_file
 from tiny_models import build, inputs
@@ -48,14 +47,13 @@ def generate(model: Any, folder: Path, **options: Any) -> dict[str, Any]:
     return {"tokens": tokens.tolist(), "ran": [int(step.run.sum()) for step in trace.steps]}
 
 
-def run_without_skipit(folders: list[Path], cache: Path) -> list[dict[str, Any]]:
-    """Run the worker in an interpreter that reads no `.pth` file, so that no editable install is found."""
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
-    environment |= {"PYTHONPATH": str(Path(transformers.__file__).parents[1]), "HF_MODULES_CACHE": str(cache)}
+def run_without_skipit(folders: list[Path], tmp_path: Path) -> list[dict[str, Any]]:
+    """Run the worker in a virtual environment that has no skipit."""
     worker = Path(__file__).with_name("standalone_worker.py")
     done = subprocess.run(
-        [sys.executable, "-S", "-P", str(worker), *map(str, folders)],
-        env=environment,
+        [bare_python(tmp_path / "venv"), "-P", worker, *folders],  # -P: tests/skipit is none
+        env=bare_variables(HF_MODULES_CACHE=str(tmp_path / "modules")),
+        cwd=tmp_path,
         capture_output=True,
         text=True,
         stdin=subprocess.DEVNULL,
@@ -73,7 +71,7 @@ def test_the_code_inside_runs_the_gated_model_where_skipit_is_not_installed(tmp_
     tied = make("gemma3", shards, torch.bfloat16, with_processor=True, max_shard_size="20KB")
     assert tied.config.get_text_config().tie_word_embeddings
     assert len(list(shards.glob("model-*.safetensors"))) > 1
-    results = run_without_skipit([plain, shards], tmp_path / "modules")
+    results = run_without_skipit([plain, shards], tmp_path)
     for folder, result in zip((plain, shards), results, strict=True):
         loaded = AutoModelForImageTextToText.from_pretrained(folder)
         assert result["class"] == f"{type(loaded).__module__}.{type(loaded).__name__}"
