@@ -6,20 +6,13 @@ from typing import Any
 
 import pytest
 import test_laws
+import test_video
 import torch
-from families import FAMILIES, IMAGE, LAYERS, build, inputs, processor
+from families import FAMILIES, IMAGE, LAYERS, build, processor
 from families.family import picture
 
 from skipit.pipeline import export, profile_model
-from skipit.router import (
-    InputError,
-    RouterConfig,
-    Trace,
-    attach,
-    find_router,
-    running,
-    set_gates,
-)
+from skipit.router import InputError, Trace, find_router, running
 from skipit.router.checkpoint import load
 from skipit.theory.plan import make_plan
 from skipit.train.collate import Collator
@@ -104,28 +97,6 @@ def test_data_flow(family: str, tmp_path: Path) -> None:
     assert 0 < shares.mean() < 1
 
 
-@pytest.mark.parametrize("family", [name for name in FAMILIES if FAMILIES[name].video])
-@pytest.mark.parametrize("kv", ["retain", "evict"])
-def test_video(family: str, kv: str) -> None:
-    # SmolVLM's processor keeps the pixels of images or of videos, not of both.
-    other: list[int | str] = [8, "video" if family == "smolvlm" else "image", 9]
-    model, batch = build(family), inputs(family, [[5, "video", 6, 7], other])
-    with torch.no_grad():
-        base = model(**batch).logits
-        attach(model, RouterConfig(kv=kv))  # type: ignore[arg-type]
-        trace = Trace()
-        with running(trace=trace):
-            assert torch.equal(model(**batch).logits, base)
-        assert (trace.steps[0].modality.sum(-1) > 1).all()
-        torch.manual_seed(1)
-        set_gates(model, torch.randn(LAYERS, 2, 32), torch.randn(LAYERS, 2))
-        with running(mode="masked"):
-            masked = model(**batch).logits
-        real = batch["attention_mask"].bool()
-        assert (model(**batch).logits - masked)[real].abs().max() <= 1e-5 * masked.abs().max()
-        assert not torch.equal(masked, base)
-
-
 def cases(test: Any) -> set[str]:
     """The families a test is run with."""
     return {case for mark in test.pytestmark if mark.args[:1] == ("family",) for case in mark.args[1]}
@@ -140,7 +111,9 @@ def test_the_readme_claims_what_is_tested() -> None:
         for name in ("test_forward", "test_generate")
     ]
     tested = [set.intersection(*laws), *[cases(test_data_flow)] * 3]
+    groups = (test_video.test_masked_is_gathered, test_video.test_alone_is_padded, test_video.test_data_flow)
+    with_video = set.intersection(*map(cases, groups))
     for name, cells in table:
         *claims, notes = (cell.strip() for cell in cells.split("|"))
         assert claims == ["yes" if name in families else "no" for families in tested], name
-        assert ("video" in notes) == bool(FAMILIES[name].video), name
+        assert ("video" in notes) == (name in with_video) == bool(FAMILIES[name].video), name

@@ -66,10 +66,17 @@ def part(batch: dict[str, Tensor], start: int, stop: int) -> dict[str, Tensor]:
 
 def placed(model: Any, batch: dict[str, Tensor]) -> dict[str, Tensor]:
     """A batch with its M-RoPE positions, for models that have them: transformers cannot find them for a later part."""
-    if "image_grid_thw" not in batch:
+    if "image_grid_thw" not in batch and "video_grid_thw" not in batch:
         return batch
-    names = ("input_ids", "image_grid_thw", "attention_mask", "mm_token_type_ids")
-    positions, _ = model.model.get_rope_index(**{name: batch[name] for name in names})
+    names = (
+        "input_ids",
+        "image_grid_thw",
+        "video_grid_thw",
+        "second_per_grid_ts",
+        "attention_mask",
+        "mm_token_type_ids",
+    )
+    positions, _ = model.model.get_rope_index(**{name: batch[name] for name in names if name in batch})
     return {**batch, "position_ids": positions}
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from inspect import signature
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset
@@ -15,14 +16,17 @@ from skipit.router import InputError
 from skipit.theory.labels import IGNORE
 
 FORMAT = (
-    "Rows need images, prompt and completion, or images and messages of which the assistant has the last (TRL's "
-    "conversational vision format)."
+    "Rows need images or videos, prompt and completion, or images or videos and messages of which the assistant has "
+    "the last (TRL's conversational vision format)."
 )
 
 
 @dataclass(frozen=True)
 class Collator:
     """Turns rows with `images`, `prompt` and `completion` (TRL's conversational vision format) into a batch.
+
+    Beside images or instead of them a row may have `videos`: arrays [frames, height, width, channels], lists of
+    pictures, or whatever else the processor takes.
 
     Args:
         processor: the model's processor, with a chat template.
@@ -44,15 +48,15 @@ class Collator:
         for number, row in enumerate(rows):
             places.append(row.where if isinstance(row, Row) else f"row {number} of the batch")
             read.append(self._read(row, places[-1]))
-        prompts, images = [row.prompt for row in read], [row.images for row in read]
+        prompts, media = [row.prompt for row in read], [(row.images, row.videos) for row in read]
         if not self.with_completion:
-            return self._process(places, prompts, images, "left")
+            return self._process(places, prompts, media, "left")
         if "suffix" in signature(self.processor.__call__).parameters:
             # A prefix LM, such as PaliGemma: a prompt's tokens see each other, so it must know where the answer begins.
-            return self._process(places, prompts, images, "right", [_plain(row.reply) for row in read])
-        batch = self._process(places, [row.whole for row in read], images, "right")
+            return self._process(places, prompts, media, "right", [_plain(row.reply) for row in read])
+        batch = self._process(places, [row.whole for row in read], media, "right")
         # The prompt alone, expanded the same way, says where the completion begins.
-        lengths = self._process(places, prompts, images, "right")["attention_mask"].sum(-1)
+        lengths = self._process(places, prompts, media, "right")["attention_mask"].sum(-1)
         place = torch.arange(batch["input_ids"].shape[1])
         inside = (place >= lengths[:, None]) & batch["attention_mask"].bool()
         batch["labels"] = batch["input_ids"].masked_fill(~inside, IGNORE)
@@ -64,13 +68,15 @@ class Collator:
         Raises:
             InputError: it cannot; the message names it.
         """
-        return Row({**row, "images": self._read(row, row.where).images}, row.where)
+        read = self._read(row, row.where)
+        return Row({**row, "images": read.images, **({"videos": read.videos} if read.videos else {})}, row.where)
 
     def _read(self, row: Mapping[str, Any], where: str) -> "_Read":
-        needed = ("images", "prompt", "completion") if self.with_completion else ("images", "prompt")
-        check_columns(row, where, *needed)
-        images = pictures(row, where)
-        turns = _with_placeholders(turns_of(row, "prompt", "user", where), len(images), where)
+        seen = ("videos",) if "videos" in row and "images" not in row else ("images",)
+        check_columns(row, where, *seen, "prompt", *(("completion",) if self.with_completion else ()))
+        images, videos = pictures(row, where), films(row, where)
+        turns = turns_of(row, "prompt", "user", where)
+        turns = _with_placeholders(turns, {"image": len(images), "video": len(videos)}, where)
         prompt, reply, whole = self._template(turns, True, where), [], ""
         if self.with_completion:
             reply = turns_of(row, "completion", "assistant", where)
@@ -80,7 +86,7 @@ class Collator:
             raise InputError(
                 f"{where}: {found} image tokens, {len(images)} images. Its text must not hold `{token}` itself."
             )
-        return _Read(prompt, whole, reply, images)
+        return _Read(prompt, whole, reply, images, videos)
 
     def _template(self, turns: list[dict[str, Any]], generation: bool, where: str) -> str:
         try:
@@ -93,14 +99,14 @@ class Collator:
         self,
         places: list[str],
         texts: list[str],
-        images: list[list[Any]],
+        media: list["_Media"],
         side: str,
         suffixes: list[str] | None = None,
     ) -> dict[str, Tensor]:
         try:
-            return self._inputs(texts, images, side, suffixes)
+            return self._inputs(texts, media, side, suffixes)
         except (ValueError, TypeError, OSError, IndexError) as error:
-            for number, (where, text, given) in enumerate(zip(places, texts, images, strict=True)):
+            for number, (where, text, given) in enumerate(zip(places, texts, media, strict=True)):
                 try:
                     self._inputs([text], [given], side, suffixes and [suffixes[number]])
                 except (ValueError, TypeError, OSError, IndexError) as reason:
@@ -108,9 +114,12 @@ class Collator:
             raise InputError(f"{places[0]} to {places[-1]} cannot be processed together: {error}") from error
 
     def _inputs(
-        self, texts: list[str], images: list[list[Any]], side: str, suffixes: list[str] | None = None
+        self, texts: list[str], media: list["_Media"], side: str, suffixes: list[str] | None = None
     ) -> dict[str, Tensor]:
-        given = {"text": texts, "images": images if any(images) else None}
+        images, videos = [images for images, _ in media], [video for _, videos in media for video in videos]
+        given: dict[str, Any] = {"text": texts, "images": images if any(images) else None}
+        if videos:
+            given["videos"] = videos
         if suffixes is not None:
             given["suffix"] = suffixes
         batch = self.processor(**given, padding=True, padding_side=side, add_special_tokens=False, return_tensors="pt")
@@ -118,12 +127,16 @@ class Collator:
 
 
 class _Read(NamedTuple):
-    """A row before processing: the prompt and the whole as text, the reply's messages, and open images."""
+    """A row before processing: the prompt and the whole as text, the reply's messages, open images, and videos."""
 
     prompt: str
     whole: str
     reply: list[dict[str, Any]]
     images: list[Any]
+    videos: list[Any]
+
+
+_Media = tuple[list[Any], list[Any]]  # images and videos of one row
 
 
 def _plain(turns: list[dict[str, Any]]) -> str:
@@ -156,20 +169,21 @@ def turns_of(row: Mapping[str, Any], column: str, role: str, where: str) -> list
     return turns
 
 
-def _with_placeholders(turns: list[dict[str, Any]], images: int, where: str) -> list[dict[str, Any]]:
-    """The prompt's turns with one placeholder per image; messages that are plain text get them in front, as in TRL."""
+def _with_placeholders(turns: list[dict[str, Any]], media: Mapping[str, int], where: str) -> list[dict[str, Any]]:
+    """The prompt's turns with a placeholder per image and video; messages that are plain text get them in front."""
     parts = [part for turn in turns if not isinstance(turn["content"], str) for part in turn["content"]]
-    if images and not parts:
+    if any(media.values()) and not parts:
         first = next((number for number, turn in enumerate(turns) if turn["role"] == "user"), 0)
         text = {"type": "text", "text": turns[first]["content"]}
-        content = [*({"type": "image"} for _ in range(images)), text]
+        content = [*({"type": kind} for kind, count in media.items() for _ in range(count)), text]
         return [*turns[:first], {**turns[first], "content": content}, *turns[first + 1 :]]
-    placeholders = sum(part.get("type") == "image" for part in parts)
-    if placeholders != images:
-        raise InputError(
-            f"{where}: its prompt has {placeholders} image parts, its `images` {images}. Each image needs one part "
-            '{"type": "image"}.'
-        )
+    for kind, count in media.items():
+        placeholders = sum(part.get("type") == kind for part in parts)
+        if placeholders != count:
+            raise InputError(
+                f"{where}: its prompt has {placeholders} {kind} parts, its `{kind}s` {count}. Each {kind} needs one "
+                f'part {{"type": "{kind}"}}.'
+            )
     return turns
 
 
@@ -190,7 +204,7 @@ def pictures(row: Mapping[str, Any], where: str) -> list[Any]:
         InputError: one cannot be read; the message names the row.
     """
     opened = []
-    given = [] if row["images"] is None else row["images"]
+    given = [] if row.get("images") is None else row["images"]
     # A column of one image per row is as good as one of lists.
     for number, image in enumerate(given if isinstance(given, list | tuple) else [given]):
         try:
@@ -198,6 +212,22 @@ def pictures(row: Mapping[str, Any], where: str) -> list[Any]:
         except (OSError, ValueError, SyntaxError) as error:  # PIL calls a broken PNG a syntax error
             raise InputError(f"{where}: image {number} cannot be read: {error}") from error
     return opened
+
+
+def films(row: Mapping[str, Any], where: str) -> list[Any]:
+    """A row's videos: one that is a list of pictures becomes an array of its frames.
+
+    Raises:
+        InputError: a frame cannot be read; the message names the row.
+    """
+    given = row.get("videos") or []
+    try:
+        return [
+            np.stack([np.asarray(_open(frame)) for frame in video]) if isinstance(video, list | tuple) else video
+            for video in given
+        ]
+    except (OSError, ValueError, SyntaxError) as error:
+        raise InputError(f"{where}: a video cannot be read: {error}") from error
 
 
 def _open(image: Any) -> Any:

@@ -104,7 +104,9 @@ def inputs(family: str, rows: list[Row], padding: str = "left", seed: int = 0) -
     for row in rows:
         first = sum(item for item in row if isinstance(item, int))
         images.append([picture(first + place, seed) for place, item in enumerate(row) if item == "image"])
-        videos.append([film(first + place, seed) for place, item in enumerate(row) if item == "video"])
+        videos.append(
+            [film(first + place, seed, FAMILIES[family].longer) for place, item in enumerate(row) if item == "video"]
+        )
     given: dict[str, Any] = {"text": [text(family, row) for row in rows]}
     if FAMILIES[family].prefix_lm:
         given = {"text": [text(family, row[:-4]) for row in rows], "suffix": [text(family, row[-4:]) for row in rows]}

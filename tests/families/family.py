@@ -34,6 +34,7 @@ class Family:
         prefix_lm: a prompt's tokens see each other; its processor wants an image, and the answer as `suffix`.
         mixes_rows: its tokens before the first image depend on how many images other rows of the batch have: the model
             lets them see all image states alike, those of padding too.
+        longer: frames by which videos of one batch may differ; 0 where its processor stacks them.
         linear_maps: of a decoder layer; experts are none, they are one tensor each.
     """
 
@@ -44,6 +45,7 @@ class Family:
     prefix_lm: bool = False
     mixes_rows: bool = False
     linear_maps: int = 7
+    longer: int = 2
 
 
 def tokenizer(image: str, special: Sequence[str] = (), **named: str) -> PreTrainedTokenizerFast:
@@ -127,6 +129,7 @@ def picture(number: int, seed: int) -> Image.Image:
     return Image.fromarray(np.random.default_rng([number, seed]).integers(0, 256, (height, width, 3), dtype=np.uint8))
 
 
-def film(number: int, seed: int) -> np.ndarray[Any, Any]:
-    """A random video of four frames."""
-    return np.random.default_rng([number, seed]).integers(0, 256, (4, 16, 16, 3), dtype=np.uint8)
+def film(number: int, seed: int, longer: int = 0) -> np.ndarray[Any, Any]:
+    """A random video of four frames, or of up to `longer` more, which depends on `number`."""
+    frames = 4 + number % 2 * longer
+    return np.random.default_rng([number, seed]).integers(0, 256, (frames, 16, 16, 3), dtype=np.uint8)

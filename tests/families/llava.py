@@ -87,5 +87,5 @@ def _onevision_config(processor: Any) -> LlavaOnevisionConfig:
 FAMILIES = {
     "llava": Family(_llava_processor, _llava_config, "<image>"),
     "llava-next": Family(_next_processor, _next_config, "<image>"),
-    "llava-onevision": Family(_onevision_processor, _onevision_config, "<image>", "<video>"),
+    "llava-onevision": Family(_onevision_processor, _onevision_config, "<image>", "<video>", longer=0),
 }

@@ -153,7 +153,7 @@ def _mllama_config(processor: Any) -> MllamaConfig:
 
 
 FAMILIES = {
-    "internvl": Family(_internvl_processor, _internvl_config, "<IMG_CONTEXT>", "<video>"),
+    "internvl": Family(_internvl_processor, _internvl_config, "<IMG_CONTEXT>", "<video>", longer=0),
     "idefics3": Family(_idefics3_processor, _idefics3_config, "<image>"),
     "smolvlm": Family(_smolvlm_processor, _smolvlm_config, "<image>", "<video>"),
     "mistral3": Family(_mistral3_processor, _mistral3_config, "[IMG]"),
