@@ -36,7 +36,8 @@ class TrainConfig:
         collapse_steps: see `collapse`.
         seed: of data order, LoRA and sampling.
         save_steps: steps between resumable checkpoints.
-        precision: of the arithmetic, `fp32` or `bf16` (autocast; under DeepSpeed the weights too).
+        precision: of the arithmetic, `fp32` or `bf16` (autocast; under DeepSpeed LoRA and gates are bf16 too). What
+            `skipit train` loads is loaded in it, however it is stored.
         gradient_checkpointing: compute layers again in the backward pass instead of keeping what is inside them.
         deepspeed: `zero1`, `zero2`, `zero3`, `zero2-offload`, `zero3-offload`, or a JSON file; None is without.
         max_broken_rows: rows of the training data that may be unreadable; they are named, counted and skipped.

@@ -32,6 +32,7 @@ from .config import TrainConfig
 from .launch import CHECKPOINTS, launched, stage_of, wait
 
 ADAPTER = "adapter"
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}  # of the weights, by precision
 RUN_FILE = "run.json"
 CONFIG_FILE = "train_config.json"
 # A resumed run may not change these: its data, its weights or its schedule would be another run's.
@@ -130,6 +131,19 @@ def check_reachable(budgets: Iterable[float], least: float, kv: KVPolicy, unit: 
         )
 
 
+def check_dtype(model: nn.Module) -> None:
+    """Refuse fp16, the dtype that many checkpoints are stored in: small gradients would vanish.
+
+    Raises:
+        InputError: some weights are fp16.
+    """
+    if any(parameter.dtype == torch.float16 for parameter in model.parameters()):
+        raise InputError(
+            "the model's weights are fp16, and skipit does not scale losses: small gradients would vanish. Load it "
+            "with dtype=torch.bfloat16, for precision='bf16', or with dtype=torch.float32."
+        )
+
+
 def train(
     model: Any,
     processor: Any,
@@ -172,7 +186,8 @@ def train(
         CheckpointError: `out` holds a run and neither `resume` nor `overwrite` is set, or there is nothing to resume,
             or a setting that a resumed run must keep has changed.
         LaunchError: the processes are not what was asked for.
-        InputError: more rows than `config.max_broken_rows` cannot be read, or a budget cannot be met.
+        InputError: more rows than `config.max_broken_rows` cannot be read, or a budget cannot be met, or the weights
+            are fp16.
         TrainingError: the loss is not finite or the router collapsed; checkpoints stay.
         KeyboardInterrupt: the last whole step was saved; go on with `resume`.
     """
@@ -197,6 +212,7 @@ def train(
 
     out, main = Path(out), arguments.process_index == 0
     check_folder(out, resume=resume, overwrite=overwrite)
+    check_dtype(model)
     broken = Broken(config.max_broken_rows, note)
     collate = Collator(processor)
     costs = CostModel.of(model)

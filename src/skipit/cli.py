@@ -283,7 +283,7 @@ def _train(arguments: argparse.Namespace) -> None:
     from skipit.theory.artefact import load_plan
     from skipit.train.config import TrainConfig
     from skipit.train.launch import launched
-    from skipit.train.run import RUN_FILE, check_folder, train
+    from skipit.train.run import DTYPES, RUN_FILE, check_folder, train
 
     from .display import loading, note, on_one_process, training_progress
     from .sources import load_data, load_held_out, load_model, name_model
@@ -297,7 +297,7 @@ def _train(arguments: argparse.Namespace) -> None:
     with launched(config, out, report_to=arguments.report_to, processes=arguments.processes) as launch:
         on_one_process(launch.process_index)
         with loading("loading"):
-            model, processor = load_model(arguments.model)
+            model, processor = load_model(arguments.model, dtype=DTYPES[config.precision])
             samples = arguments.samples or config.steps * config.batch_size * config.accumulation * launch.world_size
             rows = load_data(
                 arguments.data,

@@ -12,13 +12,17 @@ REFERENCE = "reference"
 _FILES = {".json": "json", ".jsonl": "json", ".parquet": "parquet"}
 
 
-def load_model(source: str) -> tuple[Any, Any]:
+def load_model(source: str, **options: Any) -> tuple[Any, Any]:
     """A dense model and its processor: `reference`, a folder, or a Hub id.
+
+    Args:
+        source: see above.
+        **options: of transformers' `from_pretrained`, such as `dtype`; without one weights are as they are stored.
 
     Raises:
         CheckpointError: it cannot be loaded.
     """
-    return load_dense(resolve_model(source))
+    return load_dense(resolve_model(source), **options)
 
 
 def resolve_model(source: str) -> str:

@@ -26,6 +26,7 @@ from skipit.router import (
     running,
 )
 from skipit.router.checkpoint import load_router
+from skipit.theory.artefact import save_plan
 from skipit.theory.calibrate import measured_share
 from skipit.theory.cost import CostModel
 from skipit.theory.identity import fingerprint
@@ -342,6 +343,32 @@ class TestReach:
             train(model, processor, rows, plan_for(model), replace(CONFIG, more_budgets=(0.05,)), tmp_path / "run")
         assert not (tmp_path / "run").exists()
         assert not model._forward_pre_hooks
+
+
+def test_fp16_is_refused(model: Any, processor: Any, rows: Dataset, tmp_path: Path) -> None:
+    message = r"the model's weights are fp16, and skipit does not scale losses: .* dtype=torch\.bfloat16"
+    with pytest.raises(InputError, match=message):
+        train(model.half(), processor, rows, plan_for(model), CONFIG, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(("precision", "dtype"), [("fp32", torch.float32), ("bf16", torch.bfloat16)])
+def test_a_checkpoint_in_fp16_is_trained_in_the_runs_precision(
+    base: Any, processor: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, precision: str, dtype: torch.dtype
+) -> None:
+    """As stored it would be loaded in fp16."""
+    import skipit.train.run
+    from skipit.cli import main
+
+    copy.deepcopy(base).half().save_pretrained(tmp_path / "model")
+    processor.save_pretrained(tmp_path / "model")
+    save_plan(plan_for(copy.deepcopy(base).half()), tmp_path / "plan")
+    seen: list[torch.dtype] = []
+    monkeypatch.setattr(skipit.train.run, "prepare", lambda model, plan, config: seen.append(model.dtype) or 1 / 0)
+    line = f"train {tmp_path}/model reference --plan {tmp_path}/plan --steps 2 --batch-size 2 --precision {precision}"
+    with pytest.raises(ZeroDivisionError):
+        main([*line.split(), "--calibration-samples", "4", "--out", str(tmp_path / "run")])
+    assert seen == [dtype]
 
 
 def test_several_budgets_take_turns(model: Any, processor: Any, rows: Dataset, tmp_path: Path) -> None:
