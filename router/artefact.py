@@ -44,7 +44,9 @@ def new_directory(out: str | Path, overwrite: bool = False) -> Iterator[Path]:
         raise CheckpointError(f"{out} cannot be written: {error}") from error
     try:
         yield temporary
-        temporary.chmod(0o755)  # mkdtemp makes it private
+        temporary.chmod(0o755)  # mkdtemp makes it private, as safetensors does its files
+        for file in temporary.rglob("*.safetensors"):
+            file.chmod(0o644)
         if out.exists():
             old = Path(tempfile.mkdtemp(prefix=f".{out.name}.old.", dir=out.parent))
             os.replace(out, old / out.name)

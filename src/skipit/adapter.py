@@ -12,10 +12,12 @@ from skipit.router import checkpoint as gated
 from skipit.router.artefact import load_json, load_tensors, new_directory, provenance, save_json
 from skipit.router.checkpoint import ROUTER_FILE
 from skipit.router.errors import CheckpointError, InputError, RouterConfigError
+from skipit.router.files import CONFIG
 from skipit.theory.identity import fingerprint
 from skipit.train.run import ADAPTER
 
-from .pipeline import PROVENANCE_FILE, card, open_run
+from .card import CARD, card
+from .pipeline import PROVENANCE_FILE, open_run
 from .sources import resolve_model
 
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -27,6 +29,18 @@ def shape_hash(model: nn.Module) -> str:
     """A hash of the names and shapes of a dense model's tensors: the same for every copy, in any dtype."""
     shapes = sorted((name, tuple(tensor.shape)) for name, tensor in model.state_dict().items())
     return hashlib.sha256(repr(shapes).encode()).hexdigest()[:16]
+
+
+def revision_of(source: str) -> str | None:
+    """The commit of a Hub model as it lies on this machine; a folder has none.
+
+    transformers 5 does not note it on the model it loads.
+    """
+    if Path(source).is_dir():
+        return None
+    from transformers.utils.hub import cached_file, extract_commit_hash
+
+    return extract_commit_hash(cached_file(source, CONFIG), None)
 
 
 def export_adapter(run: str | Path, out: str | Path, *, overwrite: bool = False) -> int:
@@ -42,7 +56,7 @@ def export_adapter(run: str | Path, out: str | Path, *, overwrite: bool = False)
     made_by = provenance()
     base = {
         "model": found.record["base"],
-        "revision": getattr(found.model.config, "_commit_hash", None),
+        "revision": revision_of(resolve_model(found.record["base"])),
         "shapes": shape_hash(found.model),
         "fingerprint": found.record["model"],
     }
@@ -54,7 +68,8 @@ def export_adapter(run: str | Path, out: str | Path, *, overwrite: bool = False)
         router = {**found.config.to_dict(), "skipit_version": made_by["versions"].get("skipit"), "base": base}
         save_json(folder / ROUTER_FILE, router)
         save_json(folder / PROVENANCE_FILE, {**found.record, "exported_by": made_by})
-        (folder / "README.md").write_text(card(found.record, found.config, adapter=True), encoding="utf-8")
+        about = card(found.record, found.config, "adapter")
+        (folder / CARD).write_text(about, encoding="utf-8")
         return sum(file.stat().st_size for file in folder.iterdir())
 
 
@@ -137,7 +152,8 @@ def _load_adapter(
     except Exception as error:  # PEFT checks little of what it reads
         reason = " ".join(f"{type(error).__name__}: {error}".split())
         raise CheckpointError(f"{folder} cannot be loaded: {reason[:300]}") from error
-    if wrong := set(get_peft_model_state_dict(tuned)) ^ set(tensors):
+    # Embeddings are not in it, and are not looked for: PEFT would ask the Hub about the base.
+    if wrong := set(get_peft_model_state_dict(tuned, save_embedding_layers=False)) ^ set(tensors):
         what = "lacks" if min(wrong) not in tensors else "has, without a place for it,"
         raise CheckpointError(f"{folder / ADAPTER_WEIGHTS} {what} `{min(wrong)}`.")
     return tuned.merge_and_unload().eval(), processor

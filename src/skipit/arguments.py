@@ -199,13 +199,18 @@ def _train(verb: Parser) -> None:
 
 
 def _export(verb: Parser) -> None:
-    verb.add_argument("run_folder", metavar="run", type=Path, help="folder made by `skipit train` or `skipit plan`")
+    verb.add_argument(
+        "source", type=Path, help="folder made by `skipit train` or `skipit plan`, or a checkpoint to copy"
+    )
     verb.add_argument("--model", default=None, help="of a plan that nothing was trained for: the dense model")
     verb.add_argument(
         "--adapter",
         action=argparse.BooleanOptionalAction,
         default=False,
         help="gates and LoRA alone, in PEFT's format, to be loaded on top of the base",
+    )
+    verb.add_argument(
+        "--eval", type=Path, default=None, help="of a checkpoint: folder made by `skipit eval`, for its model card"
     )
     verb.add_argument("--push-to-hub", metavar="OWNER/NAME", help="upload it, too; a new repository is private")
     _out(verb)

@@ -18,7 +18,8 @@ from skipit.theory.identity import fingerprint
 from skipit.theory.risk import NotCertifiedError, allowed_errors, check_rows, threshold_grid
 from skipit.train.collate import Collator
 
-from .pipeline import add_operating_point
+from .card import shares_of, update_points
+from .pipeline import PROVENANCE_FILE, add_operating_point
 
 CERTIFICATES = "certificates.json"
 GRID_ROWS = 32  # choose the thresholds to test, and are not tested on
@@ -93,7 +94,7 @@ def certify_checkpoint(
     if certificate.chosen is None:
         raise NotCertifiedError(_refusal(certificate))
     record = {**certificate.to_json(), "max_new_tokens": max_new_tokens, "seed": seed, "model": fingerprint(model)}
-    store_point(folder, name, certificate.chosen.threshold, record)
+    store_point(folder, name, certificate.chosen.threshold, record, certificate.chosen.compute)
     return certificate
 
 
@@ -112,7 +113,7 @@ def budget_checkpoint(
     check_name(folder, name, overwrite)
     model, processor = load(folder)
     share = add_operating_point(model, processor, rows, budget, batch_size=batch_size)
-    store_point(folder, name, find_router(model)[1].config.operating_points[name], None)
+    store_point(folder, name, find_router(model)[1].config.operating_points[name], None, share)
     return share
 
 
@@ -142,10 +143,13 @@ def independent_rows(rows: Any, seed: int = 0) -> list[int]:
     return kept
 
 
-def store_point(folder: Path, name: str, threshold: float, record: dict[str, Any] | None) -> None:
+def store_point(
+    folder: Path, name: str, threshold: float, record: dict[str, Any] | None, share: float | None = None
+) -> None:
     """Write an operating point into a checkpoint, and what is certified about it, or that nothing is.
 
-    Each file is replaced whole, the record first: whoever reads an operating point finds its record.
+    Each file is replaced whole, the record first: whoever reads an operating point finds its record. The measured share
+    of dense FLOPs is noted beside how the checkpoint was made, and in the model card.
 
     Raises:
         CheckpointError: the folder cannot be written.
@@ -159,7 +163,14 @@ def store_point(folder: Path, name: str, threshold: float, record: dict[str, Any
     try:
         if records or path.exists():
             _replace(path, records)
-        _replace(folder / ROUTER_FILE, with_operating_point(config, name, threshold).to_dict())
+        provenance_path = folder / PROVENANCE_FILE
+        made = load_json(provenance_path) if provenance_path.is_file() else {}
+        shares = {**shares_of(made), **({} if share is None else {name: share})}
+        if made:
+            _replace(provenance_path, {**made, "calibrated_shares": shares})
+        changed = with_operating_point(config, name, threshold)
+        _replace(folder / ROUTER_FILE, changed.to_dict())
+        update_points(folder, changed, shares, records)
     except OSError as error:
         raise CheckpointError(f"{folder} cannot be written: {error}") from error
 

@@ -376,32 +376,44 @@ def _export(arguments: argparse.Namespace) -> None:
 
     from .display import loading
     from .hub import check_repository, push
-    from .pipeline import export, export_plan
+    from .pipeline import export, export_again, export_plan, is_checkpoint
 
     _check_out(arguments)
     if arguments.push_to_hub is not None:
         check_repository(arguments.push_to_hub)
-    if arguments.adapter:
-        from .adapter import export_adapter
+    source, out, overwrite = arguments.source, arguments.out, arguments.overwrite
+    again = is_checkpoint(source)
+    if again and (arguments.adapter or arguments.model is not None):
+        raise InputError(f"{source} is a checkpoint already: leave out --adapter and --model, which make one.")
+    if arguments.eval is not None and not again:
+        raise InputError("--eval is of a checkpoint: skipit export CHECKPOINT --eval DIR --out COPY.")
+    if arguments.adapter and arguments.model is not None:
+        raise InputError("--adapter is of a run: a plan has no LoRA. Leave out --model or --adapter.")
+    if arguments.model is None and (source / "plan.json").is_file():
+        raise InputError(f"{source} is a plan, which has no weights: name its model, --model MODEL.")
+    made = "gated checkpoint"
+    with loading("exporting"):
+        if again:
+            export_again(source, out, arguments.eval, overwrite=overwrite)
+            made = (
+                "a copy"
+                if arguments.eval is None
+                else f"a copy, with the figures of {arguments.eval} in its model card"
+            )
+        elif arguments.adapter:
+            from .adapter import export_adapter
 
-        if arguments.model is not None:
-            raise InputError("--adapter is of a run: a plan has no LoRA. Leave out --model or --adapter.")
-        with loading("exporting"):
-            size = export_adapter(arguments.run_folder, arguments.out, overwrite=arguments.overwrite)
-        print(
-            f"{arguments.out}: adapter checkpoint, {size / 1e6:.2f} MB. It needs its base: skipit.load(DIR, base=...)."
-        )
-    else:
-        with loading("exporting"):
-            if arguments.model is None:
-                export(arguments.run_folder, arguments.out, overwrite=arguments.overwrite)
-            else:
-                export_plan(arguments.run_folder, arguments.model, arguments.out, overwrite=arguments.overwrite)
-        print(f"{arguments.out}: gated checkpoint.")
+            size = export_adapter(source, out, overwrite=overwrite)
+            made = f"adapter checkpoint, {size / 1e6:.2f} MB. It needs its base: skipit.load(DIR, base=...)"
+        elif arguments.model is not None:
+            export_plan(source, arguments.model, out, overwrite=overwrite)
+        else:
+            export(source, out, overwrite=overwrite)
+    print(f"{out}: {made}.")
     if arguments.push_to_hub is not None:
-        print(f"Uploaded to {push(arguments.out, arguments.push_to_hub)}")
-    if not arguments.adapter:
-        print(f"Next: skipit generate {arguments.out} --image FILE --prompt TEXT")
+        print(f"Uploaded to {push(out, arguments.push_to_hub)}")
+    elif not arguments.adapter and not again:
+        print(f"Next: skipit generate {out} --image FILE --prompt TEXT")
 
 
 def _calibrate(arguments: argparse.Namespace) -> None:

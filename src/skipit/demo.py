@@ -17,6 +17,7 @@ from skipit.train.config import TrainConfig
 from skipit.train.run import train
 
 from .answer import answer
+from .card import write_card
 from .compare import Comparison, compare
 from .display import loading, progress, training_progress
 from .pipeline import export, gate_by_plan, profile_model
@@ -81,6 +82,9 @@ def demo(
             "made_by": provenance(),
         }
         save_json(folder / "summary.json", summary)
+        figures = result.to_json()
+        shown = {"dense": figures["dense"], "gated": figures["trained"], "made_by": provenance()}
+        write_card(folder / "checkpoint", shown)
     print(_report(out, result, example))
     return summary
 

@@ -1,5 +1,6 @@
 """One function per arrow of the data flow; the command line's verbs are thin over these."""
 
+import shutil
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -9,9 +10,10 @@ from torch import Tensor
 from skipit.router import find_router
 from skipit.router.artefact import load_json, new_directory, provenance, save_json
 from skipit.router.attach import attach, set_gates
-from skipit.router.checkpoint import load_dense, load_router, save_gated
+from skipit.router.checkpoint import ROUTER_FILE, load_dense, load_router, save_gated
 from skipit.router.config import RouterConfig
 from skipit.router.errors import CheckpointError
+from skipit.router.files import CONFIG
 from skipit.theory.artefact import check_same_model, load_plan
 from skipit.theory.calibrate import calibrate, default_threshold
 from skipit.theory.cost import CostModel
@@ -22,9 +24,10 @@ from skipit.theory.profile import Profile, profile
 from skipit.train.collate import Collator, batches
 from skipit.train.run import ADAPTER, CONFIG_FILE, RUN_FILE
 
+from .card import PROVENANCE, card, read_evaluation, write_card
 from .sources import resolve_model
 
-PROVENANCE_FILE = "provenance.json"
+PROVENANCE_FILE = PROVENANCE
 
 
 def profile_model(
@@ -145,14 +148,43 @@ def export_plan(plan: str | Path, source: str, out: str | Path, *, overwrite: bo
         CheckpointError: not a plan, of another model, or `out` exists.
     """
     gates = load_plan(plan)
+    record = {"base": source, "model": gates.model, "budget": gates.budget, "init": gates.init, **gates.about}
     with new_directory(out, overwrite) as folder:
         model, processor = load_dense(resolve_model(source))
         check_same_model(gates, fingerprint(model))
         attach(model, RouterConfig(kv=gates.kv))
         set_gates(model, gates.weight, gates.bias)
-        save_gated(model, processor, folder, overwrite=True)
-        record = {"base": source, "model": gates.model, "budget": gates.budget, "init": gates.init, **gates.about}
+        about = card({**record, "made_by": provenance()}, find_router(model)[1].config, "plan")
+        save_gated(model, processor, folder, card=about, overwrite=True)
         save_json(folder / PROVENANCE_FILE, {**record, "exported_by": provenance()})
+
+
+def is_checkpoint(folder: Path) -> bool:
+    """Whether a folder is what `export` makes, with all weights or as an adapter; a run folder is not."""
+    return (folder / ROUTER_FILE).is_file() and any(
+        (folder / name).is_file() for name in (CONFIG, "adapter_config.json")
+    )
+
+
+def export_again(
+    checkpoint: str | Path, out: str | Path, evaluation: str | Path | None = None, *, overwrite: bool = False
+) -> None:
+    """Copy a checkpoint, with the operating points it has by now and what was measured on it in its model card.
+
+    Args:
+        checkpoint: made by `skipit export`, with or without `--adapter`.
+        out: folder to make.
+        evaluation: folder made by `skipit eval` of this checkpoint.
+        overwrite: replace `out`.
+
+    Raises:
+        CheckpointError: not a checkpoint, not an evaluation of it, or `out` exists.
+    """
+    checkpoint = Path(checkpoint)
+    measured = None if evaluation is None else read_evaluation(Path(evaluation), checkpoint)
+    with new_directory(out, overwrite) as folder:
+        shutil.copytree(checkpoint, folder, dirs_exist_ok=True)
+        write_card(folder, measured)
 
 
 def check_profile(profile: Profile, checkpoint: Path, dense: Any) -> None:
@@ -165,49 +197,6 @@ def check_profile(profile: Profile, checkpoint: Path, dense: Any) -> None:
     if (checkpoint / PROVENANCE_FILE).is_file() and profile.model == load_json(checkpoint / PROVENANCE_FILE)["model"]:
         return
     check_same_model(profile, found)
-
-
-def card(record: dict[str, Any], config: RouterConfig, adapter: bool = False) -> str:
-    """The model card of a run's checkpoint."""
-    settings, share = record["config"], record["calibrated_share"]
-    points = "\n".join(f"| {name} | {value:.4f} |" for name, value in config.operating_points.items())
-    version = record["made_by"]["versions"].get("skipit")
-    measured = "not calibrated" if share is None else f"{share:.1%} on the calibration rows, in gathered execution"
-    kind, library, plain = (
-        "Gated checkpoint",
-        "transformers",
-        ("`from_pretrained` without skipit gives the dense model with the fine-tuned weights, which runs every layer."),
-    )
-    if adapter:
-        kind, library = "Gated adapter", "peft"
-        plain = "`PeftModel.from_pretrained(base, ...)` without skipit gives the LoRA alone, which runs every layer."
-    return f"""---
-library_name: {library}
-pipeline_tag: image-text-to-text
-base_model: {record["base"]}
-tags: [skipit, layer-skipping]
----
-# {kind}
-
-`{record["base"]}` with one gate per decoder layer, fine-tuned by skipit {version} to spend {settings["budget"]:.0%} of
-the dense decoder's FLOPs (measured: {measured}). K/V policy of skipped tokens: `{config.kv}`.
-
-```python
-import skipit
-
-model, processor = skipit.load("this folder")  # gated; generate() as usual
-```
-
-{plain}
-
-| operating point (share of FLOPs) | threshold |
-|---|---|
-{points}
-
-Trained {settings["steps"]} steps of {settings["batch_size"] * settings["accumulation"]} rows, LoRA rank
-{settings["lora_rank"]}, gates initialized by `{record["init"]}`, seed {settings["seed"]}, with
-`{record["made_by"]["command"]}`.
-"""
 
 
 def save_evaluation(out: Path, values: dict[str, Any], overwrite: bool) -> None:

@@ -108,6 +108,29 @@ def test_what_is_in_it(made: Made) -> None:
     assert "skipit.load" in (made.adapter / "README.md").read_text()
 
 
+def test_a_base_on_the_hub_is_taken_at_its_revision(
+    made: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hub, old, new = tmp_path / "hub" / "models--someone--base", "0" * 40, "1" * 40
+    shutil.copytree(made.base, hub / "snapshots" / old)
+    (hub / "refs").mkdir()
+    (hub / "refs" / "main").write_text(old)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    run = Path(shutil.copytree(made.run, tmp_path / "run"))
+    _rewrite(run / "run.json", base="someone/base")
+    export_adapter(run, tmp_path / "adapter")
+    assert json.loads((tmp_path / "adapter" / ROUTER_FILE).read_text())["base"]["revision"] == old
+    assert json.loads((tmp_path / "adapter" / ADAPTER_CONFIG).read_text())["revision"] == old
+    # Its owner has trained it on since.
+    build("llava", seed=1).save_pretrained(hub / "snapshots" / new)
+    processor("llava").save_pretrained(hub / "snapshots" / new)
+    (hub / "refs" / "main").write_text(new)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        model, _ = skipit.load(tmp_path / "adapter")
+    assert torch.equal(logits(model), logits(skipit.load(made.adapter)[0]))
+
+
 def test_plain_peft_loads_the_lora(made: Made) -> None:
     from peft import PeftModel
 

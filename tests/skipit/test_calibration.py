@@ -80,7 +80,12 @@ def test_a_certified_point_is_stored_with_its_record_and_runs(early_exit: Path, 
     assert 0.6 < record["chosen"]["compute"] < 0.75
     assert record["made_by"]["versions"]["skipit"]
     after = contents(early_exit)
-    assert {name for name in after if after[name] != before.get(name)} == {"router_config.json", "certificates.json"}
+    assert {name for name in after if after[name] != before.get(name)} == {
+        "router_config.json",
+        "certificates.json",
+        "provenance.json",  # the measured share
+        "README.md",
+    }
     model, processor = load(early_exit)
     row = reference_dataset("test", 1, kinds=["row"])[0]
     from skipit.answer import answer

@@ -57,6 +57,10 @@ def test_checkpoints_are_dense_models_to_transformers(demo: tuple[Path, str], fo
     _, info = LlavaForConditionalGeneration.from_pretrained(at, output_loading_info=True)
     assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     AutoProcessor.from_pretrained(at)
+    if folder == "checkpoint":
+        trained = load_json(demo[0] / "summary.json")["results"]["trained"]
+        text = (at / "README.md").read_text(encoding="utf-8")
+        assert f"| decoder FLOPs executed | 100.0% | {trained['compute']:.1%} |" in text
     assert not [path for path in at.iterdir() if path.suffix in {".bin", ".pt", ".pkl"}]
 
 
