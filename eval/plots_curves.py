@@ -137,7 +137,7 @@ def draw_intervals(rows: Sequence[Interval], title: str, label: str, reference: 
         axes.plot([], [], MARKERS[index % len(MARKERS)] + "-", color=COLOURS[index % len(COLOURS)], label=group)
     if reference is not None:
         axes.axvline(reference, color="#777777", linewidth=1, linestyle="--", zorder=1)
-    axes.set_yticks(range(len(names)), names)
+    axes.set_yticks(range(len(names)), [str(name) for name in names])
     axes.set_ylim(len(names) - 0.4, -0.6)
     axes.set_xlabel(label, fontsize=9)
     axes.set_title(title, fontsize=10)

@@ -5,7 +5,7 @@ from typing import Any
 
 from .controlled import missing
 from .page import Content, Html, heading, joined, paragraph, strong, table
-from .part import Missing, Part, Values, between, number, p_value, percent, plural
+from .part import NOTHING, Missing, Part, Values, between, number, p_value, percent, plural
 
 BOTH = "redundant, unattended"
 MOODS = {"found": "good", "not found": "bad"}
@@ -19,23 +19,32 @@ def quadrants(values: Values) -> Part | Missing:
     body: list[Html] = []
     verdicts: list[Html] = []
     for notion, found in values["quadrants"].items():
-        cell = found["cells"][BOTH]
-        accuracy, kl = found["verdict"]["accuracy"], found["verdict"]["kl"]
-        verdicts.append(
-            joined(
-                [
-                    f"With {notion} as redundancy, that skipping vision is cheapest where it is redundant and little "
-                    "looked at is ",
-                    strong(accuracy, MOODS.get(accuracy, "")),
-                    " by accuracy, ",
-                    strong(kl, MOODS.get(kl, "")),
-                    f" by divergence ({between(cell['accuracy'], '.1f', 100)}% right there; without skipping "
-                    f"{between(found['dense'], '.1f', 100)}%).",
-                ]
-            )
-        )
+        verdicts.append(_verdict(notion, found))
         body += _quadrants(notion, found)
     return Part("quadrants", title, verdicts, body, ("eval", "profile"))
+
+
+def _verdict(notion: str, found: Mapping[str, Any]) -> Html:
+    words: dict[str, Html] = {}
+    for name, verdicts in (("both", found["verdict"]), *found["conditions"].items()):
+        for figure, verdict in verdicts.items():
+            words[f"{name} {figure}"] = strong(verdict, MOODS.get(verdict, ""))
+    right = between(found["cells"][BOTH]["accuracy"], ".1f", 100)
+    return joined(
+        [
+            f"With {notion} as redundancy: that skipping vision is cheapest where it is redundant and little looked "
+            "at is ",
+            words["both accuracy"],
+            " by accuracy and ",
+            words["both kl"],
+            f" by divergence ({right}% right there, {between(found['dense'], '.1f', 100)}% without skipping). "
+            "Alone, by divergence: that redundancy protects is ",
+            words["redundancy kl"],
+            ", that little attention does is ",
+            words["attention kl"],
+            ".",
+        ]
+    )
 
 
 def _quadrants(notion: str, found: Mapping[str, Any]) -> list[Html]:
@@ -48,12 +57,12 @@ def _quadrants(notion: str, found: Mapping[str, Any]) -> list[Html]:
                 layers,
                 percent(cell["compute"]),
                 between(cell["accuracy"], ".1f", 100),
-                between(cell["kl"], ".3f"),
+                between(cell["kl"], ".2g"),
                 plural(len(cell["sets"]), "set"),
             ]
         )
     effects = [
-        [title, between(found[key]["accuracy"], "+.1f", 100), between(found[key]["kl"], "+.3f")]
+        [title, between(found[key]["accuracy"], "+.1f", 100), between(found[key]["kl"], "+.2g")]
         for key, title in (
             ("redundancy_effect", "redundant instead of not"),
             ("attention_effect", "little looked at instead of much"),
@@ -87,29 +96,42 @@ def pattern(values: Values) -> Part | Missing:
     if "pattern" not in values:
         return missing(values, title)
     found = values["pattern"]
-    rows: list[list[Content]] = [
-        [name, found["theory"][name], found["learned"][name]] for name in ("late entry", "early exit", "both")
-    ]
+    learned = {"late entry": found["learned_entry"], "early exit": found["learned_exit"]}
+    lengths = {"late entry": found["entry"], "early exit": found["exit"]}
+    rows: list[list[Content]] = []
+    for name in ("late entry", "early exit", "both"):
+        row: list[Content] = [name, found["theory"][name], NOTHING, found["learned"][name], NOTHING, NOTHING]
+        if name in lengths:
+            row[2], row[4] = str(lengths[name]), between(learned[name]["length"], ".0f")
+            row[5] = p_value(learned[name]["p"])
+        rows.append(row)
     thirds = [[f"{name} third of the layers", between(v, ".1f", 100)] for name, v in found["thirds"].items()]
-    stretches = [
-        [f"{title} minus middle", between(found[key]["difference"], "+.1f", 100)]
+    differences = [
+        [f"{end} third minus middle", found["outer"][f"{end} third"], between(found[key]["difference"], "+.1f", 100)]
         + [p_value(found[key][p]) for p in ("p", "p_shift")]
-        for key, title in (("early", "first"), ("late", "last"))
+        for key, end in (("early", "first"), ("late", "last"))
     ]
     body = [
         paragraph(
             "The paper reports that vision tokens are redundant early and late and that fusion happens in the "
-            "middle. That is a hypothesis about each model. Theory: a first (late entry) or last (early exit) "
-            f"stretch of layers with geometric redundancy of at most {found['eps']:g} and cross-attention of at "
-            f"most {found['nu']:g}. Learned: vision tokens skip the first or last layers more than those in the middle."
+            "middle. That is a hypothesis about each model. Theory: the longest first (late entry) or last (early "
+            f"exit) stretch of layers with geometric redundancy of at most {found['eps']:.3g} and cross-attention "
+            f"of at most {found['nu']:.3g}. Learned: the longest such stretch that at least {found['most']:.0%} of "
+            "the vision tokens skip; p is the chance of one as long if as many skipped layers lay anywhere."
         ),
-        table("Is the pattern there?", ["", "in the theory's tables", "in learned skips"], rows),
+        table("Is the pattern there?", ["", "theory", "layers", "learned", "layers [95%]", "p"], rows),
         table("Share of vision tokens that skip", ["", "% [95%]"], thirds),
-        table("Differences of these, points", ["", "points [95%]", "p", "p_shift"], stretches),
+        table("Is an outer third skipped more than the middle?", ["", "", "points [95%]", "p", "p_shift"], differences),
     ]
     words: list[Content] = []
-    for name in ("late entry", "early exit"):
+    for name, stretch in learned.items():
         verdict = found["learned"][name]
-        words += [f"{name.capitalize()} of vision tokens: ", strong(verdict, MOODS.get(verdict, ""))]
-        words.append(f" in what was learned, {found['theory'][name]} in the theory's tables. ")
+        words += [
+            f"{name.capitalize()} of vision tokens: ",
+            strong(verdict, MOODS.get(verdict, "")),
+            " in what was learned",
+        ]
+        if verdict == "found":
+            words.append(f" ({between(stretch['length'], '.0f')} of {len(found['rates'])} layers)")
+        words.append(f", {found['theory'][name]} in the theory's tables. ")
     return Part("pattern", title, [joined(words)], body, ("eval", "profile"))

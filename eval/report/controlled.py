@@ -109,7 +109,7 @@ def _growing(found: Mapping[str, Any], values: Values) -> list[Html]:
             name,
             percent(point["compute"]),
             between(_right(point, found), ".1f", 100),
-            between(point["kl"], ".3f"),
+            between(point["kl"], ".2g"),
             str(point["skipped"]),
         ]
         for name, points in found["curves"].items()

@@ -80,6 +80,10 @@ def _difference(found: Mapping[str, Any]) -> list[str]:
     return [between(found, "+.1f", 100), p_value(found["p"]), f"{found['lost']}, {found['gained']}"]
 
 
+def _dense(values: Values) -> str:
+    return "the untouched model" if values["settings"]["dense"] == "untouched" else "the model without gates"
+
+
 def _cost_verdict(values: Values) -> Html:
     dense, gated, settings = values["dense"], values["gated"], values["settings"]
     found = gated["difference"]["all"]
@@ -93,7 +97,7 @@ def _cost_verdict(values: Values) -> Html:
     worst = min(gated["difference"]["kinds"].items(), key=lambda item: item[1]["value"], default=None)
     parts: list[Html | str] = [
         f"On {plural(dense['rows'], 'row')} of {settings['data']} ({settings['split']}) the checkpoint is right in "
-        f"{percent(gated['accuracy'])}, the model {settings['dense']} in {percent(dense['accuracy'])}: "
+        f"{percent(gated['accuracy'])}, {_dense(values)} in {percent(dense['accuracy'])}: "
         f"{between(found, '+.1f', 100)} points, ",
         words,
         f" (p = {p_value(found['p'])}){more}. {percent(gated['same_answer'])} of the answers are the same.",

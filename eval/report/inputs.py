@@ -31,6 +31,15 @@ def adaptivity(values: Values) -> Part | Missing:
             "Shuffled: the same router with its decisions shuffled over tokens and rows."
         )
     ]
+    if found["tokens"]:
+        body.append(
+            paragraph(
+                "Kinds of token in the image are known only to a model whose image tokens see the question. In a "
+                "causal decoder that reads the image first they cannot: a difference there is chance, or what the "
+                "patches show.",
+                class_="soft",
+            )
+        )
     if shown:
         bars = [(label(name), "excess", *(100 * c[k] for k in ("difference", "low", "high"))) for name, c in shown]
         drawn = draw_intervals(bars, "what is given beyond the rest", "points of the dense FLOPs", 0.0)

@@ -12,7 +12,7 @@ from .part import NOTHING, Missing, Part, Values, again, label, number, percent,
 OURS = ("ours-retain", "ours-evict")
 # As far as measured budgets of two methods may differ and still be called equal.
 CLOSE = 0.02
-ROW_ERROR = 1.0  # standard deviations that a difference must exceed to be called one
+SMALL = 0.005  # differences in accuracy up to this are none, also where one run has no error bar
 
 
 def rivals(values: Values) -> Part | Missing:
@@ -27,7 +27,7 @@ def rivals(values: Values) -> Part | Missing:
     body: list[Html] = []
     checkpoint = _checkpoint_point(values)
     for trained, name in ((True, "with training"), (False, "without training")):
-        chosen = [e for e in entries if e["runs"] and e["trained"] == trained]
+        chosen = [e for e in entries if e["runs"] and e["trained"] == trained and not _is_control(e)]
         if chosen:
             body += _figure(chosen, checkpoint if trained else [], name)
     body += [heading("At every budget"), *lines, _table(entries)]
@@ -67,6 +67,11 @@ def _figure(
     return [figure(drawn, alt, caption)]
 
 
+def _is_control(entry: Mapping[str, Any]) -> bool:
+    """Whether it is a router of ours with its decisions moved to other tokens or layers: nothing simpler, a control."""
+    return entry["system"].startswith(tuple(f"{name}:" for name in OURS))
+
+
 def compared(ours: Mapping[str, Any], other: Mapping[str, Any]) -> str:
     """Whether a baseline "wins", "ties" or "loses" against ours, or is "not comparable" for what it spends.
 
@@ -79,9 +84,9 @@ def compared(ours: Mapping[str, Any], other: Mapping[str, Any]) -> str:
     """
     if other["compute"] > ours["compute"] + CLOSE:
         return "not comparable"
-    reach = math.hypot(ours["spread"] or 0.0, other["spread"] or 0.0) * ROW_ERROR
+    reach = math.hypot(ours["spread"] or 0.0, other["spread"] or 0.0)
     difference = other["accuracy"] - ours["accuracy"]
-    if abs(difference) <= max(reach, 1e-9):
+    if abs(difference) <= max(reach, SMALL):
         return "ties"
     return "wins" if difference > 0 else "loses"
 
@@ -93,14 +98,18 @@ def _verdicts(entries: Sequence[Mapping[str, Any]]) -> tuple[list[Html], list[Ht
     ours = [e for e in entries if e["system"] in OURS and e["runs"]]
     if not ours:
         best = _best_theory(entries)
-        told = "The folder of baselines holds no trained router of ours (methods ours-retain, ours-evict)"
-        return [joined([f"{told}: whether something simpler does as well ", strong("cannot be said"), f".{best}"])], []
+        lacks = "The folder of baselines holds no trained router of ours (methods ours-retain, ours-evict)"
+        return [joined([f"{lacks}: whether something simpler does as well ", strong("cannot be said"), f".{best}"])], []
     for mine in ours:
-        results: dict[str, list[str]] = {"wins": [], "ties": [], "loses": [], "not comparable": []}
+        results: dict[str, list[str]] = {"wins": [], "ties": [], "loses": [], "not comparable": [], "controls": []}
         for other in entries:
-            if other["runs"] and other["budget"] == mine["budget"] and other["system"] not in (*OURS, "lora"):
-                label = f"{other['system']} ({percent(other['accuracy'])} at {percent(other['compute'])})"
-                results[compared(mine, other)].append(label)
+            if not other["runs"] or other["budget"] != mine["budget"]:
+                continue
+            told = f"{other['system']} ({percent(other['accuracy'])} at {percent(other['compute'])})"
+            if other["system"].startswith(f"{mine['system']}:"):
+                results["controls"].append(told.removeprefix(f"{mine['system']}: "))
+            elif not other["system"].startswith((*OURS, "lora")):
+                results[compared(mine, other)].append(told)
         start = (
             f"{mine['system']}, budget {mine['budget']:g}: {percent(mine['accuracy'])} of dense accuracy at "
             f"{percent(mine['compute'])} of the FLOPs ({plural(mine['seeds'], 'seed')}). "
@@ -111,7 +120,13 @@ def _verdicts(entries: Sequence[Mapping[str, Any]]) -> tuple[list[Html], list[Ht
     return short, lines
 
 
-_LISTS = {"wins": "Better than ours", "ties": "As good", "loses": "Worse", "not comparable": "Spend more FLOPs"}
+_LISTS = {
+    "wins": "Better than ours",
+    "ties": "As good",
+    "loses": "Worse",
+    "not comparable": "Spend more FLOPs",
+    "controls": "Controls, which are the same router with its decisions moved",
+}
 
 
 def _word(results: Mapping[str, Sequence[str]]) -> list[Content]:

@@ -40,6 +40,8 @@ def tracking(values: Values) -> Part | Missing:
     for group in found:
         body += [heading(_title(group)), _correlations(group)]
     body += [heading("Does the router's skip set match the theory's?"), _sets(found)]
+    if alignment := values.get("alignment"):
+        body.append(_decisions(alignment))
     layers = len(values["gated"]["skip_rate"])
     body.append(
         paragraph(
@@ -117,6 +119,15 @@ def _sets(found: Sequence[Group]) -> Html:
         for scope, units in SCOPES.items()
     ]
     return table("AUROC of skip rates for the theory's skip set; 0.5 is chance", ["", "AUROC", "p", "p_shift"], rows)
+
+
+def _decisions(found: Mapping[str, Any]) -> Html:
+    rows: list[list[Content]] = [
+        ["skipped, of decisions in the theory's set", between(found["inside"], ".1f", 100)],
+        ["skipped, of those outside", between(found["outside"], ".1f", 100)],
+        ["balanced agreement; 50 for a router that does not know the set", between(found["balanced"], ".1f", 100)],
+    ]
+    return table(f"Single decisions of this checkpoint, {plural(found['rows'], 'row')}", ["", "% [95%]"], rows)
 
 
 def _intervals(found: Sequence[Group]) -> Html:

@@ -1,10 +1,13 @@
 """Evaluating a gated checkpoint: everything that eval.json holds, and the report made of it."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from skipit.eval.alignment import align
 from skipit.eval.metrics import exact_match_scores
 from skipit.eval.paired import paired_difference
 from skipit.eval.report.whole import report
@@ -22,9 +25,9 @@ from skipit.train.collate import Collator, Rows
 from .adapter import ADAPTER_CONFIG, load, load_with_dense
 from .compare import Comparison, compare, theory_skips, theory_tables
 from .display import loading, progress
+from .evaluation_record import checkpoint_record, made_checkpoint, made_now, made_profile, made_sweeps
 from .experiments import controlled_skipping, depth_examples, outer_layers, spending_by_input
-from .hardware import hardware
-from .pipeline import PROVENANCE_FILE, check_profile
+from .pipeline import check_profile
 from .sources import load_data
 from .sweeps import load_baselines, load_transfer
 
@@ -104,7 +107,10 @@ def evaluate(request: Request, out: Path, overwrite: bool = False) -> Comparison
     with progress("eval", 2 * len(rows)) as advance:
         result = compare(dense, {"gated": model}, processor, rows, measured, repeats=request.repeats, progress=advance)
     values, pictures = _values(bench, result)
-    values = {**values, **sweeps, "made": _made(bench, sweeps), "made_by": provenance()}
+    made = {"eval": made_now(request.seed), "checkpoint": made_checkpoint(request.checkpoint, "the checkpoint")}
+    if request.profile is not None and measured is not None:
+        made["profile"] = made_profile(request.profile, measured)
+    values |= {**sweeps, "made": {**made, **made_sweeps(sweeps), **bench.made}, "made_by": provenance()}
     with new_directory(out, overwrite) as folder:
         save_json(folder / EVALUATION, values)
         # From the file: the page can show nothing that is not in it.
@@ -125,15 +131,19 @@ def _values(bench: _Bench, result: Comparison) -> tuple[dict[str, Any], list[Any
         values["theory"] = {name: table.tolist() for name, table in theory_tables(profile, config.kv).items()}
     rates: Any = result.outcomes["gated"].skip_rate[:, 1].numpy()
     if request.controlled_samples:
-        told, rates = spending_by_input(bench.dense, bench.model, bench.processor, Rows(bench.rows))
-        values |= told
+        spending = spending_by_input(bench.dense, bench.model, bench.processor, Rows(bench.rows))
+        rates = spending.skip_rates.numpy()
+        values |= {"adaptivity": spending.adaptivity.to_json(), "calibration": spending.calibration.to_json()}
+        if profile is not None:
+            skips = torch.from_numpy(theory_skips(profile, result.outcomes["gated"], config.kv))
+            values["alignment"] = align(spending.gated.records, skips).to_json()
     if profile is not None and (pattern := outer_layers(profile, rates)) is not None:
         values["pattern"] = pattern
     few = Rows(bench.rows.select(range(min(request.controlled_samples, len(bench.rows)))))
     if request.controlled_samples and profile is not None:
         values |= controlled_skipping(bench.dense, bench.processor, few, profile, config.kv)
     values["examples"], pictures = depth_examples(bench.model, bench.processor, Rows(bench.rows), request.budget)
-    record = _record(request.checkpoint)
+    record = checkpoint_record(request.checkpoint)
     values["settings"] = {
         "checkpoint": str(request.checkpoint),
         "data": request.data,
@@ -164,7 +174,7 @@ def _further(
     found: dict[str, Any] = {
         "name": name,
         "checkpoint": str(path),
-        "init": _record(path).get("init"),
+        "init": checkpoint_record(path).get("init"),
         **outcome.to_json(),
     }
     same = [a == b for a, b in zip(outcome.answers, result.outcomes["dense"].answers, strict=True)]
@@ -175,7 +185,7 @@ def _further(
         tables, skips = theory_tables(bench.profile, kv), theory_skips(bench.profile, outcome, kv)
         found["tracking"] = track(outcome.skip_rate.numpy(), tables, skips).to_json()
     found["made"] = f"also-{len(bench.made) + 1}"
-    bench.made[found["made"]] = _made_checkpoint(path, f"router {name!r}")
+    bench.made[found["made"]] = made_checkpoint(path, f"router {name!r}")
     return found
 
 
@@ -183,7 +193,7 @@ def _check_further(path: Path, checkpoint: Path) -> None:
     """Refuse a further router that is none, or was made from another model, before hours of work."""
     if not (path / ROUTER_FILE).is_file():
         raise CheckpointError(f"{path} has no {ROUTER_FILE}: it is no gated checkpoint. Make one with `skipit export`.")
-    ours, theirs = _record(checkpoint).get("model"), _record(path).get("model")
+    ours, theirs = checkpoint_record(checkpoint).get("model"), checkpoint_record(path).get("model")
     if ours and theirs and ours != theirs:
         raise CheckpointError(
             f"{path} was made from a model with fingerprint {theirs}, {checkpoint} from one with {ours}. "
@@ -208,41 +218,3 @@ def _differences(first: Sequence[bool], second: Sequence[bool], kinds: Sequence[
 
 def _is_adapter(checkpoint: Path) -> bool:
     return (checkpoint / ADAPTER_CONFIG).is_file()
-
-
-def _record(checkpoint: Path) -> dict[str, Any]:
-    path = checkpoint / PROVENANCE_FILE
-    return load_json(path) if path.is_file() else {}
-
-
-def _made(bench: _Bench, sweeps: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """How everything was made, by the names that sections link to."""
-    request = bench.request
-    made = {
-        "eval": {
-            "title": "this evaluation",
-            **provenance(),
-            "seed": request.seed,
-            "hardware": hardware(),
-            "note": "Seed of rows and of all intervals and p-values.",
-        },
-        "checkpoint": _made_checkpoint(request.checkpoint, "the checkpoint"),
-    }
-    if request.profile is not None and bench.profile is not None:
-        about = bench.profile.about
-        record = load_json(request.profile / "profile.json").get("made_by") or {}
-        note = f"{about.get('rows')} rows, {about.get('draws')} draws of answers per row."
-        made["profile"] = {"title": "the theory's profile", **record, "seed": about.get("seed"), "note": note}
-    titles = {"baselines": "the comparison with baselines", "transfer": "the study of transfer"}
-    for name, found in sweeps.items():
-        made[name] = {"title": titles[name], **found["made_by"], "note": "Read from its folder, not measured again."}
-    return {**made, **bench.made}
-
-
-def _made_checkpoint(path: Path, title: str) -> dict[str, Any]:
-    record = _record(path)
-    config = record.get("config") or {}
-    made = record.get("made_by") or record.get("exported_by") or {}
-    steps = f"{config['steps']} steps, " if config.get("steps") else ""
-    began = f"gates began as {record['init']!r}" if record.get("init") else "no record of how its gates began"
-    return {"title": title, **made, "seed": config.get("seed"), "note": f"{path}: {steps}{began}."}

@@ -4,8 +4,7 @@ from collections.abc import Mapping
 from textwrap import shorten
 from typing import Any
 
-import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
 from torch import Tensor
 
 from skipit.eval.growing import growing_plans, measure_growing, unit_orders
@@ -23,12 +22,10 @@ from skipit.train.collate import Collator, batches
 
 from .answer import answer
 from .display import note, progress
-from .spending import measure_spending
+from .spending import Spending, measure_spending
 
 EXAMPLES = 3
 DRAWS = 4  # sets of a quadrant
-
-Floats = NDArray[np.float64]
 
 
 def controlled_skipping(
@@ -81,7 +78,7 @@ def controlled_skipping(
     return found
 
 
-def spending_by_input(dense: Any, gated: Any, processor: Any, rows: Any) -> tuple[dict[str, Any], Floats]:
+def spending_by_input(dense: Any, gated: Any, processor: Any, rows: Any) -> Spending:
     """What a router spends on which rows and tokens, and whether its confidence still matches its accuracy.
 
     Args:
@@ -89,15 +86,10 @@ def spending_by_input(dense: Any, gated: Any, processor: Any, rows: Any) -> tupl
         gated: at the operating point that is its default.
         processor: of both.
         rows: answered by both, one after the other.
-
-    Returns:
-        `adaptivity` and `calibration` as JSON has them; and the skip rates of vision, [rows, layers].
     """
     complete = [_completed(row, number) for number, row in enumerate(rows)]
     with progress("spending", 2 * len(complete)) as advance:
-        found = measure_spending(dense, gated, processor, complete, progress=advance)
-    told = {"adaptivity": found.adaptivity.to_json(), "calibration": found.calibration.to_json()}
-    return told, np.asarray(found.skip_rates.numpy(), dtype=np.float64)
+        return measure_spending(dense, gated, processor, complete, progress=advance)
 
 
 def outer_layers(profile: Profile, rates: ArrayLike) -> dict[str, Any] | None:

@@ -110,5 +110,21 @@ def test_a_real_clock(monkeypatch: pytest.MonkeyPatch) -> None:
     assert figures.prefill_ms > 0
     assert figures.decode_ms > 0
     assert json.loads(json.dumps(figures.to_json())).keys() == {
-        "prefill_ms", "decode_ms", "prefill_speed_up", "decode_speed_up", "repeats"
+        "prefill_ms", "decode_ms", "prefill_speed_up", "decode_speed_up", "repeats",
+        "prefill_interval", "decode_interval",
     }  # fmt: skip
+    assert figures.prefill_interval is None, "one repeat has no interval"
+
+
+def test_the_interval_of_a_median() -> None:
+    fifteen = [float(value) for value in range(15)]
+    assert latency.median_interval(fifteen[::-1]) == (3.0, 11.0)
+    assert latency.median_interval(fifteen[:6]) == (0.0, 5.0)
+    assert latency.median_interval(fifteen[:5]) is None, "the widest interval of five values covers 93.75 % only"
+
+
+def test_the_interval_of_a_median_covers() -> None:
+    generator = torch.Generator().manual_seed(0)
+    draws = torch.randn(500, 15, generator=generator).exp().tolist()
+    covered = [low <= 1.0 <= high for low, high in (latency.median_interval(values) or (9, 9) for values in draws)]
+    assert 0.94 <= sum(covered) / len(covered) <= 0.99
