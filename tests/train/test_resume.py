@@ -200,29 +200,54 @@ def live(*options):
         os._exit(main([*line, *options]))
     return child
 
+def checkpoints():
+    return {path.name for path in folder.glob("checkpoint-*")}
+
+def whole():
+    return {path.parent.name for path in folder.glob("*/skipit_state.json")}
+
+def reached():
+    last = last_checkpoint(folder)
+    return int(last.name.rpartition("-")[2]) if last else 0
+
+def until(happens):
+    end = time.time() + 300
+    while not happens():
+        assert os.waitpid(child, os.WNOHANG) == (0, 0), "it ended before it could be killed"
+        assert time.time() < end, "it makes no steps"
+        time.sleep(0.001)
+
 random.seed(0)
+moments = ["in a save"] * 8 + ["between saves"] * 8 + ["at any time"] * 4
+random.shuffle(moments)
 kills = within = 0
-while kills < 20:
+for moment in moments:
     child = live(*["--resume"] * (last_checkpoint(folder) is not None))
-    before = time.time()
-    while time.time() - before < 60 and not folder.exists():
-        time.sleep(0.01)
-    time.sleep(random.uniform(0.2, 4))
+    if moment == "at any time":
+        time.sleep(random.uniform(0, 8))
+    elif moment == "in a save":
+        until(lambda: checkpoints() == whole())  # what the kill before has left half written is gone
+        until(lambda: checkpoints() != whole())
+        time.sleep(random.uniform(0, 0.02))
+    else:
+        wanted = reached() + random.randint(1, 5)
+        until(lambda: reached() >= wanted)
+        time.sleep(random.uniform(0, 0.2))
     assert os.waitpid(child, os.WNOHANG) == (0, 0), "it ended before it could be killed"
     os.kill(child, signal.SIGKILL)
     os.waitpid(child, 0)
     kills += 1
-    names = {path.name for path in folder.glob("checkpoint-*")}
-    within += bool(names - {path.parent.name for path in folder.glob("*/skipit_state.json")})
+    within += checkpoints() != whole()
 last = last_checkpoint(folder)
 print(f"killed {kills} times, {within} within a save; {last and last.name} is the last", flush=True)
+assert within > 0
 sys.exit(os.waitstatus_to_exitcode(os.waitpid(live("--resume"), 0)[1]))
 """
 
 
 @pytest.mark.slow
 def test_killed_twenty_times_is_uninterrupted(run: Any, model: Any, whole: Path, tmp_path: Path) -> None:
-    """SIGKILL at random moments, with a checkpoint after every step."""
+    """SIGKILL at random moments, some of them while a checkpoint is written, with one after every step."""
     model.save_pretrained(tmp_path / "model")
     build_processor().save_pretrained(tmp_path / "model")
     units, width = (3, 2), model.config.text_config.hidden_size
@@ -230,7 +255,7 @@ def test_killed_twenty_times_is_uninterrupted(run: Any, model: Any, whole: Path,
         torch.zeros(*units, width), torch.zeros(units), 0.5, "retain", "zero", fingerprint(model), torch.ones(units)
     )
     save_plan(plan, tmp_path / "plan")
-    settings = "--steps 400 --samples 40 --batch-size 2 --accumulation 2 --lora-rank 2 --learning-rate 1e-3"
+    settings = "--steps 120 --samples 40 --batch-size 2 --accumulation 2 --lora-rank 2 --learning-rate 1e-3"
     line = f"train model reference --plan plan {settings} --calibration-samples 4 --save-steps 1 --out"
     program = [sys.executable, "-c", KILLED, *line.split(), "killed"]
     found = subprocess.run(program, cwd=tmp_path, check=False, capture_output=True, text=True, timeout=1200)
