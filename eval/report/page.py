@@ -140,4 +140,6 @@ def page(title: str, *content: Content) -> str:
         # An empty icon inside the page: browsers ask the server for one otherwise.
         element("link", rel="icon", href="data:,"),
     )
-    return f"<!DOCTYPE html>\n{element('html', head, element('body', element('main', *content)), lang='en')}\n"
+    text = f"<!DOCTYPE html>\n{element('html', head, element('body', element('main', *content)), lang='en')}\n"
+    # A file's name need not be text in any encoding, the page must be.
+    return text.encode("utf-8", "replace").decode("utf-8")

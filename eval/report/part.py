@@ -3,6 +3,7 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from shlex import quote
 from textwrap import shorten
 from typing import Any
 
@@ -49,7 +50,7 @@ class Missing:
 def again(values: Values, options: str, first: str = "") -> Html:
     """What to run to get a missing part: another command before, and this one again with more options."""
     settings = values["settings"]
-    line = f"skipit eval {settings['checkpoint']} {settings['data']} {options} --out DIR"
+    line = f"skipit eval {quote(settings['checkpoint'])} {quote(settings['data'])} {options} --out DIR"
     return joined(["run ", *([code(first), ", then "] if first else []), code(line), "."])
 
 

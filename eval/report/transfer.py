@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from .page import Content, Html, joined, paragraph, strong, table
-from .part import NOTHING, Missing, Part, Values, again, percent, points
+from .part import LEVEL, NOTHING, Missing, Part, Values, again, between, p_value, percent
 
 PARTS = {"types": "Kind of question", "shifts": "Images"}
 DENSE = "dense"
@@ -35,16 +35,27 @@ def _table(title: str, part: str, by_name: Mapping[str, Any], kinds: Sequence[st
     systems = _systems(by_name)
     head: list[Content] = [title, "untouched"]
     for name in systems:
-        head += [f"{name}: accuracy", "same answer", "FLOPs"]
+        head += [f"{name}: accuracy", "difference, points [95%]", "p", "same answer", "FLOPs"]
     rows = []
     for name, by in by_name.items():
         new = part == "types" and name not in kinds
         cells: list[Content] = [f"{name} (new)" if new else name, percent(by[DENSE]["accuracy"])]
         for system in systems:
             found = by.get(system)
-            cells += [percent(found[k]) for k in ("accuracy", "same", "compute")] if found else [NOTHING] * 3
+            if not found:
+                cells += [NOTHING] * 5
+                continue
+            told = _difference(by, system)
+            cells += [percent(found["accuracy"]), between(told, "+.1f", 100), p_value(told["p"])]
+            cells += [percent(found[key]) for key in ("same", "compute")]
         rows.append(cells)
-    return table(f"{title}: accuracy, same answer as the untouched model, executed FLOPs", head, rows)
+    return table(f"{title}: accuracy against the untouched model, same answers, executed FLOPs", head, rows)
+
+
+def _difference(by: Mapping[str, Any], system: str) -> Mapping[str, Any]:
+    """Of a system from the untouched model; without interval and p where only means are known."""
+    means = {"value": by[system]["accuracy"] - by[DENSE]["accuracy"], "low": None, "high": None, "p": None}
+    return by[system].get("difference") or means
 
 
 def _verdict(figures: Mapping[str, Any], kinds: Sequence[str]) -> list[Html]:
@@ -53,27 +64,27 @@ def _verdict(figures: Mapping[str, Any], kinds: Sequence[str]) -> list[Html]:
     some = next((s for s in _systems(types) if s != "trained on all"), None)
     new = {name: by for name, by in types.items() if name not in kinds and some in by}
     if some is not None and new:
-        losses = {name: by[some]["accuracy"] - by[DENSE]["accuracy"] for name, by in new.items()}
-        worst = min(losses, key=lambda name: losses[name])
-        word, mood = ("it holds", "good") if losses[worst] >= -SMALL else ("it loses accuracy", "bad")
-        told = f"On kinds of question that a router was not trained on ({', '.join(new)}) "
-        out.append(joined([told, strong(word, mood), f": at worst {points(losses[worst])} points, on {worst}."]))
+        words, worst = _judge({name: _difference(by, some) for name, by in new.items()})
+        told = f"On kinds of question that a router was not trained on ({', '.join(new)}): "
+        out.append(joined([told, words, worst]))
     system = next(iter(reversed(_systems(shifts))), None)
     changed = {name: by for name, by in shifts.items() if name != "none" and system in by}
     if system is not None and changed:
-        losses = {name: by[system]["accuracy"] - by[DENSE]["accuracy"] for name, by in changed.items()}
-        worst = min(losses, key=lambda name: losses[name])
-        word, mood = ("it loses no more than the untouched model", "good")
-        if losses[worst] < -SMALL:
-            word, mood = "it loses more than the untouched model", "bad"
-        told = f"On shifted images the router {system} "
-        out.append(
-            joined(
-                [
-                    told.replace("router trained", "router that was trained"),
-                    strong(word, mood),
-                    f": at worst {points(losses[worst])} points, on {worst}.",
-                ]
-            )
-        )
+        words, worst = _judge({name: _difference(by, system) for name, by in changed.items()})
+        out.append(joined([f"On shifted images, the router {system}: ", words, worst]))
     return out or [joined(["The folder of transfer holds too little to say anything."])]
+
+
+def _judge(found: Mapping[str, Mapping[str, Any]]) -> tuple[Html, str]:
+    """Whether accuracy is lost against the untouched model on the same rows, and where most."""
+    worst = min(found, key=lambda name: found[name]["value"])
+    most = found[worst]
+    told = f"; at worst {between(most, '+.1f', 100)} points, on {worst}"
+    if most["p"] is None:
+        loses = most["value"] < -SMALL
+    else:
+        told += f" (p = {p_value(most['p'])})"
+        # One of many is below the level by chance: the worst of them must be that much clearer.
+        loses = any(one["value"] < 0 and one["p"] < LEVEL / len(found) for one in found.values())
+    words = strong("it loses accuracy", "bad") if loses else strong("no loss against the untouched model is shown")
+    return words, f"{told}."

@@ -95,6 +95,8 @@ def spending_by_input(dense: Any, gated: Any, processor: Any, rows: Any) -> Spen
 def outer_layers(profile: Profile, rates: ArrayLike) -> dict[str, Any] | None:
     """Late entry and early exit of vision tokens as JSON has them; None where there are too few layers or images."""
     try:
+        if not bool(profile.tables["var_text"].isfinite().any()):
+            raise InputError("the profile was measured on rows without images.")
         return find_pattern(profile, rates).to_json()
     except InputError as error:
         note(f"late entry and early exit are left out: {error}")

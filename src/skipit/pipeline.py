@@ -197,9 +197,3 @@ def check_profile(profile: Profile, checkpoint: Path, dense: Any) -> None:
     if (checkpoint / PROVENANCE_FILE).is_file() and profile.model == load_json(checkpoint / PROVENANCE_FILE)["model"]:
         return
     check_same_model(profile, found)
-
-
-def save_evaluation(out: Path, values: dict[str, Any], overwrite: bool) -> None:
-    """Write `eval.json` into a new folder."""
-    with new_directory(out, overwrite) as folder:
-        save_json(folder / "eval.json", {**values, "made_by": provenance()})

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from skipit.eval.paired import paired_difference
 from skipit.router import InputError
 from skipit.router.artefact import load_json
 from skipit.router.errors import CheckpointError
@@ -57,7 +58,30 @@ def load_transfer(folder: Path) -> dict[str, Any]:
             for system, found in systems.items():
                 if bad := [key for key in SYSTEM if not isinstance(_object(found).get(key), int | float)]:
                     raise CheckpointError(f"{path}: {part} {name!r}, {system!r}: no number {bad[0]!r}. {again}")
+    _add_differences(folder, figures)
     return {"figures": figures, "kinds": kinds, "made_by": values.get("made_by") or {}}
+
+
+def _add_differences(folder: Path, figures: Mapping[str, Any]) -> None:
+    """Give every system its paired `difference` from the dense model over the rows of all seeds, if they are known."""
+    paths = sorted((folder / "cells").glob("*.json"))
+    try:
+        cells = [load_json(path) for path in paths]
+        dense = {cell["seed"]: cell["results"] for cell in cells if cell["system"] == "dense"}
+        for part, by_name in figures.items():
+            for name, systems in by_name.items():
+                for system, found in systems.items():
+                    mine = [cell for cell in cells if cell["system"] == system and cell["seed"] in dense]
+                    mine = [cell for cell in mine if name in cell["results"][part]]
+                    after = [right for cell in mine for right in cell["results"][part][name]["right"]]
+                    before = [right for cell in mine for right in dense[cell["seed"]][part][name]["right"]]
+                    if system != "dense" and after:
+                        found["difference"] = paired_difference(before, after).to_json()
+    except (KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(
+            f"{folder / 'cells'}: not what `python -m skipit.transfer` writes ({type(error).__name__}: {error}). "
+            "Run it again, or give a folder that holds summary.json alone."
+        ) from error
 
 
 def _summary(folder: Path, key: str, module: str) -> tuple[Path, dict[str, Any]]:

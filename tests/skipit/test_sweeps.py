@@ -97,3 +97,30 @@ def test_other_studies_are_refused(tmp_path: Path, values: Any, says: str) -> No
     with pytest.raises((InputError, CheckpointError)) as error:
         load_transfer(written(tmp_path, values))
     assert says in str(error.value)
+
+
+def cell(system: str, seed: int, right: list[bool]) -> dict[str, Any]:
+    return {"system": system, "seed": seed, "results": {"types": {"cell": {"right": right}}, "shifts": {}}}
+
+
+def test_rows_of_transfer_give_paired_differences(tmp_path: Path) -> None:
+    figures = {"types": {"cell": {**FIGURES["types"]["cell"], "ours": {"accuracy": 0.5, "same": 0.5, "compute": 0.5}}}}
+    written(tmp_path, {"figures": {**figures, "shifts": {}}, "kinds": []})
+    (tmp_path / "cells").mkdir()
+    for name, values in (
+        ("dense_0", cell("dense", 0, [True, True])),
+        ("dense_1", cell("dense", 1, [True, False])),
+        ("ours_0", cell("ours", 0, [True, False])),
+        ("ours_1", cell("ours", 1, [False, True])),
+        ("ours_2", cell("ours", 2, [False, False])),  # of a seed without a dense model
+    ):
+        (tmp_path / "cells" / f"{name}.json").write_text(json.dumps(values))
+    found = load_transfer(tmp_path)["figures"]["types"]["cell"]
+    assert "difference" not in found["dense"]
+    told = found["ours"]["difference"]
+    assert (told["lost"], told["gained"], told["rows"]) == (2, 1, 4)
+    (tmp_path / "cells" / "ours_3.json").write_text('{"system": "ours"}')
+    with pytest.raises(
+        CheckpointError, match=r"cells: not what `python -m skipit.transfer` writes \(KeyError: 'seed'\)"
+    ):
+        load_transfer(tmp_path)

@@ -337,15 +337,24 @@ class TestInputs:
 
 
 class TestTransfer:
-    def test_words(self, values: dict[str, Any]) -> None:
+    def test_means_alone(self, values: dict[str, Any]) -> None:
         told = said(transfer.transfer(values))
-        assert "(row) it loses accuracy: at worst \N{MINUS SIGN}28.0 points, on row" in told
-        assert "it loses no more than the untouched model: at worst \N{MINUS SIGN}1.0 points, on noise" in told
+        assert "(row): it loses accuracy; at worst \N{MINUS SIGN}28.0 points, on row." in told
+        assert "trained on all: no loss against the untouched model is shown; at worst \N{MINUS SIGN}1.0 points" in told
         values["transfer"]["figures"]["types"]["row"]["trained on cell"]["accuracy"] = 0.98
         values["transfer"]["figures"]["shifts"]["noise"]["trained on all"]["accuracy"] = 0.2
         told = said(transfer.transfer(values))
-        assert "(row) it holds: at worst 0.0 points, on row" in told
-        assert "it loses more than the untouched model: at worst \N{MINUS SIGN}40.0 points" in told
+        assert "(row): no loss against the untouched model is shown; at worst 0.0 points, on row." in told
+        assert "trained on all: it loses accuracy; at worst \N{MINUS SIGN}40.0 points, on noise." in told
+
+    def test_rows_decide_where_they_are_known(self, values: dict[str, Any]) -> None:
+        found = values["transfer"]["figures"]["types"]["row"]["trained on cell"]
+        found["difference"] = paired_difference([True] * 20, [True] * 19 + [False]).to_json()
+        told = said(transfer.transfer(values))
+        assert "(row): no loss against the untouched model is shown; at worst \N{MINUS SIGN}5.0 [" in told
+        assert "points, on row (p = 1.000)." in told
+        found["difference"] = paired_difference([True] * 20, [True] * 10 + [False] * 10).to_json()
+        assert "(row): it loses accuracy; at worst \N{MINUS SIGN}50.0 [" in said(transfer.transfer(values))
 
     def test_too_little(self, values: dict[str, Any]) -> None:
         values["transfer"]["figures"] = {"types": {}, "shifts": {}}
