@@ -20,8 +20,9 @@ def transfer(values: Values) -> Part | Missing:
     body = [_table(title, part, figures[part], kinds) for part, title in PARTS.items() if figures.get(part)]
     note = paragraph(
         "Routers are trained on the reference data: one on some kinds of question, one on all. New kinds are marked. "
-        f"The summary has no intervals: differences of up to {100 * SMALL:.0f} points, on few rows also larger "
-        "ones, are called none.",
+        "Differences are paired, over the rows of all seeds, with intervals and p as above; of several kinds or "
+        "shifts, the worst must be that much clearer to be called a loss. Where only means are known, "
+        f"{100 * SMALL:.0f} points are called one.",
         class_="soft",
     )
     return Part("transfer", title, _verdict(figures, kinds), [*body, note], ("transfer",))

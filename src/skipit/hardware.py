@@ -10,7 +10,7 @@ import torch
 def hardware(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
     """The GPU, if one is there, the processor, and how many threads PyTorch uses."""
     parts = [torch.cuda.get_device_name()] if torch.cuda.is_available() else []
-    parts.append(f"{_processor(cpuinfo)}, {os.cpu_count()} cores, {torch.get_num_threads()} threads used")
+    parts.append(f"{_processor(cpuinfo)}, {os.cpu_count()} cores, PyTorch threads: {torch.get_num_threads()}")
     return ", ".join(parts)
 
 

@@ -135,7 +135,7 @@ def test_how_it_was_made(values: dict[str, Any], outline: Outline) -> None:
     text = "".join(outline.text)
     assert values["made"]["eval"]["command"] in text
     assert values["made"]["eval"]["hardware"] in text
-    assert "baselines.py --seeds 0 1 2" in text
+    assert "python -m skipit.baselines --seeds 0 1 2" in text
     assert "seed 0" in text
     for name in ("eval", "checkpoint", "profile", "baselines", "transfer", "also-1", "also-2", "also-3"):
         assert f"made-{name}" in outline.ids
