@@ -14,6 +14,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 KEY_WEIGHT_KWARG = "skipit_key_weight"
+AT_ONCE = 2**21  # numbers in an attention matrix that the backward pass makes at once
 
 
 class KeyWeights(NamedTuple):
@@ -79,24 +80,44 @@ class _WeightedAttention(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Any:
         query, key, value, weight, mask, output = ctx.saved_tensors
-        gradient = gradients[0].float()
-        scores = (query @ key.transpose(-1, -2)).float() * ctx.scaling
-        scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask
-        there = _there(weight)
-        # Of each key, over the sum of those that are there: for them attention itself, for the others e_j / A.
-        total = scores.masked_fill(~there, -torch.inf).logsumexp(-1, keepdim=True)
-        share = torch.exp((scores - total.masked_fill(total == -torch.inf, 0)).clamp(max=30))
-        worth = gradient @ value.float().transpose(-1, -2) - (gradient * output.float()).sum(-1, keepdim=True)
-        attention = share * there
-        d_scores = attention * worth * ctx.scaling
-        others = ~torch.eye(scores.shape[-2], scores.shape[-1], dtype=torch.bool, device=scores.device)
-        d_weight = (torch.where(there, share, share / (1 + share)) * worth * others).sum((1, 2))
-        found = (
-            d_scores @ key.float(),
-            d_scores.transpose(-1, -2) @ query.float(),
-            attention.transpose(-1, -2) @ gradient,
-        )
-        return *(grad.to(query.dtype) for grad in found), d_weight.to(weight.dtype), None, None
+        heads = query.shape[1]
+        # A few heads at a time: their attention matrices are all that training needs beyond plain attention's memory.
+        together = max(1, AT_ONCE // (query.shape[0] * query.shape[2] * key.shape[2]))
+        parts = []
+        for first in range(0, heads, together):
+            some = slice(first, first + together)
+            by_head = (tensor[:, some] for tensor in (query, key, value, output, gradients[0]))
+            parts.append(_derivatives(*by_head, weight, mask, ctx.scaling))
+        d_query, d_key, d_value, d_weight = zip(*parts, strict=True)
+        found = (torch.cat(part, dim=1).to(query.dtype) for part in (d_query, d_key, d_value))
+        return *found, torch.stack(d_weight).sum(0).to(weight.dtype), None, None
+
+
+def _derivatives(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    output: Tensor,
+    gradient: Tensor,
+    weight: Tensor,
+    mask: Tensor,
+    scaling: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Of query, key, value and weights, from the gradient of some heads' output."""
+    gradient = gradient.float()
+    scores = (query @ key.transpose(-1, -2)).float() * scaling
+    scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask
+    there = _there(weight)
+    # Of each key, over the sum of those that are there: for them attention itself, for the others e_j / A.
+    total = scores.masked_fill(~there, -torch.inf).logsumexp(-1, keepdim=True)
+    share = torch.exp((scores - total.masked_fill(total == -torch.inf, 0)).clamp(max=30))
+    worth = gradient @ value.float().transpose(-1, -2) - (gradient * output.float()).sum(-1, keepdim=True)
+    attention = share * there
+    d_scores = attention * worth * scaling
+    others = ~torch.eye(scores.shape[-2], scores.shape[-1], dtype=torch.bool, device=scores.device)
+    d_weight = (torch.where(there, share, share / (1 + share)) * worth * others).sum((1, 2))
+    d_query, d_key = d_scores @ key.float(), d_scores.transpose(-1, -2) @ query.float()
+    return d_query, d_key, attention.transpose(-1, -2) @ gradient, d_weight
 
 
 def _there(weight: Tensor) -> Tensor:

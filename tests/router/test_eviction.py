@@ -1,12 +1,14 @@
 """Attention with weights on keys has the values of a mask, and derivatives that say what one key is worth."""
 
+from typing import Any
+
 import pytest
 import torch
 from families import LAYERS, ROWS, WIDTH, build, inputs
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from skipit.router import RouterConfig, attach, gated_layers, running, set_gates
+from skipit.router import RouterConfig, attach, eviction, gated_layers, running, set_gates
 from skipit.router.eviction import weighted_attention
 
 
@@ -64,6 +66,28 @@ def test_other_derivatives_are_those_of_the_mask(additive: bool) -> None:
     plain = torch.autograd.grad(loss(hidden_by_mask(query, key, value, there)), (query, key, value))
     for ours, theirs in zip(got, plain, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
+
+
+def test_heads_may_be_taken_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As many at once as a limit of memory allows, and with the same result."""
+    wanted, found, sizes = torch.randn(2, 6, 4, 8), [], []
+    derivatives = eviction._derivatives
+
+    def watched(query: Tensor, *rest: Any) -> Any:
+        sizes.append(query.shape[1])
+        return derivatives(query, *rest)
+
+    monkeypatch.setattr(eviction, "_derivatives", watched)
+    for at_once in (2**21, 3 * 2 * 6 * 6, 1):
+        monkeypatch.setattr(eviction, "AT_ONCE", at_once)
+        given = [tensor.requires_grad_() for tensor in (*tensors(3), torch.tensor([[1.0, 0, 1, 1, 0, 1]] * 2))]
+        loss = (weighted_attention(*given[:3], None, given[3], None) * wanted).sum()
+        found.append(torch.autograd.grad(loss, given))
+    assert sizes == [4, 3, 1, 1, 1, 1, 1]
+    for other in found[1:]:
+        for ours, theirs in zip(other, found[0], strict=True):
+            torch.testing.assert_close(ours, theirs)
+    assert all(gradient.any() for gradient in found[0])
 
 
 def test_a_query_that_sees_nothing() -> None:
