@@ -86,24 +86,18 @@ class _WeightedAttention(torch.autograd.Function):
         parts = []
         for first in range(0, heads, together):
             some = slice(first, first + together)
-            by_head = (tensor[:, some] for tensor in (query, key, value, output, gradients[0]))
-            parts.append(_derivatives(*by_head, weight, mask, ctx.scaling))
+            of_heads = [tensor[:, some] for tensor in (query, key, value, output, gradients[0])]
+            parts.append(_derivatives(of_heads, weight, mask, ctx.scaling))
         d_query, d_key, d_value, d_weight = zip(*parts, strict=True)
         found = (torch.cat(part, dim=1).to(query.dtype) for part in (d_query, d_key, d_value))
         return *found, torch.stack(d_weight).sum(0).to(weight.dtype), None, None
 
 
 def _derivatives(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    output: Tensor,
-    gradient: Tensor,
-    weight: Tensor,
-    mask: Tensor,
-    scaling: float,
+    of_heads: list[Tensor], weight: Tensor, mask: Tensor, scaling: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Of query, key, value and weights, from the gradient of some heads' output."""
+    """Of query, key, value and weights; given are some heads' query, key, value, output and the output's gradient."""
+    query, key, value, output, gradient = of_heads
     gradient = gradient.float()
     scores = (query @ key.transpose(-1, -2)).float() * scaling
     scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask

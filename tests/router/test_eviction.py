@@ -73,9 +73,9 @@ def test_heads_may_be_taken_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
     wanted, found, sizes = torch.randn(2, 6, 4, 8), [], []
     derivatives = eviction._derivatives
 
-    def watched(query: Tensor, *rest: Any) -> Any:
-        sizes.append(query.shape[1])
-        return derivatives(query, *rest)
+    def watched(of_heads: list[Tensor], *rest: Any) -> Any:
+        sizes.append(of_heads[0].shape[1])
+        return derivatives(of_heads, *rest)
 
     monkeypatch.setattr(eviction, "_derivatives", watched)
     for at_once in (2**21, 3 * 2 * 6 * 6, 1):

@@ -228,7 +228,7 @@ class TestConfig:
         assert parse(["plan", f"--config={file}", "p", "--out", "x", "--budget=0.75"], RUNS).budget == 0.75
 
     def test_columns(self) -> None:
-        parsed = parse("train m d --out x --columns images=photo,messages=chat".split(), RUNS)
+        parsed = parse(["train", "m", "d", "--out", "x", "--columns", "images=photo,messages=chat"], RUNS)
         assert parsed.columns == {"images": "photo", "messages": "chat"}
 
     def test_lists(self, config: Any) -> None:

@@ -141,7 +141,10 @@ CHAT = [{"role": "user", "content": [{"type": "image"}, {"type": "image"}, {"typ
 @pytest.mark.parametrize(
     ("bad", "message"),
     [
-        (row(images=...), "no column images; found: prompt, completion. Rows need images or videos, prompt and completion"),
+        (
+            row(images=...),
+            "no column images; found: prompt, completion. Rows need images or videos, prompt and completion",
+        ),
         (row(prompt=..., completion=...), "no column prompt, completion; found: images. Rows need"),
         (row(images=[{"bytes": b"no picture", "path": None}]), "image 0 cannot be read: cannot identify image file"),
         (row(images=[picture(), "/no/such/file.png"]), r"image 1 cannot be read: .*No such file"),
