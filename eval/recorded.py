@@ -8,11 +8,9 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from skipit.router import InputError, Trace, running
-
 from .adaptivity import Record
 from .metrics import exact_match_scores
-from .runner import leave_out_finished, right_answer
+from .runner import answer_batches
 
 Rows = Sequence[Mapping[str, Any]]
 Kinds = Callable[[Rows, dict[str, Tensor]], Mapping[str, Bool[Tensor, "batch seq"]]]
@@ -49,7 +47,6 @@ class Recorded:
         return (self.log_probability / self.tokens).exp()
 
 
-@torch.no_grad()
 def record_rows(
     model: Any,
     processor: Any,
@@ -78,39 +75,24 @@ def record_rows(
     Raises:
         InputError: there are no rows, or a row has no answer; the message names it.
     """
-    if len(rows) == 0:
-        raise InputError("the data set is empty; expected at least one row.")
     answers: list[str] = []
     wanted: list[str] = []
     sums: list[Tensor] = []
     counts: list[Tensor] = []
     records: list[Record] = []
-    device = next(model.parameters()).device
-    for start in range(0, len(rows), batch_size):
-        chunk = [rows[i] for i in range(start, min(start + batch_size, len(rows)))]
-        wanted += [right_answer(row, start + i) for i, row in enumerate(chunk)]
-        inputs = {key: value.to(device) for key, value in collate(chunk).items()}
-        trace = Trace()
-        with running(**{**options, "trace": trace}):
-            made = model.generate(
-                **inputs,
-                max_new_tokens=max_new_tokens,
-                do_sample=False,
-                return_dict_in_generate=True,
-                output_logits=True,
-            )
-        end = model.generation_config.eos_token_id
-        new = made.sequences[:, inputs["input_ids"].shape[1] :]
-        answers += [text.strip() for text in processor.batch_decode(new, skip_special_tokens=True)]
-        own = _until_end(new, end)
-        chosen = [logits.float().log_softmax(-1) for logits in made.logits]
-        picked = torch.stack([step.gather(-1, new[:, at, None])[:, 0] for at, step in enumerate(chosen)], -1)
+    for batch in answer_batches(
+        model, processor, rows, collate, batch_size=batch_size, max_new_tokens=max_new_tokens, logits=True, **options
+    ):
+        answers, wanted = answers + batch.answers, wanted + batch.wanted
+        own = _until_end(batch.new, model.generation_config.eos_token_id)
+        chosen = [logits.float().log_softmax(-1) for logits in batch.logits]
+        picked = torch.stack([step.gather(-1, batch.new[:, at, None])[:, 0] for at, step in enumerate(chosen)], -1)
         sums.append((picked.double() * own).sum(-1).cpu())
         counts.append(own.sum(-1).cpu())
-        if trace.steps:
-            leave_out_finished(trace.steps, new, end)
-            records.append(Record.of(trace.steps, kinds=None if kinds is None else kinds(chunk, inputs)))
-        progress(len(chunk))
+        if batch.steps:
+            named = None if kinds is None else kinds(batch.rows, batch.inputs)
+            records.append(Record.of(batch.steps, kinds=named))
+        progress(len(batch.rows))
     right = exact_match_scores(answers, wanted).bool()
     return Recorded(answers, right, torch.cat(sums), torch.cat(counts), records)
 

@@ -1,8 +1,8 @@
 """Running a model over a data set as a user would, with `generate()`, and counting what it executed."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -48,12 +48,11 @@ class Outcome:
         }
 
 
-@torch.no_grad()
 def run_dataset(
     model: Any,
     processor: Any,
-    rows: Sequence[dict[str, Any]],
-    collate: Callable[[Sequence[dict[str, Any]]], dict[str, Tensor]],
+    rows: Sequence[Mapping[str, Any]],
+    collate: Callable[[Sequence[Mapping[str, Any]]], dict[str, Tensor]],
     costs: CostModel,
     kv: KVPolicy,
     *,
@@ -79,32 +78,23 @@ def run_dataset(
     Raises:
         InputError: there are no rows, or a row has no answer; the message names it.
     """
-    if len(rows) == 0:
-        raise InputError("the data set is empty; expected at least one row.")
-    answers: list[str] = []
-    wanted: list[str] = []
-    kinds: list[str] = []
     layers = len(costs.layers)
     rate = SkipRate(layers)
     executed, dense = torch.zeros(layers, 2, dtype=torch.float64), torch.zeros(layers, 2, dtype=torch.float64)
-    device = next(model.parameters()).device
-    for start in range(0, len(rows), batch_size):
-        chunk = [rows[i] for i in range(start, min(start + batch_size, len(rows)))]
-        wanted += [right_answer(row, start + i) for i, row in enumerate(chunk)]
-        kinds += [str(row.get("kind", "all")) for row in chunk]
-        inputs = {key: value.to(device) for key, value in collate(chunk).items()}
-        trace = Trace()
-        with running(**{"kv": kv, **options, "trace": trace}):
-            generated = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
-        new = generated[:, inputs["input_ids"].shape[1] :]
-        answers += [text.strip() for text in processor.batch_decode(new, skip_special_tokens=True)]
-        if trace.steps:
-            leave_out_finished(trace.steps, new, model.generation_config.eos_token_id)
-            compute = trace_compute(costs, trace.steps)
+    answers: list[str] = []
+    wanted: list[str] = []
+    kinds: list[str] = []
+    for batch in answer_batches(
+        model, processor, rows, collate, batch_size=batch_size, max_new_tokens=max_new_tokens, **{"kv": kv, **options}
+    ):
+        answers, wanted = answers + batch.answers, wanted + batch.wanted
+        kinds += [str(row.get("kind", "all")) for row in batch.rows]
+        if batch.steps:
+            compute = trace_compute(costs, batch.steps)
             executed, dense = executed + compute.executed.cpu(), dense + compute.dense.cpu()
-            for step in trace.steps:
+            for step in batch.steps:
                 rate.update(step.run.cpu(), step.modality.cpu(), step.real.cpu())
-        progress(len(chunk))
+        progress(len(batch.rows))
     scores = exact_match_scores(answers, wanted)
     ran = bool(dense.sum() > 0)
     return Outcome(
@@ -115,6 +105,62 @@ def run_dataset(
         executed / dense if ran else torch.ones(layers, 2),
         rate.compute() if ran else torch.zeros(layers, 2),
     )
+
+
+class Answered(NamedTuple):
+    """What a model did with the rows of one batch.
+
+    Attributes:
+        rows: of the data.
+        inputs: what the model was given.
+        answers: generated text, one per row.
+        wanted: what is right.
+        new: generated tokens [batch, new], with what a batch appends to a row that has ended.
+        logits: of the generated tokens, [batch, vocabulary] for each, if they were asked for.
+        steps: what ran, prefill first; none for a dense run.
+    """
+
+    rows: list[Mapping[str, Any]]
+    inputs: dict[str, Tensor]
+    answers: list[str]
+    wanted: list[str]
+    new: Tensor
+    logits: tuple[Tensor, ...]
+    steps: list[Step]
+
+
+@torch.no_grad()
+def answer_batches(
+    model: Any,
+    processor: Any,
+    rows: Sequence[Mapping[str, Any]],
+    collate: Callable[[Sequence[Mapping[str, Any]]], dict[str, Tensor]],
+    *,
+    batch_size: int,
+    max_new_tokens: int,
+    logits: bool = False,
+    **options: Any,
+) -> Iterator[Answered]:
+    """Answer rows greedily, batch by batch; see `run_dataset`.
+
+    Raises:
+        InputError: there are no rows, or a row has no answer; the message names it.
+    """
+    if len(rows) == 0:
+        raise InputError("the data set is empty; expected at least one row.")
+    device = next(model.parameters()).device
+    wishes = {"max_new_tokens": max_new_tokens, "do_sample": False, "output_logits": logits}
+    for start in range(0, len(rows), batch_size):
+        chunk = [rows[i] for i in range(start, min(start + batch_size, len(rows)))]
+        wanted = [right_answer(row, start + i) for i, row in enumerate(chunk)]
+        inputs = {key: value.to(device) for key, value in collate(chunk).items()}
+        trace = Trace()
+        with running(**{**options, "trace": trace}):
+            made = model.generate(**inputs, **wishes, return_dict_in_generate=True)
+        new = made.sequences[:, inputs["input_ids"].shape[1] :]
+        answers = [text.strip() for text in processor.batch_decode(new, skip_special_tokens=True)]
+        leave_out_finished(trace.steps, new, model.generation_config.eos_token_id)
+        yield Answered(chunk, inputs, answers, wanted, new, made.logits or (), trace.steps)
 
 
 def leave_out_finished(steps: list[Step], new: Tensor, end: int | list[int] | None) -> None:
