@@ -7,6 +7,7 @@ what was there. Nothing is ever pickled.
 import json
 import os
 import platform
+import shlex
 import shutil
 import sys
 import tempfile
@@ -125,6 +126,13 @@ def _read(path: Path, reader: Callable[[Path], _T]) -> _T:
     raise CheckpointError(f"{path} does not exist.")
 
 
+def command() -> str:
+    """The line that started this program, as one types it into a shell."""
+    spec = getattr(sys.modules["__main__"], "__spec__", None)  # of `python -m`, whose argv names a file
+    program = ["python", "-m", spec.name.removesuffix(".__main__")] if spec else [Path(sys.argv[0]).name]
+    return shlex.join([*program, *sys.argv[1:]])
+
+
 def provenance() -> dict[str, Any]:
     """What made an artefact: command, time, versions, machine."""
     versions = {}
@@ -134,7 +142,7 @@ def provenance() -> dict[str, Any]:
         except PackageNotFoundError:
             continue
     return {
-        "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "command": command(),
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "python": platform.python_version(),
         "platform": platform.platform(),

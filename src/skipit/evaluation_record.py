@@ -11,19 +11,6 @@ from .hardware import hardware
 from .pipeline import PROVENANCE_FILE
 
 SWEEPS = {"baselines": "the comparison with baselines", "transfer": "the study of transfer"}
-# Modules that are run with `python -m`: a record names their file.
-MODULES = {f"{name}.py": f"python -m skipit.{name}" for name in (*SWEEPS, "cli")}
-
-
-def as_typed(made: Mapping[str, Any]) -> dict[str, Any]:
-    """A record of how something was made, with its command as one types it.
-
-    Example:
-        >>> as_typed({"command": "baselines.py --seeds 0"})
-        {'command': 'python -m skipit.baselines --seeds 0'}
-    """
-    first, _, rest = str(made.get("command") or "").partition(" ")
-    return {**made, "command": f"{MODULES.get(first, first)} {rest}".strip()} if first else dict(made)
 
 
 def checkpoint_record(checkpoint: Path) -> dict[str, Any]:
@@ -39,7 +26,7 @@ def made_now(seed: int) -> dict[str, Any]:
         seed: of its rows.
     """
     note = "Seed of the rows; intervals and p-values have seed 0."
-    return {"title": "this evaluation", **as_typed(provenance()), "seed": seed, "hardware": hardware(), "note": note}
+    return {"title": "this evaluation", **provenance(), "seed": seed, "hardware": hardware(), "note": note}
 
 
 def made_checkpoint(path: Path, title: str) -> dict[str, Any]:
@@ -49,7 +36,7 @@ def made_checkpoint(path: Path, title: str) -> dict[str, Any]:
     made = record.get("made_by") or record.get("exported_by") or {}
     steps = f"{config['steps']} steps, " if config.get("steps") else ""
     began = f"gates began as {record['init']!r}" if record.get("init") else "no record of how its gates began"
-    return {"title": title, **as_typed(made), "seed": config.get("seed"), "note": f"{path}: {steps}{began}."}
+    return {"title": title, **made, "seed": config.get("seed"), "note": f"{path}: {steps}{began}."}
 
 
 def made_profile(path: Path, profile: Profile) -> dict[str, Any]:
@@ -57,10 +44,10 @@ def made_profile(path: Path, profile: Profile) -> dict[str, Any]:
     about = profile.about
     record = load_json(path / "profile.json").get("made_by") or {}
     note = f"{path}: {about.get('rows')} rows, {about.get('draws')} draws of answers per row."
-    return {"title": "the theory's profile", **as_typed(record), "seed": about.get("seed"), "note": note}
+    return {"title": "the theory's profile", **record, "seed": about.get("seed"), "note": note}
 
 
 def made_sweeps(sweeps: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
     """Studies that were read, not measured."""
     note = "Read from its folder, not measured again."
-    return {name: {"title": SWEEPS[name], **as_typed(found["made_by"]), "note": note} for name, found in sweeps.items()}
+    return {name: {"title": SWEEPS[name], **found["made_by"], "note": note} for name, found in sweeps.items()}

@@ -3,6 +3,8 @@
 import json
 import math
 import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -128,3 +130,12 @@ def test_provenance_can_be_written(tmp_path: Path) -> None:
     about: dict[str, Any] = json.loads((tmp_path / "a.json").read_text())
     assert set(about) == {"command", "created", "python", "platform", "versions"}
     assert {"skipit", "torch", "transformers"} <= set(about["versions"])
+
+
+@pytest.mark.parametrize("how", [["-m", "told"], ["told.py"]], ids=["module", "file"])
+def test_a_command_is_recorded_as_one_types_it(how: list[str], tmp_path: Path) -> None:
+    (tmp_path / "told.py").write_text("from skipit.router.artefact import command; print(command())")
+    line = [sys.executable, *how, "--prompt", "what is it ?"]
+    said = subprocess.run(line, cwd=tmp_path, check=True, capture_output=True, text=True).stdout
+    started = "python -m told" if how[0] == "-m" else "told.py"
+    assert said.splitlines()[-1] == f"{started} --prompt 'what is it ?'"

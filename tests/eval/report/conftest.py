@@ -64,7 +64,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
         save_plan(make_plan(measured, 0.6, init=init), at / f"plan-{name}")
         export_plan(at / f"plan-{name}", "reference", at / name)
     for folder, summary in (
-        ("baselines", {"entries": ENTRIES, "made_by": {"command": "baselines.py --seeds 0 1 2"}}),
+        ("baselines", {"entries": ENTRIES, "made_by": {"command": "python -m skipit.baselines --seeds 0 1 2"}}),
         ("transfer", {"figures": TRANSFER, "kinds": ["cell"], "made_by": {}}),
     ):
         (at / folder).mkdir()
