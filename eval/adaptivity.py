@@ -7,7 +7,6 @@ A router without adaptivity has an excess of zero everywhere; its control is the
 (layer, stratum) shuffled over all tokens of all rows, which keeps every rate and forgets every input.
 """
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from math import nan
@@ -25,7 +24,7 @@ from skipit.router.config import KVPolicy, Unit
 from skipit.router.trace import NO_IMAGES, ImageStates
 from skipit.theory.cost import CostModel, token_flops
 
-from .tracking import USUAL, Resampling
+from .tracking import USUAL, Resampling, plain
 
 STRATA = ("text", "vision", "answer")
 _BATCH = 500  # resamples at a time, so that memory stays small
@@ -136,7 +135,7 @@ class Contrast:
 
     def to_json(self) -> dict[str, Any]:
         """The fields as a JSON-ready dictionary, None for NaN."""
-        return _json(asdict(self))
+        return plain(asdict(self))
 
 
 @dataclass(frozen=True)
@@ -161,7 +160,7 @@ class Association:
 
     def to_json(self) -> dict[str, Any]:
         """The fields as a JSON-ready dictionary, None for NaN."""
-        return _json(asdict(self))
+        return plain(asdict(self))
 
 
 @dataclass(frozen=True)
@@ -194,12 +193,12 @@ class Adaptivity:
     def to_json(self) -> dict[str, Any]:
         """Everything as a JSON-ready dictionary, None for NaN."""
 
-        def plain(values: Mapping[str, Any]) -> dict[str, Any]:
-            return {k: plain(v) if isinstance(v, Mapping) else v.to_json() for k, v in values.items()}
+        def nested(values: Mapping[str, Any]) -> dict[str, Any]:
+            return {k: nested(v) if isinstance(v, Mapping) else v.to_json() for k, v in values.items()}
 
         numbers = {name: getattr(self, name) for name in ("rows", "share", "spread", "spread_control")}
-        parts = {name: plain(getattr(self, name)) for name in ("groups", "difficulty", "within", "tokens")}
-        return {**_json(numbers), **parts, "resampling": asdict(self.resampling)}
+        parts = {name: nested(getattr(self, name)) for name in ("groups", "difficulty", "within", "tokens")}
+        return {**plain(numbers), **parts, "resampling": asdict(self.resampling)}
 
     def table(self) -> str:
         """Everything in Markdown; shares, differences and spreads in points of a hundred of the dense FLOPs."""
@@ -450,7 +449,3 @@ def _check(rows: int, groups: Mapping[str, Sequence[str]], hard: Mapping[str, Fl
                 f"`difficulty[{name!r}]`: got shape {values.shape} with {int((~np.isfinite(values)).sum())} values "
                 f"that are not finite, expected one finite number for each of {rows} rows."
             )
-
-
-def _json(values: Mapping[str, Any]) -> dict[str, Any]:
-    return {k: None if isinstance(v, float) and math.isnan(v) else v for k, v in values.items()}

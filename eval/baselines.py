@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from skipit.router import Decision, SkipItError, Step, Trace, running
@@ -210,8 +210,12 @@ class Answers:
 
     def same(self, wanted: Sequence[Tensor]) -> float:
         """Share of rows whose every answer token is as wanted, [batch, seq] per batch."""
-        rows = torch.cat([(got == want).all(-1) for got, want in zip(self.predicted, wanted, strict=True)])
-        return float(rows.double().mean())
+        return float(same_rows(self.predicted, wanted).double().mean())
+
+
+def same_rows(first: Sequence[Tensor], second: Sequence[Tensor]) -> Bool[Tensor, " rows"]:
+    """Whether every answer token of a row is the same in both, [batch, seq] per batch."""
+    return torch.cat([(one == other).all(-1) for one, other in zip(first, second, strict=True)])
 
 
 def share_of(steps: Iterable[Step], costs: CostModel) -> float:

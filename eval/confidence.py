@@ -11,10 +11,10 @@ from torch import Tensor
 
 from skipit.router import InputError
 
-from .intervals import Floats, Interval, or_none, row_interval
+from .intervals import Floats, Interval, row_interval
 from .metrics_confidence import calibration_bins
 from .recorded import Recorded
-from .tracking import USUAL, Resampling
+from .tracking import USUAL, Resampling, or_none
 
 Kind = Literal["product", "mean"]
 Verdict = Literal["worse", "better", "no difference shown"]

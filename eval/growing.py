@@ -21,10 +21,10 @@ from skipit.router.config import KVPolicy
 from skipit.theory.cost import CostModel
 
 from .controlled import RowEffects, kl_interval, row_effects
-from .intervals import Interval, or_none, row_interval
+from .intervals import Interval, row_interval
 from .metrics import MODALITIES
 from .prediction import set_damages
-from .tracking import SCOPES, USUAL, Resampling, Scope
+from .tracking import SCOPES, USUAL, Resampling, Scope, plain
 
 Batches = Sequence[dict[str, Tensor]]
 Order = list[int]
@@ -101,8 +101,7 @@ class SetPoint:
 
     def to_json(self) -> dict[str, Any]:
         """The fields as a JSON-ready dictionary, None for NaN."""
-        plain = {k: or_none(v) if isinstance(v, float) else v for k, v in asdict(self).items()}
-        return {**plain, "accuracy": self.accuracy.to_json(), "kl": self.kl.to_json()}
+        return {**plain(asdict(self)), "accuracy": self.accuracy.to_json(), "kl": self.kl.to_json()}
 
 
 @dataclass(frozen=True)
@@ -124,7 +123,7 @@ class SetPrediction:
 
     def to_json(self) -> dict[str, Any]:
         """The fields as a JSON-ready dictionary, None for NaN."""
-        return {k: or_none(v) if isinstance(v, float) else v for k, v in asdict(self).items()}
+        return plain(asdict(self))
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from skipit.router.errors import InputError
 
-from .tracking import USUAL, Resampling
+from .tracking import USUAL, Resampling, plain
 
 Floats = NDArray[np.float64]
 Statistic = Callable[[Floats], Floats]
@@ -26,15 +26,10 @@ class Interval:
 
     def to_json(self) -> dict[str, float | None]:
         """The fields as a JSON-ready dictionary, None for NaN."""
-        return {name: or_none(value) for name, value in asdict(self).items()}
+        return plain(asdict(self))
 
 
 NOTHING = Interval(math.nan, math.nan, math.nan)
-
-
-def or_none(value: float) -> float | None:
-    """The number, or None for NaN, which JSON does not have."""
-    return None if math.isnan(value) else value
 
 
 def row_interval(values: ArrayLike, statistic: Statistic | None = None, resampling: Resampling = USUAL) -> Interval:

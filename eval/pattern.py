@@ -22,8 +22,8 @@ from skipit.theory.modes import redundant_and_unattended, span_of
 from skipit.theory.profile import Profile
 
 from .adaptivity import STRATA, Record
-from .intervals import Interval, or_none, row_interval
-from .tracking import USUAL, Resampling
+from .intervals import Interval, row_interval
+from .tracking import USUAL, Resampling, or_none
 
 Floats = NDArray[np.float64]
 Verdict = Literal["found", "not found"]

@@ -21,9 +21,9 @@ from skipit.router.config import KVPolicy
 from skipit.theory.cost import CostModel
 
 from .controlled import RowEffects, row_effects
-from .intervals import Floats, Interval, or_none, row_interval
+from .intervals import Floats, Interval, row_interval
 from .quadrants import QUADRANTS, equal_sets, split_quadrants
-from .tracking import USUAL, Resampling
+from .tracking import USUAL, Resampling, or_none
 
 Verdict = Literal["found", "not found", "undecided"]
 FIGURES = ("accuracy", "kl")

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from skipit.router.config import KVPolicy
 
 from .controlled import one_unit_skipped, row_effects
-from .intervals import or_none
 from .prediction import RankCorrelation, by_scope
+from .tracking import or_none, plain
 
 
 @dataclass(frozen=True)
@@ -43,12 +43,9 @@ class UnitEffects:
             name: [[or_none(value) for value in row] for row in getattr(self, name).tolist()]
             for name in ("predicted", "measured", "accuracy")
         }
-        correlation = {
-            scope: {k: or_none(v) if isinstance(v, float) else v for k, v in found.to_json().items()}
-            for scope, found in self.correlation.items()
-        }
-        plain = {"kv": self.kv, "rows": self.rows, "dense_accuracy": self.dense_accuracy}
-        return {**plain, **tables, "correlation": correlation}
+        correlation = {scope: plain(found.to_json()) for scope, found in self.correlation.items()}
+        numbers = {"kv": self.kv, "rows": self.rows, "dense_accuracy": self.dense_accuracy}
+        return {**numbers, **tables, "correlation": correlation}
 
 
 def measure_units(

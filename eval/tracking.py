@@ -89,7 +89,7 @@ class Estimate:
 
     def to_json(self) -> dict[str, Any]:
         """The fields as a JSON-ready dictionary, None for NaN."""
-        return {name: _or_none(value) for name, value in asdict(self).items()}
+        return plain(asdict(self))
 
 
 @dataclass(frozen=True)
@@ -468,5 +468,11 @@ def _correlation(first: Floats, second: Floats) -> Floats:
     return np.where(defined, np.clip(cosine, -1.0, 1.0), math.nan)
 
 
-def _or_none(value: float | str) -> float | str | None:
+def or_none(value: Any) -> Any:
+    """The value, or None for NaN, which JSON does not have."""
     return None if isinstance(value, float) and math.isnan(value) else value
+
+
+def plain(values: Mapping[str, Any]) -> dict[str, Any]:
+    """A mapping as JSON can have it, None for NaN."""
+    return {name: or_none(value) for name, value in values.items()}

@@ -16,11 +16,11 @@ from skipit.router.files import CONFIG
 from skipit.theory.identity import fingerprint
 from skipit.train.run import ADAPTER
 
-from .card import CARD, card
-from .pipeline import PROVENANCE_FILE, open_run
+from .card import ADAPTER_CONFIG, CARD, PROVENANCE_FILE, card
+from .pipeline import open_run
 from .sources import resolve_model
 
-ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
 # What is ours in router_config.json beside the router's own settings.
 OURS = ("base", "skipit_version")
 

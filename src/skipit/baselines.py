@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from skipit.eval.baselines import OutOfReachError, answers, right
+from skipit.eval.baselines import OutOfReachError, answers, right, same_rows
 from skipit.eval.latency import Subject, time_models
 from skipit.eval.plots import plot_pareto
 from skipit.router import InputError, running
@@ -64,8 +64,7 @@ def run_cell(name: str, lab: Lab, budget: float, latency: bool = False) -> dict[
 
 def lab_accuracy(lab: Lab) -> float:
     """Share of test rows that the dense model answers right."""
-    pairs = zip(lab.wanted, right(lab.test), strict=True)
-    return float(torch.cat([(got == want).all(-1) for got, want in pairs]).double().mean())
+    return float(same_rows(lab.wanted, right(lab.test)).double().mean())
 
 
 def measure(system: System, lab: Lab) -> dict[str, Any]:

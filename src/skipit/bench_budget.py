@@ -15,7 +15,7 @@ from statistics import mean
 from typing import Any, get_args
 
 from skipit.router import find_router
-from skipit.router.artefact import load_json, provenance, save_json
+from skipit.router.artefact import load_json, provenance
 from skipit.router.config import Granularity, KVPolicy
 from skipit.theory.artefact import load_profile, save_profile
 from skipit.theory.calibrate import measured_share
@@ -26,6 +26,7 @@ from skipit.train.collate import Collator, batches
 from skipit.train.config import TrainConfig
 from skipit.train.run import RUN_FILE, train
 
+from .baselines import save_cell
 from .display import note, quiet, training_progress
 from .pipeline import profile_model
 from .sources import load_data, load_model
@@ -143,7 +144,7 @@ def main() -> None:
                 batch_size=arguments.batch_size,
             )
             found = one_cell(measured, config, arguments.calibration_samples, arguments.samples)
-            save_json(file, {**found, "config": config.to_dict(), "made_by": provenance()})
+            save_cell(file, {**found, "config": config.to_dict(), "made_by": provenance()})
         cells.append(load_json(file))
     print(table(cells))
     print(summary(cells))

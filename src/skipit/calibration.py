@@ -18,10 +18,9 @@ from skipit.theory.identity import fingerprint
 from skipit.theory.risk import NotCertifiedError, allowed_errors, check_rows, threshold_grid
 from skipit.train.collate import Collator
 
-from .card import shares_of, update_points
-from .pipeline import PROVENANCE_FILE, add_operating_point
+from .card import CERTIFICATES, PROVENANCE_FILE, shares_of, update_points
+from .pipeline import add_operating_point
 
-CERTIFICATES = "certificates.json"
 GRID_ROWS = 32  # choose the thresholds to test, and are not tested on
 
 

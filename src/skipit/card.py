@@ -16,7 +16,8 @@ from skipit.router.errors import CheckpointError
 from .sources import REFERENCE
 
 Kind = Literal["run", "adapter", "plan"]
-CARD, PROVENANCE = "README.md", "provenance.json"
+CARD, PROVENANCE_FILE, EVALUATION = "README.md", "provenance.json", "eval.json"
+ADAPTER_CONFIG, CERTIFICATES = "adapter_config.json", "certificates.json"
 _SETTINGS = tuple(field.name for field in fields(RouterConfig))  # an adapter's file holds more
 # What lies between these is written anew when a checkpoint gets an operating point; the rest is the reader's.
 _START, _END = "<!-- operating points of router_config.json -->", "<!-- end of operating points -->"
@@ -182,13 +183,13 @@ def write_card(folder: Path, evaluation: Mapping[str, Any] | None) -> None:
     """
     values = load_json(folder / ROUTER_FILE)
     config = RouterConfig.from_dict({name: value for name, value in values.items() if name in _SETTINGS})
-    record = load_json(folder / PROVENANCE)
+    record = load_json(folder / PROVENANCE_FILE)
     kind: Kind = "run" if "config" in record else "plan"
-    if (folder / "adapter_config.json").is_file():
+    if (folder / ADAPTER_CONFIG).is_file():
         kind = "adapter"
     record = {**record, "made_by": record.get("made_by") or record["exported_by"]}
     (folder / CARD).write_text(card(record, config, kind, evaluation), encoding="utf-8")
-    certificates = folder / "certificates.json"
+    certificates = folder / CERTIFICATES
     update_points(folder, config, shares_of(record), load_json(certificates) if certificates.is_file() else {})
 
 
@@ -198,15 +199,17 @@ def read_evaluation(folder: Path, checkpoint: Path) -> dict[str, Any]:
     Raises:
         CheckpointError: no such file, not what `skipit eval` writes, or of another checkpoint.
     """
-    path = folder / "eval.json"
+    path = folder / EVALUATION
     evaluation = load_json(path)
     try:
         measured_table(evaluation)
     except CheckpointError as error:
         raise CheckpointError(f"{path}: {error}") from error
     measured = Path(str((evaluation.get("settings") or {}).get("checkpoint", "")))
-    if (measured / PROVENANCE).is_file():
-        one, other = ({**load_json(place / PROVENANCE), "calibrated_shares": None} for place in (measured, checkpoint))
+    if (measured / PROVENANCE_FILE).is_file():
+        one, other = (
+            {**load_json(place / PROVENANCE_FILE), "calibrated_shares": None} for place in (measured, checkpoint)
+        )
         if one != other:
             raise CheckpointError(f"{path} is of {measured}, not of {checkpoint}. Evaluate this one first.")
     return evaluation

@@ -482,7 +482,8 @@ def _generate(arguments: argparse.Namespace) -> None:
 
 
 def _eval(arguments: argparse.Namespace) -> None:
-    from .evaluation import EVALUATION, REPORT, Request, evaluate
+    from .card import EVALUATION
+    from .evaluation import REPORT, Request, evaluate
 
     _check_out(arguments)
     asked = {name: getattr(arguments, name) for name in Request.__dataclass_fields__}

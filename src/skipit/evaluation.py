@@ -22,7 +22,8 @@ from skipit.theory.cost import CostModel
 from skipit.theory.profile import Profile
 from skipit.train.collate import Collator, Rows
 
-from .adapter import ADAPTER_CONFIG, load, load_with_dense
+from .adapter import load, load_with_dense
+from .card import ADAPTER_CONFIG, EVALUATION
 from .compare import Comparison, compare, theory_skips, theory_tables
 from .display import loading, progress
 from .evaluation_record import checkpoint_record, made_checkpoint, made_now, made_profile, made_sweeps
@@ -31,7 +32,7 @@ from .pipeline import check_profile
 from .sources import load_data
 from .sweeps import load_baselines, load_transfer
 
-EVALUATION, REPORT = "eval.json", "report.html"
+REPORT = "report.html"
 
 
 @dataclass(frozen=True)

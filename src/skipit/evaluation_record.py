@@ -7,8 +7,8 @@ from typing import Any
 from skipit.router.artefact import load_json, provenance
 from skipit.theory.profile import Profile
 
+from .card import PROVENANCE_FILE
 from .hardware import hardware
-from .pipeline import PROVENANCE_FILE
 
 SWEEPS = {"baselines": "the comparison with baselines", "transfer": "the study of transfer"}
 

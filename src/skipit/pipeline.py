@@ -24,10 +24,8 @@ from skipit.theory.profile import Profile, profile
 from skipit.train.collate import Collator, batches
 from skipit.train.run import ADAPTER, CONFIG_FILE, RUN_FILE
 
-from .card import PROVENANCE, card, read_evaluation, write_card
+from .card import ADAPTER_CONFIG, PROVENANCE_FILE, card, read_evaluation, write_card
 from .sources import resolve_model
-
-PROVENANCE_FILE = PROVENANCE
 
 
 def profile_model(
@@ -161,9 +159,7 @@ def export_plan(plan: str | Path, source: str, out: str | Path, *, overwrite: bo
 
 def is_checkpoint(folder: Path) -> bool:
     """Whether a folder is what `export` makes, with all weights or as an adapter; a run folder is not."""
-    return (folder / ROUTER_FILE).is_file() and any(
-        (folder / name).is_file() for name in (CONFIG, "adapter_config.json")
-    )
+    return (folder / ROUTER_FILE).is_file() and any((folder / name).is_file() for name in (CONFIG, ADAPTER_CONFIG))
 
 
 def export_again(

@@ -17,9 +17,8 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
-from skipit.eval.baselines import Answers, answers, right
+from skipit.eval.baselines import answers, right, same_rows
 from skipit.router.artefact import provenance, save_json
 from skipit.theory.cost import CostModel
 from skipit.theory.plan import check_budget, make_plan
@@ -181,7 +180,7 @@ def measure(model: Any, processor: Any, study: Study, dense: bool) -> dict[str, 
         read = list(batches(chosen, collate, 48))
         found = answers(model, read, lambda batch: options)
         return {
-            "right": _same(found, right(read)),
+            "right": same_rows(found.predicted, right(read)).tolist(),
             "answers": [row[row >= 0].tolist() for part in found.predicted for row in part],
             "compute": found.share(costs),
         }
@@ -289,11 +288,6 @@ def _figures(mine: Mapping[str, Any], dense: Mapping[str, Any]) -> dict[str, flo
         "same": statistics.mean(map(float, same)),
         "compute": mine["compute"],
     }
-
-
-def _same(found: Answers, wanted: Sequence[Tensor]) -> list[bool]:
-    pairs = zip(found.predicted, wanted, strict=True)
-    return [row for got, want in pairs for row in (got == want).all(-1).tolist()]
 
 
 def _each_cell(change: Callable[[Pixels], Pixels], pixels: Pixels) -> Pixels:

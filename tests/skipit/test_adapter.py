@@ -16,7 +16,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText
 
 import skipit
-from skipit.adapter import ADAPTER_CONFIG, ADAPTER_WEIGHTS, export_adapter, shape_hash
+from skipit.adapter import ADAPTER_WEIGHTS, export_adapter, shape_hash
+from skipit.card import ADAPTER_CONFIG
 from skipit.cli import main
 from skipit.pipeline import export, profile_model
 from skipit.router import CheckpointError, InputError, RouterConfigError, SkipItError, find_router, gate_state

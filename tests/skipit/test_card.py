@@ -12,7 +12,7 @@ from families.family import picture
 
 import skipit
 from skipit.calibration import budget_checkpoint
-from skipit.card import CARD, PROVENANCE, card, measured_table
+from skipit.card import CARD, PROVENANCE_FILE, card, measured_table
 from skipit.cli import main
 from skipit.compare import compare
 from skipit.pipeline import export_again, export_plan, is_checkpoint, profile_model
@@ -128,7 +128,7 @@ def test_what_is_no_evaluation(change: dict[str, Any]) -> None:
 
 def test_calibrating_keeps_the_card_true(made: Path) -> None:
     text = (made / "checkpoint" / CARD).read_text()
-    share = json.loads((made / "checkpoint" / PROVENANCE).read_text())["calibrated_shares"]["0.7"]
+    share = json.loads((made / "checkpoint" / PROVENANCE_FILE).read_text())["calibrated_shares"]["0.7"]
     threshold = json.loads((made / "checkpoint" / "router_config.json").read_text())["operating_points"]["0.7"]
     assert f"| 0.7 | {threshold:.4f} | {share:.1%} |" in text
     assert 0 < share < 1
@@ -165,8 +165,8 @@ def test_a_copy_with_its_evaluation(made: Path, tmp_path: Path, capsys: pytest.C
 
 def test_an_evaluation_of_another_checkpoint(made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     export_plan(made / "plan", str(made / "base"), tmp_path / "other")
-    values = json.loads((tmp_path / "other" / PROVENANCE).read_text())
-    save_json(tmp_path / "other" / PROVENANCE, {**values, "budget": 0.1})
+    values = json.loads((tmp_path / "other" / PROVENANCE_FILE).read_text())
+    save_json(tmp_path / "other" / PROVENANCE_FILE, {**values, "budget": 0.1})
     line = ["export", str(tmp_path / "other"), "--eval", str(made / "eval"), "--out", str(tmp_path / "x")]
     assert main(line) == 1
     assert f"eval.json is of {made / 'checkpoint'}, not of {tmp_path / 'other'}" in capsys.readouterr().err
