@@ -36,8 +36,8 @@ def rivals(values: Values) -> Part | Missing:
             "Accuracy is relative to the dense model of the same sweep, a mean over seeds and random draws ± their "
             "standard deviation. Peers' schemes are re-implemented from their formulas, with the same base, rows, "
             "LoRA rank, steps and executor. A baseline is compared with ours where it spends at most "
-            f"{100 * CLOSE:.0f} points more FLOPs; it wins or loses where the difference is beyond both standard "
-            "deviations together and half a point, else it is a tie. Without a deviation there was one run.",
+            f"{100 * CLOSE:.0f} points more FLOPs; it wins or loses where the difference is beyond the root of "
+            "the sum of both squared standard deviations and beyond half a point, else it is a tie. Without a deviation there was one run.",
             class_="soft",
         )
     )
