@@ -37,8 +37,8 @@ def rivals(values: Values) -> Part | Missing:
             "standard deviation. Peers' schemes are re-implemented from their formulas, with the same base, rows, "
             "LoRA rank, steps and executor. A baseline is compared with ours where it spends at most "
             f"{100 * CLOSE:.0f} points more FLOPs; it wins or loses where the difference is beyond the root of "
-            "the sum of both squared standard deviations and beyond half a point, else it is a tie. Without a deviation "
-            "there was one run.",
+            "the sum of both squared standard deviations and beyond half a point, else it is a tie. Without a "
+            "deviation there was one run.",
             class_="soft",
         )
     )
