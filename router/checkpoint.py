@@ -6,11 +6,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .artefact import load_tensors, new_directory, save_json, save_tensors
 from .attach import attach, detach, find_router, gate_state, set_gates
 from .config import RouterConfig
 from .errors import CheckpointError, SkipItError
 from .files import CONFIG, check_files, count_values
+from .folders import load_tensors, new_directory, save_json, save_tensors
 from .standalone import add_code
 
 ROUTER_FILE = "router_config.json"

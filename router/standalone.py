@@ -4,7 +4,7 @@ from pathlib import Path
 
 from transformers.dynamic_module_utils import get_relative_import_files
 
-from .artefact import load_json, save_json
+from .folders import load_json, save_json
 
 CODE = "skipit_router"  # the folder's name inside a checkpoint
 _AUTO_CLASSES = ("AutoModelForImageTextToText", "AutoModelForMultimodalLM")

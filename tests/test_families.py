@@ -11,12 +11,12 @@ import torch
 from families import FAMILIES, IMAGE, LAYERS, build, processor
 from families.family import picture
 
-from skipit.pipeline import export, profile_model
 from skipit.router import InputError, Trace, find_router, running
 from skipit.router.checkpoint import load
 from skipit.theory.plan import make_plan
-from skipit.train.collate import Collator
 from skipit.train.config import TrainConfig
+from skipit.train.data.collate import Collator
+from skipit.train.export import export, profile_model
 from skipit.train.run import train
 
 README = Path(__file__).parents[1] / "README.md"

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from skipit.arguments import build_parser
-from skipit.cli import RUNS, main
+from skipit.cli.main import RUNS, main
+from skipit.cli.options import build_parser
 
 TEXT = (Path(__file__).parents[1] / "docs" / "operating-points.md").read_text(encoding="utf-8")
 COMMANDS = [

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from skipit.arguments import build_parser
-from skipit.cli import RUNS
+from skipit.cli.main import RUNS
+from skipit.cli.options import build_parser
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")

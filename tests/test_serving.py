@@ -21,7 +21,7 @@ from transformers.utils.import_utils import is_serve_available
 
 import skipit
 from skipit.router import RouterConfig, Trace, attach, gate_state, running, set_gates
-from skipit.sources import load_data, load_model
+from skipit.train.data.sources import load_data, load_model
 
 pytestmark = [
     pytest.mark.slow,

@@ -13,9 +13,9 @@ from typing import Any
 import pytest
 import yaml
 
-from skipit.arguments import build_parser, parse
-from skipit.cli import RUNS, main
-from skipit.router.artefact import load_json
+from skipit.cli.main import RUNS, main
+from skipit.cli.options import build_parser, parse
+from skipit.router.folders import load_json
 
 TEXT = (Path(__file__).parents[1] / "docs" / "training.md").read_text(encoding="utf-8")
 BIN = Path(sys.executable).parent
@@ -43,7 +43,7 @@ def write_files(folder: Path) -> None:
         (folder / name).write_text(block)
 
 
-@pytest.mark.parametrize("command", [c for c in RUN + SHOWN if "skipit.bench_training" not in c], ids=" ".join)
+@pytest.mark.parametrize("command", [c for c in RUN + SHOWN if "studies.training_cost" not in c], ids=" ".join)
 def test_commands_parse(command: list[str]) -> None:
     build_parser(RUNS).parse_args(verb_of(command))
 

@@ -14,12 +14,12 @@ from families.family import film, picture
 from test_laws import gated, in_parts
 from tiny_models import logits, same
 
-from skipit.pipeline import export, profile_model
 from skipit.router import InputError, Trace, attach, running
 from skipit.router.checkpoint import load
 from skipit.theory.plan import make_plan
-from skipit.train.collate import Collator
 from skipit.train.config import TrainConfig
+from skipit.train.data.collate import Collator
+from skipit.train.export import export, profile_model
 from skipit.train.run import train
 
 VIDEO = [name for name in FAMILIES if FAMILIES[name].video]

@@ -6,8 +6,8 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from skipit.router.artefact import load_json, load_tensors, new_directory, provenance, save_json, save_tensors
 from skipit.router.errors import CheckpointError
+from skipit.router.folders import load_json, load_tensors, new_directory, provenance, save_json, save_tensors
 
 from .accumulate import Redundancy
 from .backbone import MISSING, Backbone

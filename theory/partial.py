@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from skipit.router.artefact import load_json, load_tensors, new_directory, save_json, save_tensors
 from skipit.router.errors import CheckpointError, InputError
+from skipit.router.folders import load_json, load_tensors, new_directory, save_json, save_tensors
 
 VERSION = 2
 RECORD, SUMS = "partial.json", "sums.safetensors"

@@ -13,12 +13,12 @@ from torch import Tensor, nn
 from transformers import TrainingArguments
 
 from skipit.router import RouterConfig, attach, find_router, gate_state, set_gates
-from skipit.router.artefact import load_json, provenance, save_json
 from skipit.router.call import Mode
 from skipit.router.checkpoint import save_router
 from skipit.router.config import KVPolicy, Unit
 from skipit.router.decoder import find_decoder, layer_kinds
 from skipit.router.errors import CheckpointError, InputError
+from skipit.router.folders import load_json, provenance, save_json
 from skipit.theory.artefact import check_same_model
 from skipit.theory.calibrate import calibrate, default_threshold
 from skipit.theory.cost import CostModel, token_flops
@@ -26,8 +26,8 @@ from skipit.theory.identity import fingerprint
 from skipit.theory.labels import predicts_answer
 from skipit.theory.plan import Plan
 from skipit.theory.sharded import whole
+from skipit.train.data.collate import Broken, Collator, batches, training_rows
 
-from .collate import Broken, Collator, batches, training_rows
 from .config import TrainConfig
 from .launch import CHECKPOINTS, launched, stage_of, wait
 

@@ -17,7 +17,7 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from skipit.router import MODALITIES, Gated, SkipItError, Trace, running
-from skipit.router.artefact import load_json, save_json
+from skipit.router.folders import load_json, save_json
 from skipit.theory.cost import CostModel
 from skipit.theory.labels import IGNORE
 

@@ -5,8 +5,8 @@ from typing import Any
 
 import numpy as np
 
-from skipit.eval.paired import proportion
 from skipit.eval.plots import draw_growing_sets, draw_scatter
+from skipit.eval.statistics import proportion
 
 from .page import Content, Html, figure, heading, joined, paragraph, strong, table
 from .part import Missing, Part, Values, again, between, number, percent, plural

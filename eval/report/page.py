@@ -10,7 +10,7 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
-from skipit.eval.plots_style import as_svg
+from skipit.eval.plots.style import as_svg
 
 STYLE = Path(__file__).with_name("page.css")
 # What a browser may load: pictures inside the page, and its own style. Nothing else, and no script.

@@ -19,9 +19,7 @@ def rivals(values: Values) -> Part | Missing:
     """Accuracy against measured FLOPs of ours and of every baseline in the folder that was given."""
     title = "Would something simpler have done as well?"
     if "baselines" not in values:
-        return Missing(
-            title, again(values, "--baselines BASELINES", "python -m skipit.baselines --latency --out BASELINES")
-        )
+        return Missing(title, again(values, "--baselines BASELINES", "scripts/study peers --latency --out BASELINES"))
     entries = values["baselines"]["entries"]
     verdicts, lines = _verdicts(entries)
     body: list[Html] = []

@@ -15,7 +15,7 @@ def transfer(values: Values) -> Part | Missing:
     """Figures of the folder that was given: systems by type of question and by shift of the image."""
     title = "Does it hold on what it was not trained on?"
     if "transfer" not in values:
-        return Missing(title, again(values, "--transfer TRANSFER", "python -m skipit.transfer --out TRANSFER"))
+        return Missing(title, again(values, "--transfer TRANSFER", "scripts/study transfer --out TRANSFER"))
     figures, kinds = values["transfer"]["figures"], values["transfer"]["kinds"]
     body = [_table(title, part, figures[part], kinds) for part, title in PARTS.items() if figures.get(part)]
     note = paragraph(

@@ -4,40 +4,41 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from skipit.adapter import load as load
-    from skipit.generation import generate as generate
-    from skipit.router import Gated as Gated
-    from skipit.router import RouterConfig as RouterConfig
-    from skipit.router import SkipItError as SkipItError
-    from skipit.router import Trace as Trace
-    from skipit.router import attach as attach
-    from skipit.router import detach as detach
-    from skipit.router import running as running
-    from skipit.router import set_gates as set_gates
+    from skipit.eval.measure.traced import generate as generate
     from skipit.router.checkpoint import save_gated as save_gated
     from skipit.theory.calibrate import calibrate as calibrate
     from skipit.theory.plan import make_plan as make_plan
     from skipit.theory.profile import profile as profile
-    from skipit.train.collate import Collator as Collator
-    from skipit.train.collate import batches as batches
+    from skipit.train.adapter import load as load
     from skipit.train.config import TrainConfig as TrainConfig
+    from skipit.train.data.collate import Collator as Collator
+    from skipit.train.data.collate import batches as batches
     from skipit.train.run import train as train
+
+    from .router import Gated as Gated
+    from .router import RouterConfig as RouterConfig
+    from .router import SkipItError as SkipItError
+    from .router import Trace as Trace
+    from .router import attach as attach
+    from .router import detach as detach
+    from .router import running as running
+    from .router import set_gates as set_gates
 
 # Where each public name lives. They are imported when first used: `import skipit` itself loads neither torch
 # nor transformers.
 _PUBLIC = {
-    "Collator": "skipit.train.collate",
+    "Collator": "skipit.train.data.collate",
     "Gated": "skipit.router",
     "RouterConfig": "skipit.router",
     "SkipItError": "skipit.router",
     "Trace": "skipit.router",
     "TrainConfig": "skipit.train.config",
     "attach": "skipit.router",
-    "batches": "skipit.train.collate",
+    "batches": "skipit.train.data.collate",
     "calibrate": "skipit.theory.calibrate",
     "detach": "skipit.router",
-    "generate": "skipit.generation",
-    "load": "skipit.adapter",
+    "generate": "skipit.eval.measure.traced",
+    "load": "skipit.train.adapter",
     "make_plan": "skipit.theory.plan",
     "profile": "skipit.theory.profile",
     "running": "skipit.router",

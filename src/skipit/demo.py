@@ -6,22 +6,22 @@ from typing import Any
 
 import torch
 
-from skipit.router import find_router
-from skipit.router.artefact import new_directory, provenance, save_json
+from skipit.eval.compare import Comparison, compare
+from skipit.eval.measure.answer import answer
 from skipit.router.checkpoint import load, save_gated
 from skipit.router.config import KVPolicy
+from skipit.router.folders import new_directory, provenance, save_json
 from skipit.theory.artefact import save_plan, save_profile
 from skipit.theory.plan import Plan, make_plan
 from skipit.theory.profile import Profile
+from skipit.train.card import write_card
 from skipit.train.config import TrainConfig
+from skipit.train.data.sources import load_data, load_model
+from skipit.train.display import loading, progress, training_progress
+from skipit.train.export import export, gate_by_plan, profile_model
 from skipit.train.run import train
 
-from .answer import answer
-from .card import write_card
-from .compare import Comparison, compare
-from .display import loading, progress, training_progress
-from .pipeline import export, gate_by_plan, profile_model
-from .sources import load_data, load_model
+from .router import find_router
 
 PROFILE_ROWS = 192
 CALIBRATION_ROWS = 192
@@ -176,9 +176,8 @@ Ask it: {ask}"""
 
 
 def _plots(folder: Path, measured: Profile, result: Comparison, kv: KVPolicy) -> None:
+    from skipit.eval.compare import theory_tables
     from skipit.eval.plots import plot_layer_modality_heatmaps
-
-    from .compare import theory_tables
 
     tables = theory_tables(measured, kv)
     plot_layer_modality_heatmaps(

@@ -10,16 +10,8 @@ import torch
 from tiny_models import build, inputs
 
 from skipit.router import CheckpointError, RouterConfig, RouterConfigError, attach, find_router, gate_state, set_gates
-from skipit.router.artefact import save_tensors
-from skipit.router.checkpoint import (
-    GATES_FILE,
-    ROUTER_FILE,
-    attach_from,
-    load,
-    load_dense,
-    save_gated,
-    save_router,
-)
+from skipit.router.checkpoint import GATES_FILE, ROUTER_FILE, attach_from, load, load_dense, save_gated, save_router
+from skipit.router.folders import save_tensors
 from skipit.router.subclass import own_class
 
 GOOD = {"weight": torch.randn(4, 2, 32), "bias": torch.randn(4, 2)}

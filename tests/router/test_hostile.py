@@ -258,7 +258,7 @@ def test_headers(plain: Path, header: bytes) -> None:
 
 
 def test_our_reader_sees_what_safetensors_sees(plain: Path) -> None:
-    from skipit.router.artefact import tensor_names
+    from skipit.router.folders import tensor_names
 
     with safe_open(plain / "model.safetensors", "pt") as file:
         assert tensor_names(plain / "model.safetensors") == set(file.keys())

@@ -17,8 +17,8 @@ from hypothesis import strategies as st
 from tiny_models import build
 
 from skipit.router import RouterConfig, SkipItError, attach, detach
-from skipit.router.artefact import load_tensors, tensor_names
 from skipit.router.checkpoint import GATES_FILE, ROUTER_FILE, attach_from, load, save_gated
+from skipit.router.folders import load_tensors, tensor_names
 
 FAST = settings(deadline=None, max_examples=150, suppress_health_check=list(HealthCheck))
 SLOW = settings(FAST, max_examples=700)

@@ -10,10 +10,10 @@ from PIL import Image
 from transformers import AutoProcessor, LlavaForConditionalGeneration
 
 import skipit
-from skipit.answer import answer, open_images
-from skipit.cli import main
-from skipit.compare import compare
-from skipit.router.artefact import load_json
+from skipit.cli.main import main
+from skipit.eval.compare import compare
+from skipit.eval.measure.answer import answer, open_images
+from skipit.router.folders import load_json
 from skipit.theory.artefact import load_plan, load_profile
 
 STEPS = ["load", "profile", "plan", "train", "export", "generate", "eval", "plots", "total"]

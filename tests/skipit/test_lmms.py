@@ -19,11 +19,11 @@ from datasets import Dataset, DatasetDict, Features, Image, Value
 from PIL import Image as Pictures
 
 import skipit
-from skipit.eval.runner import run_dataset
+from skipit.eval.measure.runner import run_dataset
 from skipit.router import InputError, RouterConfig, RouterConfigError, attach, gate_state, running, set_gates
-from skipit.sources import load_data, load_model
 from skipit.theory.cost import CostModel
-from skipit.train.collate import Collator
+from skipit.train.data.collate import Collator
+from skipit.train.data.sources import load_data, load_model
 
 INSTALLED = find_spec("lmms_eval") is not None
 TWELVE = {"max_new_tokens": 12, "temperature": 0, "do_sample": False, "until": ["\n\n"]}

@@ -27,7 +27,7 @@ from skipit.router.errors import CheckpointError, DecoderNotFoundError, InputErr
 from skipit.theory.artefact import load_backbone, load_profile, save_backbone
 from skipit.theory.backbone import find_stack, profile_backbone
 from skipit.theory.profile import profile
-from skipit.train.collate import Collator, batches
+from skipit.train.data.collate import Collator, batches
 from skipit.train.reference.data import reference_dataset
 from skipit.train.reference.model import WEIGHTS
 

@@ -9,8 +9,8 @@ import tiny_models
 import torch
 from torch import Tensor
 
-from skipit.router.artefact import load_json, load_tensors, save_tensors
 from skipit.router.errors import CheckpointError, InputError
+from skipit.router.folders import load_json, load_tensors, save_tensors
 from skipit.theory.partial import RECORD, SUMS, Partial
 from skipit.theory.profile import Profile, profile
 

@@ -11,20 +11,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from skipit.router import InputError, attach, detach
-from skipit.sources import load_data, load_model
 from skipit.theory.bounds import probe_gap_bound
 from skipit.theory.pooling import SITES, Pool, PooledStates, join, pool_states
-from skipit.theory.probes import (
-    FEWEST,
-    Probes,
-    fit_probe,
-    halves,
-    held_out,
-    mean_and_error,
-    prior_loss,
-    probe_states,
-)
-from skipit.train.collate import Collator, batches
+from skipit.theory.probes import FEWEST, Probes, fit_probe, halves, held_out, mean_and_error, prior_loss, probe_states
+from skipit.train.data.collate import Collator, batches
+from skipit.train.data.sources import load_data, load_model
 
 ROWS, DIM = 400, 16
 TEXT, VISION, LAST = range(3)

@@ -10,7 +10,7 @@ from torch import Tensor
 from skipit.router.errors import InputError
 from skipit.theory.plan import make_plan
 from skipit.theory.profile import Profile, profile
-from skipit.train.collate import Collator, batches
+from skipit.train.data.collate import Collator, batches
 
 LENGTH = 10
 

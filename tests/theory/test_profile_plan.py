@@ -27,7 +27,7 @@ from skipit.router import (
     running,
     set_gates,
 )
-from skipit.router.artefact import save_tensors
+from skipit.router.folders import save_tensors
 from skipit.theory.artefact import check_same_model, load_plan, load_profile, save_plan, save_profile
 from skipit.theory.calibrate import calibrate, default_threshold, measured_share
 from skipit.theory.cost import CostModel

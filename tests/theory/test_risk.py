@@ -10,14 +10,7 @@ from hypothesis import strategies as st
 from scipy.stats import binom
 
 from skipit.router import InputError
-from skipit.theory.risk import (
-    allowed_errors,
-    certify,
-    check_rows,
-    learn_then_test,
-    samples_to_certify,
-    threshold_grid,
-)
+from skipit.theory.risk import allowed_errors, certify, check_rows, learn_then_test, samples_to_certify, threshold_grid
 
 # No deadline: the first example pays for imports, and a busy machine is no error.
 examples = settings(max_examples=60, deadline=None)

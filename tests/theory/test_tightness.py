@@ -8,7 +8,7 @@ import torch
 from skipit.router.checkpoint import load_dense
 from skipit.theory.profile import profile
 from skipit.theory.tightness import Tightness, from_model, from_tables, show
-from skipit.train.collate import Collator, batches
+from skipit.train.data.collate import Collator, batches
 from skipit.train.reference.data import reference_dataset
 from skipit.train.reference.model import WEIGHTS
 

@@ -200,7 +200,7 @@ def test_deepspeed_is_forgotten(work: Path) -> None:
     """Else every later `Trainer` of the process would be one with DeepSpeed."""
     program = f"""
 import os
-from skipit.cli import main
+from skipit.cli.main import main
 line = "train model reference --plan plan {" ".join(TRAIN)} --batch-size 8 --out".split()
 before = dict(os.environ)
 assert main([*line, "first", "--deepspeed", "zero2"]) == 0
@@ -339,7 +339,7 @@ class TestDeepSpeedConfig:
 
 
 def test_what_is_asked_for_is_checked_before_a_model_is_loaded(tmp_path: Path) -> None:
-    from skipit.cli import main
+    from skipit.cli.main import main
 
     assert main(["train", "/no/model", "reference", "--processes", "2", "--out", str(tmp_path / "run")]) == 1
     assert not re.search("run", " ".join(path.name for path in tmp_path.iterdir()))

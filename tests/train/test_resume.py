@@ -187,7 +187,7 @@ KILLED = """
 import os, random, signal, sys, time
 from pathlib import Path
 import accelerate, datasets, peft, torch, transformers
-from skipit.cli import main
+from skipit.cli.main import main
 from skipit.train.trainer import last_checkpoint
 
 torch.set_num_threads(1)

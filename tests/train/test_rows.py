@@ -16,8 +16,8 @@ from transformers import LlavaForConditionalGeneration, TrainerCallback
 from skipit.router import InputError
 from skipit.theory.identity import fingerprint
 from skipit.theory.plan import Plan
-from skipit.train.collate import Broken, Collator, Rows, RowStream, training_rows
 from skipit.train.config import TrainConfig
+from skipit.train.data.collate import Broken, Collator, Rows, RowStream, training_rows
 from skipit.train.reference.data import reference_dataset
 from skipit.train.reference.model import build_model, build_processor
 from skipit.train.run import train

@@ -31,8 +31,8 @@ from skipit.theory.calibrate import measured_share
 from skipit.theory.cost import CostModel
 from skipit.theory.identity import fingerprint
 from skipit.theory.plan import Plan
-from skipit.train.collate import Collator, batches
 from skipit.train.config import TrainConfig
+from skipit.train.data.collate import Collator, batches
 from skipit.train.launch import training_arguments
 from skipit.train.objective import answer_losses, answer_targets
 from skipit.train.reference.data import reference_dataset
@@ -358,7 +358,7 @@ def test_a_checkpoint_in_fp16_is_trained_in_the_runs_precision(
 ) -> None:
     """As stored it would be loaded in fp16."""
     import skipit.train.run
-    from skipit.cli import main
+    from skipit.cli.main import main
 
     copy.deepcopy(base).half().save_pretrained(tmp_path / "model")
     processor.save_pretrained(tmp_path / "model")

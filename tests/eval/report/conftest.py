@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 
-from skipit.evaluation import Request, evaluate
-from skipit.pipeline import export_plan, profile_model
-from skipit.sources import load_data, load_model
+from skipit.eval.evaluate import Request, evaluate
 from skipit.theory.artefact import save_plan, save_profile
 from skipit.theory.plan import make_plan
+from skipit.train.data.sources import load_data, load_model
+from skipit.train.export import export_plan, profile_model
 
 
 def entry(system: str, accuracy: float, compute: float, **more: Any) -> dict[str, Any]:
@@ -64,7 +64,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
         save_plan(make_plan(measured, 0.6, init=init), at / f"plan-{name}")
         export_plan(at / f"plan-{name}", "reference", at / name)
     for folder, summary in (
-        ("baselines", {"entries": ENTRIES, "made_by": {"command": "python -m skipit.baselines --seeds 0 1 2"}}),
+        ("baselines", {"entries": ENTRIES, "made_by": {"command": "scripts/study peers --seeds 0 1 2"}}),
         ("transfer", {"figures": TRANSFER, "kinds": ["cell"], "made_by": {}}),
     ):
         (at / folder).mkdir()

@@ -6,11 +6,11 @@ from typing import Any
 
 import pytest
 
-from skipit.eval.paired import paired_difference
 from skipit.eval.report import claims, controlled, inputs, rivals, tracking, transfer
 from skipit.eval.report.cost import cost, saving
 from skipit.eval.report.maps import heat_maps
 from skipit.eval.report.part import Missing, Part, number, p_value, plural, points
+from skipit.eval.statistics import paired_difference
 
 pytestmark = pytest.mark.usefixtures("undrawn")
 

@@ -135,7 +135,7 @@ def test_how_it_was_made(values: dict[str, Any], outline: Outline) -> None:
     text = "".join(outline.text)
     assert values["made"]["eval"]["command"] in text
     assert values["made"]["eval"]["hardware"] in text
-    assert "python -m skipit.baselines --seeds 0 1 2" in text
+    assert "scripts/study peers --seeds 0 1 2" in text
     assert "seed 0" in text
     for name in ("eval", "checkpoint", "profile", "baselines", "transfer", "also-1", "also-2", "also-3"):
         assert f"made-{name}" in outline.ids
@@ -155,9 +155,9 @@ def test_what_was_not_measured_is_absent_and_says_what_to_run(values: dict[str, 
     for command in (
         "skipit profile reference reference --out PROFILE",
         "--profile PROFILE --out DIR",
-        "python -m skipit.baselines --latency --out BASELINES",
+        "scripts/study peers --latency --out BASELINES",
         "--baselines BASELINES --out DIR",
-        "python -m skipit.transfer --out TRANSFER",
+        "scripts/study transfer --out TRANSFER",
         "--transfer TRANSFER --out DIR",
     ):
         assert command in text, command
@@ -167,8 +167,8 @@ def test_what_was_not_measured_is_absent_and_says_what_to_run(values: dict[str, 
 def test_commands_it_names_parse(values: dict[str, Any]) -> None:
     import shlex
 
-    from skipit.arguments import build_parser
-    from skipit.cli import RUNS
+    from skipit.cli.main import RUNS
+    from skipit.cli.options import build_parser
 
     for name in MEASURED:
         values.pop(name)

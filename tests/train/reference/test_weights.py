@@ -10,8 +10,8 @@ from transformers import AutoProcessor, LlavaForConditionalGeneration
 
 from skipit.train.reference.data import reference_dataset
 from skipit.train.reference.model import WEIGHTS, build_processor
-from skipit.train.reference.pretrain import exact_match
 from skipit.train.reference.questions import KINDS
+from studies.pretrain.training import exact_match
 
 AIMS = {"cell": 0.96, "row": 0.96, "compare": 0.96, "grid": 0.92, "sum": 0.90, "count": 0.75}
 
@@ -54,7 +54,7 @@ def test_it_answers_questions_about_held_out_scans(loaded: tuple[Any, Any, dict[
 def test_the_card_says_how_good_and_how_made() -> None:
     card = (WEIGHTS / "README.md").read_text(encoding="utf-8")
     assert all(kind in card for kind in KINDS)
-    for said in ("layers dropped", "scripts/pretrain_reference", "CC BY 4.0", "license: apache-2.0"):
+    for said in ("layers dropped", "scripts/study pretrain", "CC BY 4.0", "license: apache-2.0"):
         assert said in card
 
 

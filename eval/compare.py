@@ -1,0 +1,185 @@
+"""A dense model and gated ones on the same rows: accuracy, executed FLOPs, milliseconds, agreement with the theory."""
+
+import io
+import math
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any
+
+from skipit.eval.claims.tracking import Tracking, track
+from skipit.eval.measure.latency import Latency, Subject, time_models
+from skipit.eval.measure.runner import Outcome, run_dataset
+from skipit.eval.metrics.scores import agreement
+from skipit.router import find_router
+from skipit.theory.cost import CostModel
+from skipit.theory.plan import skip_set
+from skipit.theory.profile import Profile
+from skipit.train.data.collate import Collator, Rows
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Figures by model name; "dense" is the untouched model.
+
+    Attributes:
+        outcomes: answers, accuracy and executed FLOPs.
+        latency: of one row.
+        same_answer: share of rows answered as the dense model does.
+        tracking: of the skips against the theory; empty without a profile.
+    """
+
+    outcomes: dict[str, Outcome]
+    latency: dict[str, Latency]
+    same_answer: dict[str, float]
+    tracking: dict[str, Tracking]
+
+    def to_json(self) -> dict[str, Any]:
+        """Everything but the answers."""
+        return {
+            name: {
+                **outcome.to_json(),
+                "same_answer": self.same_answer[name],
+                "latency": self.latency[name].to_json(),
+                "tracking": self.tracking[name].to_json() if name in self.tracking else None,
+            }
+            for name, outcome in self.outcomes.items()
+        }
+
+    def table(self) -> str:
+        """The figures as a text table, one column per model, with what they mean below."""
+        from rich.console import Console
+        from rich.markup import escape
+        from rich.table import Table
+
+        rows = len(next(iter(self.outcomes.values())).answers)
+        table = Table(title=f"{rows} held-out rows", title_justify="left")
+        table.add_column("")
+        for name in self.outcomes:
+            table.add_column(escape(name), justify="right")
+        for label, values in self._figures():
+            table.add_row(escape(label), *values)
+        if self.tracking:
+            table.add_section()
+            for label, values in self._agreement():
+                table.add_row(label, *values)
+        text = io.StringIO()
+        Console(file=text, width=max(100, 40 + 16 * len(self.outcomes))).print(table)
+        drawn = "\n".join(line.rstrip() for line in text.getvalue().splitlines())
+        return "\n".join([drawn, *self._notes()])
+
+    def _figures(self) -> list[tuple[str, list[str]]]:
+        outcomes = list(self.outcomes.values())
+        lines = [("accuracy", [f"{o.accuracy:.1%}" for o in outcomes])]
+        if len(outcomes[0].by_kind) > 1:
+            lines += [(f"  {kind}", [f"{o.by_kind[kind]:.1%}" for o in outcomes]) for kind in outcomes[0].by_kind]
+        lines.append(("same answer as dense", [f"{self.same_answer[name]:.1%}" for name in self.outcomes]))
+        lines.append(("decoder FLOPs executed", [f"{o.compute:.1%}" for o in outcomes]))
+        times = [self.latency[name] for name in self.outcomes]
+        lines.append(("prefill, ms (speed-up)", [f"{t.prefill_ms:.2f} ({t.prefill_speed_up:.2f}x)" for t in times]))
+        lines.append(("decode step, ms (speed-up)", [f"{t.decode_ms:.2f} ({t.decode_speed_up:.2f}x)" for t in times]))
+        return lines
+
+    def _agreement(self) -> list[tuple[str, list[str]]]:
+        def line(label: str, cell: Callable[[Tracking], str]) -> tuple[str, list[str]]:
+            return label, [cell(self.tracking[name]) if name in self.tracking else "" for name in self.outcomes]
+
+        def correlation(table: str) -> Callable[[Tracking], str]:
+            return lambda tracking: _number(tracking.tables[table]["all"].spearman.value, "+.2f")
+
+        def p_values(tracking: Tracking) -> str:
+            estimate = tracking.tables["damage"]["all"].spearman
+            return ", ".join("<0.001" if p < 0.001 else _number(p, ".3f") for p in (estimate.p, estimate.p_shift))
+
+        return [
+            line("skips, rank corr. with damage of a skip", correlation("damage")),
+            line("  p, p_shift", p_values),
+            line("  with geometric redundancy", correlation("geometric")),
+            line("  with cross-attention", correlation("cross-attention")),
+            line("  AUROC of the theory's skip set", lambda t: _number(t.theory_set["all"].value, ".2f")),
+        ]
+
+    def _notes(self) -> list[str]:
+        repeats = next(iter(self.latency.values())).repeats
+        notes = [f"ms: medians of {repeats} interleaved repeats of one row. Speed-up: over dense, pair by pair."]
+        if self.tracking:
+            notes += [
+                "Rank corr.: Spearman over (layer, modality) units; negative: redundant units are skipped more.",
+                "p: against random orders of units; p_shift: against shifts along depth, which keep neighbours.",
+                "AUROC: do the most skipped units separate the theory's skip set at equal FLOPs? 0.5 is chance.",
+            ]
+        return notes
+
+
+def _number(value: float, style: str) -> str:
+    return "undefined" if math.isnan(value) else format(value, style)
+
+
+def compare(
+    dense: Any,
+    gated: Mapping[str, Any],
+    processor: Any,
+    rows: Any,
+    profile: Profile | None,
+    *,
+    batch_size: int = 32,
+    repeats: int = 15,
+    contexts: Mapping[str, Callable[[], AbstractContextManager[Any]]] | None = None,
+    progress: Callable[[int], None] = lambda rows: None,
+) -> Comparison:
+    """Answer the same rows with an untouched dense model and with gated ones.
+
+    Args:
+        dense: without gates.
+        gated: models with gates by name.
+        processor: of all of them.
+        rows: in the conversational vision format; optionally with `answer`, instead of the completion, and `kind`.
+        profile: of the dense model; its tables are compared with the learned skips.
+        batch_size: rows per call of `generate`.
+        repeats: of the timing.
+        contexts: what a gated model runs in, such as `lambda: running(budget=0.5)`.
+        progress: called with the number of rows of each finished batch.
+
+    Raises:
+        InputError: a row cannot be read or has neither an answer nor a completion; the message names it.
+    """
+    rows = Rows(rows)
+    collate = Collator(processor, with_completion=False)
+    costs = CostModel.of(dense)
+    contexts = contexts or {}
+    outcomes = {
+        "dense": run_dataset(dense, processor, rows, collate, costs, "retain", batch_size=batch_size, progress=progress)
+    }
+    subjects = {"dense": Subject(dense)}
+    tracking = {}
+    for name, model in gated.items():
+        kv = find_router(model)[1].config.kv
+        subjects[name] = Subject(model, contexts[name]) if name in contexts else Subject(model)
+        with subjects[name].context():
+            outcomes[name] = run_dataset(
+                model, processor, rows, collate, costs, kv, batch_size=batch_size, progress=progress
+            )
+        if profile is not None:
+            skip_rate = outcomes[name].skip_rate.numpy()
+            tracking[name] = track(skip_rate, theory_tables(profile, kv), theory_skips(profile, outcomes[name], kv))
+    first = {name: value.to(dense.device) for name, value in collate([rows[0]]).items()}
+    latency = time_models(subjects, first, repeats=repeats)
+    same = {name: agreement(outcomes["dense"].answers, outcome.answers) for name, outcome in outcomes.items()}
+    return Comparison(outcomes, latency, same, tracking)
+
+
+def theory_tables(profile: Profile, kv: str) -> dict[str, Any]:
+    """The profile's tables that predict skips, small where redundant; cross-attention belongs to vision units."""
+    tables = profile.tables
+    var = tables["var_text"][:, None].expand(-1, 2).clone()
+    var[:, 0] = float("nan")  # the notion is about vision keys
+    return {
+        "damage": tables[f"damage_{kv}"].numpy(),
+        "geometric": tables["geometric"].numpy(),
+        "cross-attention": var.numpy(),
+    }
+
+
+def theory_skips(profile: Profile, outcome: Outcome, kv: Any) -> Any:
+    """The units that the theory would skip to spend what a model spent, bool [layers, modalities]."""
+    return (~skip_set(profile, min(1.0, max(outcome.compute, 1e-3)), kv)).numpy()

@@ -1,0 +1,1 @@
+"""Running models and counting: answers, what was executed, time, and controlled skipping."""

@@ -1,0 +1,268 @@
+"""What skipit would find in a model, from its configuration alone: no weights are read, none are made."""
+
+from dataclasses import asdict, dataclass
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Group
+from rich.table import Table
+
+from skipit.router import MODALITIES, RouterConfig, SkipItError, attach, detach
+from skipit.router.attention import SUPPORTED
+from skipit.router.checkpoint import ROUTER_FILE
+from skipit.router.decoder import find_decoder, layer_kinds
+from skipit.router.errors import CheckpointError, UnsupportedModelError
+from skipit.router.modality import PLACEHOLDERS
+from skipit.theory.cost import CostModel
+from skipit.train.data.sources import resolve_model
+
+
+@dataclass(frozen=True)
+class LayerFacts:
+    """One decoder layer.
+
+    Attributes:
+        kind: of its attention, in transformers' names.
+        name: its class.
+        parameters: its own weights.
+        gate_parameters: what a gate adds.
+        flops_per_token: all linear maps; a multiply-accumulate is 2 FLOPs.
+        flops_per_key: attention, for each key that a token sees.
+        flops_if_skipped: per token that skips it under `retain`: its keys and values; `evict` spends nothing.
+        kv_bytes: of cache per token; none where keys and values come from images.
+        flops_per_image_state: keys and values of images, in a cross-attention layer; whatever tokens do.
+    """
+
+    kind: str
+    name: str
+    parameters: int
+    gate_parameters: int
+    flops_per_token: float
+    flops_per_key: float
+    flops_if_skipped: float
+    kv_bytes: int
+    flops_per_image_state: float
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """What a model's configuration says.
+
+    Attributes:
+        model: what was asked for.
+        name: class of the model.
+        model_type: of its configuration.
+        dtype: in which its weights are stored; bytes are counted in it.
+        parameters: of the whole model.
+        decoder: dotted path of the decoder layers.
+        layers: of the decoder, in order.
+        vision_tokens: the placeholders of image and video features in `input_ids`, by their name in the configuration.
+        attention: whether each attention implementation of the model can run gated.
+        refused: why gates cannot be attached; None if they can.
+        router: settings of the gates beside the configuration, if it is a gated checkpoint.
+    """
+
+    model: str
+    name: str
+    model_type: str
+    dtype: str
+    parameters: int
+    decoder: str
+    layers: tuple[LayerFacts, ...]
+    vision_tokens: dict[str, int]
+    attention: dict[str, bool]
+    refused: str | None
+    router: dict[str, Any] | None
+
+    @property
+    def share_if_skipped(self) -> float:
+        """FLOPs in linear maps of a token that skips every layer under `retain`, of those of one that runs them."""
+        return sum(layer.flops_if_skipped for layer in self.layers) / sum(x.flops_per_token for x in self.layers)
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values, with totals over the layers."""
+        names = ("gate_parameters", "flops_per_token", "kv_bytes")
+        totals = {name: sum(getattr(layer, name) for layer in self.layers) for name in names}
+        return {**asdict(self), "supported": self.refused is None, "totals": totals}
+
+
+def inspect_model(source: str, layers: str | None = None) -> Inspection:
+    """Inspect a model on the meta device.
+
+    Args:
+        source: a folder with a config.json, a Hub id, or `reference`.
+        layers: dotted path of the decoder layers, where they are not found by themselves.
+
+    Raises:
+        CheckpointError: there is no configuration, or transformers does not know it.
+        UnsupportedModelError: it is not a vision-language model, transformers cannot build it, or what its layers cost
+            cannot be read off them.
+        DecoderNotFoundError: its decoder layers are not found; the message lists what could be named.
+    """
+    folder = resolve_model(source)
+    router_file = Path(folder) / ROUTER_FILE
+    router = RouterConfig.from_file(router_file) if router_file.is_file() else None
+    layers = layers or (router.layers if router else None)
+    config = _config(source, folder)
+    model = _on_meta(source, config)
+    path, decoder, found = find_decoder(model, layers)
+    refused = _refused(model, layers)
+    try:
+        costs = CostModel.of(model, layers).layers
+    except UnsupportedModelError as error:
+        # Why there can be no gates says more than that an attention is unlike others.
+        raise UnsupportedModelError(refused or str(error)) from error
+    width = int(decoder.config.hidden_size)  # type: ignore[union-attr, arg-type]
+    gate = len(MODALITIES) * (width + 1)
+    facts = tuple(
+        LayerFacts(
+            kind,
+            type(layer).__name__,
+            sum(p.numel() for p in layer.parameters()),
+            gate,
+            cost.linear,
+            cost.attention,
+            cost.keys_values,
+            cost.kv_bytes,
+            cost.image,
+        )
+        for kind, layer, cost in zip(layer_kinds(decoder.config), found, costs, strict=True)
+    )
+    return Inspection(
+        source,
+        type(model).__name__,
+        config.model_type,
+        str(model.dtype).removeprefix("torch."),
+        sum(p.numel() for p in model.parameters()),
+        path,
+        facts,
+        _vision_tokens(config),
+        _attention(model),
+        refused,
+        None if router is None else router.to_dict(),
+    )
+
+
+def _config(source: str, folder: str) -> Any:
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(folder)
+    except Exception as error:  # a configuration may be wrong in any way
+        raise CheckpointError(
+            f"model {source!r} has no configuration that transformers can read: {' '.join(str(error).split())}\n"
+            "Give a folder with a config.json, a Hub id, or `reference` for the embedded model."
+        ) from error
+
+
+def _on_meta(source: str, config: Any) -> Any:
+    from transformers import AutoModelForImageTextToText
+
+    if type(config) not in AutoModelForImageTextToText._model_mapping:
+        raise UnsupportedModelError(
+            f"model {source!r} is no vision-language model: `{config.model_type}` has no image-text-to-text class in "
+            "transformers. Its decoder can still have gates: attach(model)."
+        )
+    try:
+        with torch.device("meta"):
+            return AutoModelForImageTextToText.from_config(config, dtype=config.dtype or torch.float32)
+    except Exception as error:  # a configuration may be wrong in any way
+        raise UnsupportedModelError(f"model {source!r} cannot be built from its configuration: {error}") from error
+
+
+def _attention(model: Any) -> dict[str, bool]:
+    """Whether gated execution wraps each implementation that the model has."""
+    has = {
+        "eager": True,
+        "sdpa": model._supports_sdpa,
+        "flash_attention_2": model._supports_flash_attn,
+        "flex_attention": model._supports_flex_attn,
+    }
+    return {name: name in SUPPORTED for name, there in has.items() if there}
+
+
+def _vision_tokens(config: Any) -> dict[str, int]:
+    """Placeholders by name; several families give each two names."""
+    found: dict[str, int] = {}
+    for name in PLACEHOLDERS:
+        value = getattr(config, name, None)
+        twin = name.replace("_index", "_id")
+        if isinstance(value, int) and found.get(twin) != value:
+            found[name] = value
+    return found
+
+
+def _refused(model: Any, layers: str | None) -> str | None:
+    try:
+        attach(model, RouterConfig(layers=layers))
+    except SkipItError as error:
+        return str(error)
+    detach(model)
+    return None
+
+
+def inspection_table(found: Inspection) -> Group:
+    """What was found, to read: one line per stretch of equal layers, and what the columns mean."""
+    about = Table.grid(padding=(0, 2))
+    whole = found.to_json()["totals"]
+    vision = ", ".join(f"{name} {value}" for name, value in found.vision_tokens.items()) or "none in the configuration"
+    attention = ", ".join(f"{name}" + ("" if yes else " (not with gates)") for name, yes in found.attention.items())
+    lines = {
+        "model": f"{found.name} ({found.model_type}), {found.parameters:,} parameters in {found.dtype}",
+        "decoder": f"{found.decoder}, {len(found.layers)} layers",
+        "modalities": f"text; vision: {vision}",
+        "attention": attention,
+        "gates": f"{whole['gate_parameters']:,} parameters, one gate per layer, in fp32",
+        "per token": f"{_short(whole['flops_per_token'])} FLOPs in linear maps, {whole['kv_bytes']:,} bytes of K/V",
+        "supported": _SUPPORTED if found.refused is None else f"no: {found.refused}",
+    }
+    if found.router is not None:
+        points = ", ".join(found.router["operating_points"]) or "none"
+        lines["router"] = f"a gated checkpoint: K/V policy {found.router['kv']}, operating points: {points}"
+    for name, text in lines.items():
+        about.add_row(name, text)
+    table = Table("layers", "kind", "class", "FLOPs/token", "FLOPs/key", "if skipped", "K/V bytes", "gate parameters")
+    for column in table.columns[3:]:
+        column.justify = "right"
+    first = 0
+    for layer, equal in groupby(found.layers):
+        last = first + len(list(equal)) - 1
+        table.add_row(
+            str(first) if first == last else f"{first}-{last}",
+            layer.kind.removesuffix("_attention"),
+            layer.name,
+            _short(layer.flops_per_token),
+            _short(layer.flops_per_key),
+            _short(layer.flops_if_skipped),
+            f"{layer.kv_bytes:,}",
+            f"{layer.gate_parameters:,}",
+        )
+        first = last + 1
+    return Group(about, table, "\n".join(_legend(found)))
+
+
+_SUPPORTED = "yes, by its structure: a block, its attention or its MLP is skipped, keys and values retained or evicted"
+
+
+def _legend(found: Inspection) -> list[str]:
+    lines = [
+        "FLOPs/token: of one token, in the layer's linear maps; FLOPs/key: more for every key that it attends to.",
+        "if skipped: FLOPs of a token that skips the layer: under `retain` for its keys and values, "
+        f"{found.share_if_skipped:.0%} of running it; under `evict` none.",
+        f"K/V bytes: of the cache, per token that has keys and values there, in {found.dtype}.",
+    ]
+    images = {layer.flops_per_image_state for layer in found.layers} - {0.0}
+    if images:
+        costs = ", ".join(map(_short, sorted(images)))
+        lines.append(f"cross: keys and values are the images', once for all tokens: {costs} FLOPs per image state.")
+    return lines
+
+
+def _short(count: float) -> str:
+    """A count with three digits and a unit: 405M."""
+    for size, unit in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if count >= size:
+            return f"{count / size:.3g}{unit}"
+    return f"{count:g}"

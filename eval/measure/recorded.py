@@ -1,0 +1,185 @@
+"""Answering rows while keeping, for each of them, what was answered, how sure the model was and what it ran."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from skipit.eval.metrics.scores import exact_match_scores
+from skipit.router import InputError, Step
+from skipit.router.config import KVPolicy, Unit
+from skipit.router.trace import NO_IMAGES, ImageStates
+from skipit.theory.cost import CostModel, token_flops
+
+from .runner import answer_batches
+
+STRATA = ("text", "vision", "answer")
+
+Rows = Sequence[Mapping[str, Any]]
+Kinds = Callable[[Rows, dict[str, Tensor]], Mapping[str, Bool[Tensor, "batch seq"]]]
+"""From some rows and their inputs to kinds of their tokens, by name."""
+
+
+@dataclass(frozen=True)
+class Record:
+    """What ran for the rows of one batch, prompt and answer side by side.
+
+    Attributes:
+        run: whether a token ran a layer; False at padding.
+        stratum: 0 prompt text, 1 vision, 2 answer: an index of `STRATA`.
+        real: False at padding.
+        kinds: tokens by name of their kind; a token may have several or none. Pads do not count.
+        kv: what skipped tokens leave behind.
+        unit: what a token skips.
+        images: what cross-attention layers attend to.
+    """
+
+    run: Bool[Tensor, "layers batch seq"]
+    stratum: Int[Tensor, "batch seq"]
+    real: Bool[Tensor, "batch seq"]
+    kinds: Mapping[str, Bool[Tensor, "batch seq"]] = field(default_factory=dict)
+    kv: KVPolicy = "retain"
+    unit: Unit = "block"
+    images: ImageStates = NO_IMAGES
+
+    @classmethod
+    def of(
+        cls,
+        steps: Sequence[Step],
+        answer: Bool[Tensor, "batch seq"] | None = None,
+        kinds: Mapping[str, Bool[Tensor, "batch seq"]] | None = None,
+    ) -> "Record":
+        """Join the steps of one call: a whole input, or a prefill and the decoding steps after it.
+
+        Args:
+            steps: of one trace; rows that ended earlier than others should have been left out by
+                `skipit.eval.measure.runner.leave_out_finished`.
+            answer: which tokens of the first step are an answer (a whole input with labels); all later ones are.
+            kinds: of the first step's tokens, by name.
+
+        Raises:
+            InputError: no steps, more than one generation, or a mask of another shape than the first step.
+        """
+        if not steps or any(step.past == 0 for step in steps[1:]):
+            raise InputError(
+                f"`steps`: got {len(steps)} steps of {sum(step.past == 0 for step in steps)} calls, expected those of "
+                "one: a prefill and what was decoded after it. Record each batch with a trace of its own."
+            )
+        first = steps[0]
+        for name, mask in {"answer": answer, **(kinds or {})}.items():
+            if mask is not None and mask.shape != first.real.shape:
+                raise InputError(
+                    f"`{name}`: got a mask of shape {tuple(mask.shape)}, expected {tuple(first.real.shape)}, that of "
+                    "the first step's tokens (padding counted)."
+                )
+        stratum = first.modality if answer is None else first.modality.masked_fill(answer, 2)
+        later = [torch.full_like(step.modality, 2) for step in steps[1:]]
+        decoded = sum(step.real.shape[1] for step in steps[1:])
+        return cls(
+            torch.cat([step.run for step in steps], -1).cpu(),
+            torch.cat([stratum, *later], -1).cpu(),
+            torch.cat([step.real for step in steps], -1).cpu(),
+            {name: torch.nn.functional.pad(mask.cpu(), (0, decoded)) for name, mask in (kinds or {}).items()},
+            first.kv,
+            first.unit,
+            first.images,
+        )
+
+    def flops(
+        self, costs: CostModel, run: Float[Tensor, "layers batch seq"] | None = None
+    ) -> tuple[Float[Tensor, "batch seq"], Float[Tensor, "batch seq"]]:
+        """FLOPs per token over all layers, executed and dense; `run` may be another, soft one (rates)."""
+        run = self.run.double() if run is None else run
+        spent, full = token_flops(costs, run, self.real, self.kv, unit=self.unit, images=self.images)
+        return spent.sum(0), full.sum(0)
+
+
+@dataclass(frozen=True)
+class Recorded:
+    """What a model did with some rows.
+
+    Attributes:
+        answers: generated text, one per row.
+        right: whether each is the row's answer.
+        log_probability: of the generated tokens up to the end of the answer and with it, given those before: log of the
+            probability that this very answer would be drawn, in nats, at most 0.
+        tokens: how many they are.
+        records: what ran, batch by batch; none for a dense run, where everything does.
+    """
+
+    answers: list[str]
+    right: Bool[Tensor, " rows"]
+    log_probability: Float[Tensor, " rows"]
+    tokens: Int[Tensor, " rows"]
+    records: list[Record]
+
+    @property
+    def product(self) -> Float[Tensor, " rows"]:
+        """The probability of each answer as a whole, in [0, 1]: what should be the chance that it is right."""
+        return self.log_probability.exp()
+
+    @property
+    def mean(self) -> Float[Tensor, " rows"]:
+        """The geometric mean of the probabilities of an answer's tokens, in [0, 1]: long answers are not penalized."""
+        return (self.log_probability / self.tokens).exp()
+
+
+def record_rows(
+    model: Any,
+    processor: Any,
+    rows: Rows,
+    collate: Callable[[Rows], dict[str, Tensor]],
+    *,
+    kinds: Kinds | None = None,
+    batch_size: int = 32,
+    max_new_tokens: int = 16,
+    progress: Callable[[int], None] = lambda rows: None,
+    **options: Any,
+) -> Recorded:
+    """Answer every row greedily, as `run_dataset` does, and keep more of it.
+
+    Args:
+        model: gated, or dense.
+        processor: decodes answers.
+        rows: with the columns the collator needs, and `answer` or else `completion`.
+        collate: prompts only, padded on the left.
+        kinds: of the prompt's tokens, for `measure_adaptivity`.
+        batch_size: rows per call.
+        max_new_tokens: longest answer.
+        progress: called with the number of rows of each finished batch.
+        **options: of `skipit.running`: `policy`, `budget`, `mode`.
+
+    Raises:
+        InputError: there are no rows, or a row has no answer; the message names it.
+    """
+    answers: list[str] = []
+    wanted: list[str] = []
+    sums: list[Tensor] = []
+    counts: list[Tensor] = []
+    records: list[Record] = []
+    for batch in answer_batches(
+        model, processor, rows, collate, batch_size=batch_size, max_new_tokens=max_new_tokens, logits=True, **options
+    ):
+        answers, wanted = answers + batch.answers, wanted + batch.wanted
+        own = _until_end(batch.new, model.generation_config.eos_token_id)
+        chosen = [logits.float().log_softmax(-1) for logits in batch.logits]
+        picked = torch.stack([step.gather(-1, batch.new[:, at, None])[:, 0] for at, step in enumerate(chosen)], -1)
+        sums.append((picked.double() * own).sum(-1).cpu())
+        counts.append(own.sum(-1).cpu())
+        if batch.steps:
+            named = None if kinds is None else kinds(batch.rows, batch.inputs)
+            records.append(Record.of(batch.steps, kinds=named))
+        progress(len(batch.rows))
+    right = exact_match_scores(answers, wanted).bool()
+    return Recorded(answers, right, torch.cat(sums), torch.cat(counts), records)
+
+
+def _until_end(new: Int[Tensor, "batch new"], end: int | list[int] | None) -> Bool[Tensor, "batch new"]:
+    """Tokens of the answer with its end; what a batch appends while other rows go on is no part of it."""
+    if end is None:
+        return torch.ones_like(new, dtype=torch.bool)
+    ends = torch.isin(new, torch.tensor(end, device=new.device)).long()
+    return (ends.cumsum(-1) - ends) == 0

@@ -1,0 +1,217 @@
+"""Operating points of a gated checkpoint: a threshold for a budget, or one whose risk is certified."""
+
+import hashlib
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from skipit.eval.measure.certificate import Certificate, certify_thresholds, gate_logits
+from skipit.router import InputError, find_router
+from skipit.router.checkpoint import ROUTER_FILE, load, load_router
+from skipit.router.errors import CheckpointError
+from skipit.router.folders import load_json, provenance, save_json
+from skipit.theory.calibrate import with_operating_point
+from skipit.theory.identity import fingerprint
+from skipit.theory.risk import NotCertifiedError, allowed_errors, check_rows, threshold_grid
+from skipit.train.card import CERTIFICATES, PROVENANCE_FILE, shares_of, update_points
+from skipit.train.data.collate import Collator
+from skipit.train.export import add_operating_point
+
+GRID_ROWS = 32  # choose the thresholds to test, and are not tested on
+
+
+def certify_checkpoint(
+    folder: str | Path,
+    rows: Any,
+    risk: float,
+    confidence: float = 0.95,
+    *,
+    name: str = "certified",
+    seed: int = 0,
+    batch_size: int = 16,
+    max_new_tokens: int = 64,
+    overwrite: bool = False,
+    progress: Callable[[int], None] = lambda rows: None,
+) -> Certificate:
+    """Store the fastest threshold whose answers are certified to be the dense model's own.
+
+    With probability `confidence` over the draw of the rows, at most a share `risk` of new rows like these is answered
+    differently from the checkpoint's own dense model, in any token of its greedy answer. Labels are not needed.
+
+    Args:
+        folder: a gated checkpoint; its router_config.json gets the operating point, its certificates.json the record.
+        rows: held out, in the conversational vision format; of rows with the same images one is taken, because
+            several questions about one picture are not independent.
+        risk: in (0, 1).
+        confidence: in (0, 1).
+        name: of the operating point.
+        seed: of the order of rows, the first of which choose the thresholds.
+        batch_size: rows per call.
+        max_new_tokens: longest answer.
+        overwrite: replace an operating point of this name.
+        progress: called with the number of rows of each finished batch.
+
+    Returns:
+        The certificate, whose `chosen` is what was stored.
+
+    Raises:
+        NotCertifiedError: no threshold passes; the checkpoint is unchanged.
+        InputError: too few rows to certify anything, or a `name` that is a number.
+        CheckpointError: not a gated checkpoint, the name is taken, or the folder cannot be written.
+    """
+    folder = Path(folder)
+    if not name or _is_number(name):
+        raise InputError(f"`name`: got {name!r}, expected a word: numbers are the names of budgets.")
+    check_name(folder, name, overwrite)
+    order = independent_rows(rows, seed)
+    chosen, tested = order[:GRID_ROWS], order[GRID_ROWS:]
+    try:
+        check_rows(len(tested), risk, confidence)
+    except InputError as error:
+        raise InputError(
+            f"{error} Of {len(rows)} rows, {len(rows) - len(order)} have images that another has too, and "
+            f"{len(chosen)} choose the thresholds to test."
+        ) from error
+    model, processor = load(folder)
+    collate = Collator(processor, with_completion=False)
+    grid = threshold_grid(gate_logits(model, _select(rows, chosen), collate, batch_size))
+    certificate = certify_thresholds(
+        model,
+        _select(rows, tested),
+        collate,
+        grid=grid,
+        risk=risk,
+        confidence=confidence,
+        batch_size=batch_size,
+        max_new_tokens=max_new_tokens,
+        progress=progress,
+    )
+    if certificate.chosen is None:
+        raise NotCertifiedError(_refusal(certificate))
+    record = {**certificate.to_json(), "max_new_tokens": max_new_tokens, "seed": seed, "model": fingerprint(model)}
+    store_point(folder, name, certificate.chosen.threshold, record, certificate.chosen.compute)
+    return certificate
+
+
+def budget_checkpoint(
+    folder: str | Path, rows: Any, budget: float, *, batch_size: int = 16, overwrite: bool = False
+) -> float:
+    """Store the threshold that spends a budget on held-out rows, under the budget's own name.
+
+    Returns:
+        The share of dense FLOPs measured at it.
+
+    Raises:
+        CheckpointError: not a gated checkpoint, the budget is calibrated already, or the folder cannot be written.
+    """
+    folder, name = Path(folder), f"{budget:g}"
+    check_name(folder, name, overwrite)
+    model, processor = load(folder)
+    share = add_operating_point(model, processor, rows, budget, batch_size=batch_size)
+    store_point(folder, name, find_router(model)[1].config.operating_points[name], None, share)
+    return share
+
+
+def check_name(folder: Path, name: str, overwrite: bool) -> None:
+    """Refuse a name that is taken, before anything is measured.
+
+    Raises:
+        CheckpointError: not a gated checkpoint, or the name is taken.
+    """
+    config, _ = load_router(folder)
+    if name in config.operating_points and not overwrite:
+        raise CheckpointError(
+            f"{folder} has an operating point {name!r} already. Choose another name, or pass --overwrite to replace it."
+        )
+
+
+def independent_rows(rows: Any, seed: int = 0) -> list[int]:
+    """Numbers of rows in random order, one for each set of images; rows without images all count."""
+    seen: set[str] = set()
+    kept = []
+    for number in np.random.default_rng(seed).permutation(len(rows)).tolist():
+        key = _image_key(rows[number])
+        if key is None or key not in seen:
+            kept.append(number)
+        if key is not None:
+            seen.add(key)
+    return kept
+
+
+def store_point(
+    folder: Path, name: str, threshold: float, record: dict[str, Any] | None, share: float | None = None
+) -> None:
+    """Write an operating point into a checkpoint, and what is certified about it, or that nothing is.
+
+    Each file is replaced whole, the record first: whoever reads an operating point finds its record. The measured share
+    of dense FLOPs is noted beside how the checkpoint was made, and in the model card.
+
+    Raises:
+        CheckpointError: the folder cannot be written.
+    """
+    config, _ = load_router(folder)
+    path = folder / CERTIFICATES
+    records = load_json(path) if path.exists() else {}
+    records.pop(name, None)
+    if record is not None:
+        records[name] = {**record, "made_by": provenance()}
+    try:
+        if records or path.exists():
+            _replace(path, records)
+        provenance_path = folder / PROVENANCE_FILE
+        made = load_json(provenance_path) if provenance_path.is_file() else {}
+        shares = {**shares_of(made), **({} if share is None else {name: share})}
+        if made:
+            _replace(provenance_path, {**made, "calibrated_shares": shares})
+        changed = with_operating_point(config, name, threshold)
+        _replace(folder / ROUTER_FILE, changed.to_dict())
+        update_points(folder, changed, shares, records)
+    except OSError as error:
+        raise CheckpointError(f"{folder} cannot be written: {error}") from error
+
+
+def _replace(path: Path, values: dict[str, Any]) -> None:
+    new = path.with_name(f".{path.name}.new")
+    save_json(new, values)
+    os.replace(new, path)
+
+
+def _refusal(certificate: Certificate) -> str:
+    first = certificate.trials[0]
+    most = allowed_errors(certificate.rows, certificate.risk, 1 - certificate.confidence)
+    return (
+        f"no threshold is certified for a risk of {certificate.risk:g} with confidence {certificate.confidence:g}: at "
+        f"the safest one ({first.compute:.1%} of the dense decoder's FLOPs) {first.disagreements} of "
+        f"{certificate.rows} answers differ from the dense model's, at most {most} may. The checkpoint is unchanged. "
+        "Allow a higher --risk, give more --samples, or train longer."
+    )
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
+
+
+def _image_key(row: Any) -> str | None:
+    images = row.get("images")
+    if not images:
+        return None
+    digest = hashlib.blake2b(digest_size=16)
+    for image in images:
+        if isinstance(image, dict):
+            image = image.get("bytes") or image.get("path")
+        if isinstance(image, str):
+            image = image.encode()
+        data = image if isinstance(image, bytes) else np.ascontiguousarray(image).tobytes()
+        digest.update(len(data).to_bytes(8, "big") + data)
+    return digest.hexdigest()
+
+
+def _select(rows: Any, numbers: list[int]) -> Any:
+    return rows.select(numbers) if hasattr(rows, "select") else [rows[number] for number in numbers]

@@ -1,0 +1,262 @@
+"""Peers' static choices of what to skip, made to meet a measured budget, and what a choice does to answers and FLOPs.
+
+Every choice is one function of how much is skipped, x in [0, 1], that gives a run rate per unit: whole units in the
+peer's order, and of the next one a share of its tokens. So peers can be compared at equal measured FLOPs, not at the
+nearest number of layers. x is found by bisection on the FLOPs that gathered execution really spends.
+"""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+
+from skipit.router import Decision, SkipItError, Step, Trace, running
+from skipit.router.config import KVPolicy, Unit
+from skipit.theory.cost import CostModel, trace_compute
+from skipit.theory.labels import IGNORE, predicts_answer
+
+from .policies import UnitRates
+from .statistics import Similarities
+
+Rates = Float[Tensor, "layers modality"]
+Order = Sequence[Sequence[tuple[int, int]]]
+TOLERANCE = 0.002
+
+
+class OutOfReachError(SkipItError):
+    """A method cannot spend as little as the budget."""
+
+    def __init__(self, floor: float, budget: float) -> None:
+        super().__init__(f"budget {budget:g}: this method spends {floor:.3f} at least. Choose a larger budget for it.")
+        self.floor = floor
+
+
+@dataclass(frozen=True)
+class Static:
+    """What a peer skips, the same for every input.
+
+    Attributes:
+        rates: from the share x of what may be skipped to the run rate of each unit.
+        kv: what becomes of skipped keys and values. Where all tokens skip a layer nobody reads them: `evict`.
+        unit: what a token skips.
+        seed: of the draws for a unit that runs for a share of its tokens.
+    """
+
+    rates: Callable[[float], Rates]
+    kv: KVPolicy
+    unit: Unit = "block"
+    seed: int = 0
+
+    def at(self, x: float) -> dict[str, Any]:
+        """The options of `running` that skip the share x of what may be skipped."""
+        return {"policy": UnitRates(self.rates(x), self.seed), "kv": self.kv, "unit": self.unit}
+
+    def share(self, x: float, steps: Iterable[Step], costs: CostModel) -> float:
+        """The share of FLOPs that gathered execution spends then on the tokens of some steps."""
+        policy = UnitRates(self.rates(x), self.seed)
+        planned = []
+        for step in steps:
+            place = step.real.cumsum(-1) - 1
+            run = {layer: Decision(policy.runs(layer, place, step.modality)) for layer in range(len(policy.rate))}
+            planned.append(replace(step, kv=self.kv, unit=self.unit, decisions=run))
+        return share_of(planned, costs)
+
+
+def in_order(order: Order, layers: int) -> Callable[[float], Rates]:
+    """Rates that skip groups of units one after another.
+
+    Example:
+        >>> in_order([[(1, 0), (1, 1)], [(0, 1)]], layers=2)(0.75).tolist()
+        [[1.0, 0.5], [0.0, 0.0]]
+    """
+
+    def rates(x: float) -> Rates:
+        table = torch.ones(layers, 2)
+        for place, group in enumerate(order):
+            for unit in group:
+                table[unit] = min(1.0, max(0.0, 1 - (x * len(order) - place)))
+        return table
+
+    return rates
+
+
+def best_block(angles: Float[Tensor, "boundaries boundaries"]) -> Callable[[float], Rates]:
+    """Rates that skip one block of consecutive layers: of this length, the one over which the last token turns least.
+
+    Args:
+        angles: of `Similarities`.
+    """
+    layers = len(angles) - 1
+
+    def rates(x: float) -> Rates:
+        table = torch.ones(layers, 2)
+        length = min(layers, int(-(-x * layers // 1)))
+        if length:
+            start = int(angles.diagonal(length).argmin())
+            table[start : start + length] = 0.0
+            table[start + length - 1] = length - x * layers  # a part of the last one runs
+        return table
+
+    return rates
+
+
+def static_baselines(
+    found: Similarities, contribution: Float[Tensor, "layers modality"], seed: int, draws: int = 5
+) -> dict[str, list[Static]]:
+    """The peers' static choices by name; the random one is drawn several times.
+
+    `random`: layers 1 to L - 2 in random order. `bi`: whole layers by least block influence (ShortGPT), `bi-vision`:
+    their vision tokens only. `angular`: one block of layers (Gromov et al.). `drop-attention`, `drop-mlp`: by largest
+    similarity (LLM-Drop). `shortv`: vision updates by least layer contribution. `vtw`: vision leaves from a layer on.
+
+    Args:
+        found: states compared on calibration rows.
+        contribution: ShortV's, of `layer_contribution`.
+        seed: of random layers.
+        draws: how many sets of random layers.
+    """
+    layers = len(found.influence)
+
+    def whole(scores: Tensor) -> Callable[[float], Rates]:
+        return in_order([[(layer, 0), (layer, 1)] for layer in scores.argsort(stable=True).tolist()], layers)
+
+    def vision(scores: Tensor) -> Callable[[float], Rates]:
+        return in_order([[(layer, 1)] for layer in scores.argsort(stable=True).tolist()], layers)
+
+    def random(draw: int) -> Static:
+        generator = torch.Generator().manual_seed(1000 * seed + draw)
+        middle = 1 + torch.randperm(layers - 2, generator=generator)
+        return Static(in_order([[(layer, 0), (layer, 1)] for layer in middle.tolist()], layers), "evict")
+
+    return {
+        "random": [random(draw) for draw in range(draws)],
+        "bi": [Static(whole(found.influence), "evict")],
+        "bi-vision": [Static(vision(found.vision_influence), "retain")],
+        "angular": [Static(best_block(found.angles), "evict")],
+        "drop-attention": [Static(whole(-found.attention), "evict", "attention")],
+        "drop-mlp": [Static(whole(-found.mlp), "evict", "mlp")],
+        "shortv": [Static(vision(contribution[:, 1]), "retain")],
+        "vtw": [Static(in_order([[(layer, 1)] for layer in reversed(range(layers))], layers), "evict")],
+    }
+
+
+def pmod_keep(layers: int, shift: float) -> Float[Tensor, " layers"]:
+    """p-MoD's share of vision tokens per layer: r = max(.5 + .5 cos(pi l / (L - 1)) + shift, .15), 1 where above .85.
+
+    Example:
+        >>> [round(share, 2) for share in pmod_keep(5, 0.0).tolist()]
+        [1.0, 1.0, 0.5, 0.15, 0.15]
+    """
+    ratio = 0.5 + 0.5 * torch.cos(torch.pi * torch.arange(layers) / (layers - 1)) + shift
+    return torch.where(ratio > 0.85, 1.0, ratio.clamp(min=0.15))
+
+
+def at_budget(
+    share: Callable[[float], float], budget: float, *, low: float = 0.0, high: float = 1.0, steps: int = 12
+) -> float:
+    """The point at which a share of FLOPs that falls with it meets a budget: the nearest one met in a bisection.
+
+    Args:
+        share: measures at a point.
+        budget: share of dense FLOPs.
+        low: where most is spent.
+        high: where least is spent.
+        steps: of the bisection.
+
+    Raises:
+        OutOfReachError: `high` spends more than the budget.
+    """
+    least = share(high)
+    if least > budget + TOLERANCE:
+        raise OutOfReachError(least, budget)
+    best, nearest = high, abs(least - budget)
+    for _ in range(steps):
+        if nearest <= TOLERANCE:
+            break
+        middle = (low + high) / 2
+        spent = share(middle)
+        if abs(spent - budget) < nearest:
+            best, nearest = middle, abs(spent - budget)
+        low, high = (middle, high) if spent > budget else (low, middle)
+    return best
+
+
+def with_gate_cost(costs: CostModel, gate: float, skipped: float = 0.0) -> CostModel:
+    """The costs of layers whose gate costs `gate` FLOPs per token, and what replaces a skipped layer `skipped`."""
+    layers = (replace(layer, gate=gate, keys_values=layer.keys_values + skipped) for layer in costs.layers)
+    return CostModel(tuple(layers))
+
+
+class Answers:
+    """Teacher-forced answers of one model on some batches, with what they cost.
+
+    Attributes:
+        predicted: per batch, the most likely token at each answer position; -100 elsewhere.
+        steps: per batch, what ran; empty for a dense run.
+    """
+
+    def __init__(self) -> None:
+        self.predicted: list[Tensor] = []
+        self.steps: list[Step] = []
+
+    def share(self, costs: CostModel) -> float:
+        """Executed share of the dense decoder's FLOPs; 1 for a dense run."""
+        if not self.steps:
+            return 1.0
+        return share_of(self.steps, costs)
+
+    def same(self, wanted: Sequence[Tensor]) -> float:
+        """Share of rows whose every answer token is as wanted, [batch, seq] per batch."""
+        return float(same_rows(self.predicted, wanted).double().mean())
+
+
+def same_rows(first: Sequence[Tensor], second: Sequence[Tensor]) -> Bool[Tensor, " rows"]:
+    """Whether every answer token of a row is the same in both, [batch, seq] per batch."""
+    return torch.cat([(one == other).all(-1) for one, other in zip(first, second, strict=True)])
+
+
+def share_of(steps: Iterable[Step], costs: CostModel) -> float:
+    """Executed share of the dense decoder's FLOPs over steps that are each a whole input."""
+    found = [trace_compute(costs, [step]) for step in steps]
+    return float(sum(c.executed.sum() for c in found) / sum(c.dense.sum() for c in found))
+
+
+Options = Callable[[dict[str, Tensor]], Mapping[str, Any]]
+
+
+@torch.no_grad()
+def answers(model: nn.Module, batches: Iterable[dict[str, Tensor]], options: Options) -> Answers:
+    """Run a model over batches with labels, in gathered execution.
+
+    Teacher-forced, which for exact match is what greedy generation gives. Answers do not decide for their prompt.
+
+    Args:
+        model: in eval mode.
+        batches: with labels.
+        options: of `running`, given the batch: most need nothing of it.
+    """
+    out = Answers()
+    device = next(model.parameters()).device
+    for batch in batches:
+        moved = {key: value.to(device) for key, value in batch.items()}
+        inputs = {key: value for key, value in moved.items() if key != "labels"}
+        labels, trace = moved["labels"], Trace()
+        with running(**{"mode": "gathered", "prompt": labels == IGNORE, "trace": trace, **options(moved)}):
+            logits = model(**inputs, use_cache=False).logits[:, :-1]
+        out.predicted.append(logits.argmax(-1).masked_fill(~predicts_answer(labels), IGNORE).cpu())
+        out.steps += trace.steps
+    return out
+
+
+def right(batches: Iterable[dict[str, Tensor]]) -> list[Tensor]:
+    """The right answers, as `Answers.same` takes them."""
+    return [batch["labels"][:, 1:].cpu() for batch in batches]
+
+
+def executed(steps: Sequence[Step]) -> Float[Tensor, " layers"]:
+    """Share of real tokens that ran each layer: the learned rates that a random control keeps."""
+    ran = torch.stack([step.run.double().sum((1, 2)) for step in steps]).sum(0)
+    return (ran / sum(float(step.real.sum()) for step in steps)).cpu()

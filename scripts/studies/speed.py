@@ -1,0 +1,270 @@
+"""Speed of gated execution on LLaVA-shaped models with random weights: scripts/study speed.
+
+Parts: `efficiency` (time saved for FLOPs saved, prefill and decoding), `schemes` (what peers do, on the same engine),
+`scaling` (image tokens and batch), `memory` (keys and values against the ideal, and the peak), `operators` (where the
+time of a prefill goes). Skips are spread evenly
+over tokens and layers, so that nothing is flattered by whole layers falling away, unless a row says otherwise. Every
+time is a median of interleaved repeats against the untouched model.
+"""
+
+import argparse
+import copy
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any, get_args
+
+import torch
+from torch import Tensor
+
+from skipit.eval.measure.latency import Subject, run_once, time_models
+from skipit.router import Decision, FixedUnits, Trace, attach, running
+from skipit.router.call import Call
+from skipit.router.config import KVPolicy
+from skipit.router.folders import provenance, save_json
+from skipit.router.gates import TokenGate
+from skipit.theory.cost import CostModel, trace_compute
+
+from .memory import cache_bytes, peak_bytes
+from .shapes import SHAPES, prompt, to_model
+
+UNTOUCHED, ATTACHED = "untouched", "gates attached, all run"
+DECODE_STEPS = 8
+TOP_OPERATORS = 12
+PARTS = ("efficiency", "schemes", "scaling", "memory", "operators")
+TEXT_TOKENS = 64
+
+
+@dataclass(frozen=True)
+class EvenShare:
+    """Runs a share of the tokens of every layer, spread evenly and differently in each layer.
+
+    Attributes:
+        share: of the tokens.
+        by_row: whole rows run or skip a layer together, as under sequence granularity.
+    """
+
+    share: float
+    by_row: bool = False
+
+    def decide(self, layer: int, hidden: Tensor, call: Call, gate: TokenGate) -> Decision:
+        """Run where a low-discrepancy sequence over (token or row, layer) lies below the share."""
+        rows = torch.arange(len(hidden), device=hidden.device)[:, None]
+        place = rows.expand_as(call.position) if self.by_row else call.position + 7 * rows
+        golden = (place.double() * 0.6180339887 + layer * 0.7548776662) % 1
+        return Decision(golden < self.share)
+
+
+def units(layers: int, skipped: int, modality: str) -> FixedUnits:
+    """A table that skips `skipped` of the layers, spread evenly and not the first: vision tokens or all of them."""
+    run = torch.ones(layers, 2, dtype=torch.bool)
+    for i in range(skipped):
+        layer = 1 + i * (layers - 1) // skipped
+        run[layer, 0 if modality == "all" else 1 :] = False
+    return FixedUnits(run)
+
+
+class Bench:
+    """An untouched model and its gated twin, and how to time both on one batch of prompts."""
+
+    def __init__(self, shape: str, batch: int, image_tokens: int, **size: int) -> None:
+        self.dense = SHAPES[shape](image_tokens=image_tokens, **size)
+        # The same weights in memory: what is run more often must not be what is nearer.
+        shared = {id(p): p for p in (*self.dense.parameters(), *self.dense.buffers())}
+        self.gated = copy.deepcopy(self.dense, shared)
+        attach(self.gated)
+        self.costs = CostModel.of(self.dense)
+        self.batch, self.image_tokens = batch, image_tokens
+        self.inputs = to_model(prompt(image_tokens, TEXT_TOKENS, batch), self.dense)
+
+    def flops_saved(self, options: dict[str, Any]) -> tuple[float, float]:
+        """Share of the dense decoder's FLOPs that a prefill, and a few decoding steps after it, do not execute."""
+        trace = Trace()
+        with torch.no_grad(), running(**options, trace=trace):
+            run_once(self.gated, self.inputs, DECODE_STEPS)
+        prefill, whole = trace_compute(self.costs, trace.steps[:1]), trace_compute(self.costs, trace.steps)
+        decode = (whole.executed - prefill.executed).sum() / (whole.dense - prefill.dense).sum()
+        return 1 - float(prefill.share), 1 - float(decode)
+
+    def time(self, cases: Mapping[str, dict[str, Any]], repeats: int) -> list[dict[str, Any]]:
+        """Time the untouched model, the gated one with everything running, and cases: options of `running` by name."""
+        subjects = {UNTOUCHED: Subject(self.dense), ATTACHED: Subject(self.gated)}
+        subjects |= {name: Subject(self.gated, _context(options)) for name, options in cases.items()}
+        saved = {name: self.flops_saved(options) for name, options in cases.items()}
+        times = time_models(subjects, self.inputs, repeats=repeats, decode_steps=DECODE_STEPS)
+        rows = []
+        for name, latency in times.items():
+            row = {"name": name, "batch": self.batch, "image_tokens": self.image_tokens, **latency.to_json()}
+            for kind, flops in zip(("prefill", "decode"), saved.get(name, (0.0, 0.0)), strict=True):
+                time = 1 - 1 / row[f"{kind}_speed_up"]
+                efficiency = time / flops if flops > 0.01 else None
+                row |= {f"{kind}_flops_saved": flops, f"{kind}_saved": time, f"{kind}_efficiency": efficiency}
+            rows.append(row)
+        return rows
+
+
+def efficiency(shape: str, batches: list[int], shares: list[float], repeats: int, **size: int) -> list[dict[str, Any]]:
+    """Time saved for FLOPs saved at several shares of tokens run, for both K/V policies."""
+    cases = {
+        f"{kv}, {1 - share:.0%} skipped": {"policy": EvenShare(share), "kv": kv}
+        for kv in get_args(KVPolicy)
+        for share in shares
+    }
+    return [row for batch in batches for row in Bench(shape, batch, 576, **size).time(cases, repeats)]
+
+
+def schemes(shape: str, batches: list[int], repeats: int, **size: int) -> list[dict[str, Any]]:
+    """What peers do, re-implemented as policies of this engine, all near 30 % of the prefill's FLOPs."""
+    out = []
+    for batch in batches:
+        bench = Bench(shape, batch, 576, **size)
+        layers = len(bench.costs.layers)
+        frozen, dropped = (units(layers, round(layers * s), of) for s, of in ((0.4, "vision"), (0.33, "all")))
+        cases: dict[str, dict[str, Any]] = {
+            "tokens, masked (multiplied by 0)": {"policy": EvenShare(0.65), "kv": "retain", "mode": "masked"},
+            "tokens, retain": {"policy": EvenShare(0.65), "kv": "retain"},
+            "tokens, evict": {"policy": EvenShare(0.7), "kv": "evict"},
+            "rows (sequence plans), evict": {"policy": EvenShare(0.7, by_row=True), "kv": "evict"},
+            "vision frozen in layers (ShortV)": {"policy": frozen, "kv": "retain"},
+            "layers dropped (ShortGPT)": {"policy": dropped, "kv": "evict"},
+            "attention only, evict": {"policy": EvenShare(0.2), "kv": "evict", "unit": "attention"},
+            "MLP only": {"policy": EvenShare(0.5), "unit": "mlp"},
+        }
+        out += bench.time(cases, repeats)
+    return out
+
+
+def scaling(shape: str, image_tokens: list[int], batches: list[int], repeats: int, **size: int) -> list[dict[str, Any]]:
+    """Time against image tokens at batch 1, and against batch at 576 image tokens, when a quarter of tokens run."""
+    cases = {f"{kv}, 25% of tokens run": {"policy": EvenShare(0.25), "kv": kv} for kv in get_args(KVPolicy)}
+    sizes = [(1, tokens) for tokens in image_tokens] + [(batch, 576) for batch in batches]
+    return [row for batch, tokens in sizes for row in Bench(shape, batch, tokens, **size).time(cases, repeats)]
+
+
+def memory(shape: str, shares: list[float], **size: int) -> list[dict[str, Any]]:
+    """Bytes of keys and values after a prompt, the ideal (tokens that run), and the peak of a forward pass."""
+    bench = Bench(shape, 1, 576, **size)
+    cases: dict[str, dict[str, Any]] = {ATTACHED: {}}
+    cases |= {
+        f"{kv}, {1 - share:.0%} skipped": {"policy": EvenShare(share), "kv": kv}
+        for kv in get_args(KVPolicy)
+        for share in shares
+    }
+    held, _ = cache_bytes(bench.dense, bench.inputs, bench.costs)
+    rows = [{"name": UNTOUCHED, "kv_bytes": held, "kv_ideal": held, "peak": peak_bytes(bench.dense, bench.inputs)}]
+    for name, options in cases.items():
+        with running(**options):
+            held, ideal = cache_bytes(bench.gated, bench.inputs, bench.costs)
+            rows.append(
+                {"name": name, "kv_bytes": held, "kv_ideal": ideal, "peak": peak_bytes(bench.gated, bench.inputs)}
+            )
+    return rows
+
+
+def operators(shape: str, repeats: int, **size: int) -> list[dict[str, Any]]:
+    """Where a prefill's time goes: milliseconds in each of torch's operators, medians over repeats, by case."""
+    from torch.profiler import ProfilerActivity, profile
+
+    bench = Bench(shape, 1, 576, **size)
+    cases: dict[str, dict[str, Any]] = {UNTOUCHED: {"mode": "dense"}, ATTACHED: {}}
+    cases |= {f"{kv}, 50% skipped": {"policy": EvenShare(0.5), "kv": kv} for kv in get_args(KVPolicy)}
+    spent: dict[str, dict[str, list[float]]] = {name: {} for name in cases}
+    for repeat in range(repeats + 1):
+        for name, options in cases.items():
+            with torch.no_grad(), running(**options), profile(activities=[ProfilerActivity.CPU]) as record:
+                bench.gated(**bench.inputs, use_cache=True, logits_to_keep=1)
+            if repeat:
+                for event in record.key_averages():
+                    spent[name].setdefault(event.key, []).append(event.self_cpu_time_total / 1000)
+    totals = {name: {op: median(ms) for op, ms in found.items()} for name, found in spent.items()}
+    names = {op for found in totals.values() for op in found}
+    order = sorted(names, key=lambda op: -max(found.get(op, 0) for found in totals.values()))
+    rows = [{"operator": op, **{name: totals[name].get(op, 0.0) for name in cases}} for op in order[:TOP_OPERATORS]]
+    rest = {name: sum(found.get(op, 0) for op in order[TOP_OPERATORS:]) for name, found in totals.items()}
+    return [*rows, {"operator": "all others", **rest}]
+
+
+def _context(options: dict[str, Any]) -> Callable[[], AbstractContextManager[Any]]:
+    return lambda: running(**options)
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """Times as a Markdown table."""
+    head = ["", "batch", "image tokens"]
+    for kind in ("prefill", "decode"):
+        head += [f"{kind} ms", "speed-up", "FLOPs saved", "time saved", "efficiency"]
+    lines = ["| " + " | ".join(head) + " |", "|---" + "|---:" * (len(head) - 1) + "|"]
+    for row in rows:
+        cells = [row["name"], str(row["batch"]), str(row["image_tokens"])]
+        for kind in ("prefill", "decode"):
+            ratio = row[f"{kind}_efficiency"]
+            cells += [
+                f"{row[f'{kind}_ms']:.1f}",
+                f"{row[f'{kind}_speed_up']:.2f}x",
+                f"{row[f'{kind}_flops_saved']:.1%}",
+                f"{row[f'{kind}_saved']:.1%}",
+                "-" if ratio is None else f"{ratio:.2f}",
+            ]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def memory_table(rows: list[dict[str, Any]]) -> str:
+    """Bytes as a Markdown table, in MB."""
+    lines = ["| | K/V MB | ideal MB | peak of a forward pass MB |", "|---|---:|---:|---:|"]
+    for row in rows:
+        lines.append(
+            f"| {row['name']} | {row['kv_bytes'] / 1e6:.1f} | {row['kv_ideal'] / 1e6:.1f} | {row['peak'] / 1e6:.0f} |"
+        )
+    return "\n".join(lines)
+
+
+def operator_table(rows: list[dict[str, Any]]) -> str:
+    """Milliseconds by operator as a Markdown table."""
+    names = [name for name in rows[0] if name != "operator"]
+    lines = [f"| ms | {' | '.join(names)} |", "|---" + "|---:" * len(names) + "|"]
+    for row in rows:
+        lines.append(f"| `{row['operator']}` | " + " | ".join(f"{row[name]:.1f}" for name in names) + " |")
+    lines.append("| *sum* | " + " | ".join(f"{sum(row[name] for row in rows):.1f}" for name in names) + " |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Print tables and optionally write JSON."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--part", nargs="+", choices=PARTS, default=None, help="(default efficiency)")
+    parser.add_argument("--shape", choices=tuple(SHAPES), default="small", help="(default %(default)s)")
+    parser.add_argument("--layers", type=int, default=None, help="fewer than the shape has")
+    parser.add_argument("--batch", type=int, nargs="+", default=[1], help="batch sizes (default 1)")
+    parser.add_argument("--image-tokens", type=int, nargs="+", default=[64, 256, 576, 1024, 2304], help="for scaling")
+    parser.add_argument("--repeats", type=int, default=7, help="(default %(default)s)")
+    parser.add_argument("--shares", type=float, nargs="+", default=[0.75, 0.5, 0.25], help="tokens that run each layer")
+    parser.add_argument("--out", type=Path, default=None, help="JSON file")
+    given = parser.parse_args()
+    size = {} if given.layers is None else {"layers": given.layers}
+    found: dict[str, list[dict[str, Any]]] = {}
+    for part in given.part or ["efficiency"]:
+        print(f"\n{part}: shape {given.shape}, {torch.get_num_threads()} threads, 64 text tokens")
+        if part == "memory":
+            found[part] = memory(given.shape, given.shares, **size)
+            print(memory_table(found[part]))
+            continue
+        if part == "operators":
+            found[part] = operators(given.shape, given.repeats, **size)
+            print(operator_table(found[part]))
+            continue
+        if part == "efficiency":
+            found[part] = efficiency(given.shape, given.batch, given.shares, given.repeats, **size)
+        elif part == "schemes":
+            found[part] = schemes(given.shape, given.batch, given.repeats, **size)
+        else:
+            found[part] = scaling(given.shape, given.image_tokens, given.batch, given.repeats, **size)
+        print(table(found[part]), flush=True)
+    if given.out is not None:
+        save_json(given.out, {**found, "threads": torch.get_num_threads(), "made_by": provenance()})
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,155 @@
+"""Answers and executed FLOPs over a data set: as of single rows, whatever the batch, and as the cost model says."""
+
+from typing import Any
+
+import pytest
+import torch
+from datasets import Dataset
+from torch import Tensor
+
+from skipit.eval.measure.runner import Outcome, leave_out_finished, right_answer, run_dataset
+from skipit.router import Decision, FixedUnits, Gated, Step, attach, detach
+from skipit.router.errors import InputError
+from skipit.theory.cost import CostModel
+from skipit.train.data.collate import Collator
+from skipit.train.data.sources import load_model
+from skipit.train.reference.data import reference_dataset
+
+LAYERS = 12
+
+
+@pytest.fixture(scope="module")
+def rows() -> Dataset:
+    return reference_dataset("test", 7)
+
+
+@pytest.fixture(scope="module")
+def reference() -> Any:
+    model, processor = load_model("reference")
+    attach(model)
+    return model, processor
+
+
+@pytest.fixture(scope="module")
+def run(reference: Any, rows: Dataset) -> Any:
+    def run(kv: Any = "retain", batch_size: int = 4, data: Any = rows, **options: Any) -> Outcome:
+        model, processor = reference
+        collate = Collator(processor, with_completion=False)
+        return run_dataset(model, processor, data, collate, CostModel.of(model), kv, batch_size=batch_size, **options)
+
+    return run
+
+
+def units(run: Tensor) -> FixedUnits:
+    return FixedUnits(run.expand(LAYERS, 2))
+
+
+EVERY_OTHER = torch.arange(LAYERS)[:, None] % 2 == 0
+
+
+def test_dense_and_all_run_are_the_model_itself(reference: Any, run: Any, rows: Dataset) -> None:
+    dense, everything = run(mode="dense"), run()
+    assert dense.answers == everything.answers
+    assert dense.accuracy == everything.accuracy >= 6 / 7
+    assert dense.compute == 1
+    assert everything.compute == pytest.approx(1, abs=0.005)
+    assert dense.compute_by_unit.eq(1).all()
+    for outcome in (dense, everything):
+        assert outcome.skip_rate.eq(0).all()
+    model, _ = reference
+    detach(model)
+    try:
+        plain = run()
+    finally:
+        attach(model)
+    assert (plain.answers, plain.compute) == (dense.answers, 1)
+
+
+def test_accuracy_is_counted_by_kind(run: Any, rows: Dataset) -> None:
+    outcome = run()
+    right = [answer == row["answer"] for answer, row in zip(outcome.answers, rows, strict=True)]
+    assert outcome.accuracy == pytest.approx(sum(right) / 7)
+    assert set(outcome.by_kind) == set(rows["kind"])
+    assert outcome.by_kind["cell"] == (right[0] + right[6]) / 2
+    assert run(data=[{**row, "kind": "x", "answer": "42"} for row in rows.select([0, 1])]).by_kind == {"x": 0}
+
+
+@pytest.mark.parametrize("kv", ["retain", "evict"])
+@pytest.mark.parametrize("policy", [units(EVERY_OTHER), Gated(5.5)], ids=["units", "gates"])
+def test_figures_do_not_depend_on_the_batch(run: Any, kv: str, policy: Any) -> None:
+    alone, together = run(kv, batch_size=1, policy=policy), run(kv, batch_size=7, policy=policy)
+    assert alone.answers == together.answers
+    assert alone.compute == pytest.approx(together.compute, abs=1e-6)
+    assert torch.allclose(alone.compute_by_unit, together.compute_by_unit, atol=1e-6)
+    assert torch.allclose(alone.skip_rate, together.skip_rate, atol=1e-6)
+
+
+def test_skipped_units_cost_what_the_policy_leaves_of_them(reference: Any, run: Any) -> None:
+    evict, retain = (run(kv, policy=units(EVERY_OTHER)) for kv in ("evict", "retain"))
+    assert evict.skip_rate.tolist() == retain.skip_rate.tolist() == [[layer % 2.0] * 2 for layer in range(LAYERS)]
+    cost = CostModel.of(reference[0]).layers[0]
+    left = evict.compute_by_unit[1::2]
+    assert left.max() < 2 * cost.gate / cost.linear, "the gates alone"
+    kept = (cost.keys_values + cost.gate) / cost.linear
+    assert torch.allclose(retain.compute_by_unit[1::2], torch.tensor(kept, dtype=torch.float64), rtol=0.1)
+    assert evict.compute_by_unit[::2].min() > 0.99
+    assert evict.compute == pytest.approx(0.5, abs=0.01)
+
+
+def test_nothing_runs(run: Any) -> None:
+    nothing = run("evict", policy=units(torch.zeros(LAYERS, 2, dtype=torch.bool)))
+    assert nothing.compute < 0.01
+    assert nothing.skip_rate.eq(1).all()
+    assert len(nothing.answers) == 7
+
+
+def test_json_and_progress(run: Any) -> None:
+    seen: list[int] = []
+    values = run(progress=seen.append).to_json()
+    assert seen == [4, 3]
+    assert set(values) == {"accuracy", "by_kind", "compute", "compute_by_unit", "skip_rate", "rows"}
+    assert values["rows"] == 7
+    assert torch.tensor(values["skip_rate"]).shape == (LAYERS, 2)
+
+
+def test_no_rows(run: Any) -> None:
+    with pytest.raises(InputError, match="the data set is empty; expected at least one row"):
+        run(data=[])
+
+
+def test_a_finished_row_counts_no_further() -> None:
+    def step(length: int) -> Step:
+        decisions = {0: Decision(torch.ones(2, length, dtype=torch.bool))}
+        return Step(torch.zeros(2, length, dtype=torch.long), torch.ones(2, length, dtype=torch.bool), 0, decisions)
+
+    def counted(end: Any) -> list[list[bool]]:
+        steps = [step(3), step(1), step(1), step(1)]
+        leave_out_finished(steps, torch.tensor([[5, 2, 0, 0], [6, 7, 8, 9]]), end)
+        assert steps[0].real.all()
+        return [one.real.flatten().tolist() for one in steps[1:]]
+
+    assert counted(2) == [[True, True], [False, True], [False, True]]
+    assert counted([2, 8]) == [[True, True], [False, True], [False, False]]
+    assert counted(None) == [[True, True]] * 3
+
+
+@pytest.mark.parametrize(
+    ("row", "expected"),
+    [
+        ({"answer": 7, "completion": "8"}, "7"),
+        ({"completion": " 8 \n"}, "8"),
+        ({"answer": None, "completion": [{"role": "assistant", "content": "a cat"}]}, "a cat"),
+        (
+            {"completion": [{"role": "assistant", "content": [{"type": "text", "text": "a "}, {"text": "cat"}]}]},
+            "a cat",
+        ),
+        ({"completion": [{"content": [{"type": "image", "text": None}]}]}, ""),
+    ],
+)
+def test_right_answer(row: dict[str, Any], expected: str) -> None:
+    assert right_answer(row, 3) == expected
+
+
+def test_no_right_answer() -> None:
+    with pytest.raises(InputError, match="row 3: no column answer or completion; found: images, text"):
+        right_answer({"images": [], "text": "?"}, 3)

@@ -1,0 +1,144 @@
+"""What MODEL and DATA may be, and what is said when they are something else."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pytest
+from datasets import Dataset, DatasetDict
+from datasets.utils import logging
+
+from skipit.router.errors import CheckpointError, InputError
+from skipit.train.data.collate import Collator
+from skipit.train.data.sources import load_data, load_held_out, load_model, name_model, resolve_model
+from skipit.train.reference.data import reference_dataset
+from skipit.train.reference.model import WEIGHTS, build_processor
+
+
+@pytest.fixture(scope="module")
+def rows() -> Dataset:
+    return reference_dataset("train", 6)
+
+
+def test_reference() -> None:
+    assert load_data("reference", "test", 3, seed=2)[:] == reference_dataset("test", 3, 2)[:]
+    assert resolve_model("reference") == str(WEIGHTS)
+    assert name_model("reference") == "reference"
+    model, processor = load_model("reference")
+    assert not model.training
+    assert processor.chat_template
+
+
+def test_a_folder_is_named_so_that_it_is_found_from_anywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "model").mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert name_model("model") == str(tmp_path / "model")
+    assert name_model("llava-hf/llava-1.5-7b-hf") == resolve_model("llava-hf/llava-1.5-7b-hf")
+
+
+def test_folders_of_one_split_and_of_several(rows: Dataset, tmp_path: Path) -> None:
+    rows.save_to_disk(tmp_path / "one")
+    DatasetDict({"train": rows, "dev": rows.select([4, 5])}).save_to_disk(tmp_path / "two")
+    assert load_data(str(tmp_path / "one"), "whatever")[:] == rows[:]
+    assert load_data(str(tmp_path / "two"), "dev")[:] == rows[4:6]
+    assert load_data(str(tmp_path / "two"), "train", samples=2)[:] == rows[:2]
+    assert len(load_data(str(tmp_path / "two"), "train", samples=200)) == 6
+    with pytest.raises(InputError, match=r"two' has no split 'test'; found: train, dev\."):
+        load_data(str(tmp_path / "two"), "test")
+
+
+def test_files(rows: Dataset, tmp_path: Path) -> None:
+    rows.to_parquet(tmp_path / "rows.parquet")
+    assert load_data(str(tmp_path / "rows.parquet"), "train", samples=4)[:] == rows[:4]
+    with (tmp_path / "rows.jsonl").open("w") as file:
+        for number, row in enumerate(rows):
+            row["images"][0].save(tmp_path / f"{number}.png")
+            text = row["prompt"][0]["content"][1]["text"]
+            line = {"images": [str(tmp_path / f"{number}.png")], "prompt": text, "completion": row["answer"]}
+            file.write(json.dumps(line) + "\n")
+    loaded = load_data(str(tmp_path / "rows.jsonl"), "train")
+    collate = Collator(build_processor())
+    ours, theirs = collate(list(loaded)), collate(list(rows))
+    assert all(ours[name].equal(theirs[name]) for name in theirs), "paths and texts stand for pictures and messages"
+
+
+COLUMNS = {"images": "photo", "prompt": "question"}
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_columns_by_other_names(rows: Dataset, tmp_path: Path, streaming: bool) -> None:
+    rows.rename_columns({"images": "photo", "prompt": "question"}).to_parquet(tmp_path / "rows.parquet")
+    source = str(tmp_path / "rows.parquet")
+    loaded = load_data(source, "train", columns={**COLUMNS, "completion": "completion"}, streaming=streaming)
+    collate = Collator(build_processor())
+    ours, theirs = collate(list(loaded)), collate(list(rows))
+    assert all(ours[name].equal(theirs[name]) for name in theirs)
+    with pytest.raises(InputError, match=r"has no column 'picture' for `images`; found: photo, question, completion"):
+        load_data(source, "train", columns={"images": "picture"}, streaming=streaming)
+    with pytest.raises(InputError, match="`completion` is to be 'answer', but it has a column 'completion' already"):
+        load_data(source, "train", columns={"completion": "answer"}, streaming=streaming)
+    assert len(load_held_out(source, "reference", "any", 4, 0, COLUMNS)) == 4
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_folder_of_pictures(rows: Dataset, tmp_path: Path, streaming: bool) -> None:
+    """As `datasets` knows it: splits are folders, a metadata.jsonl in each names the files."""
+    for split, numbers in {"train": range(4), "validation": range(4, 6)}.items():
+        folder = tmp_path / "photos" / split
+        folder.mkdir(parents=True)
+        lines = []
+        for number in numbers:
+            rows[number]["images"][0].save(folder / f"{number}.png")
+            text = rows[number]["prompt"][0]["content"][1]["text"]
+            lines.append({"file_name": f"{number}.png", "prompt": text, "completion": rows[number]["answer"]})
+        (folder / "metadata.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    source, columns = str(tmp_path / "photos"), {"images": "image"}
+    loaded = load_data(source, "train", columns=columns, streaming=streaming)
+    collate = Collator(build_processor())
+    ours, theirs = collate(list(loaded)), collate(list(rows.select(range(4))))
+    assert all(ours[name].equal(theirs[name]) for name in theirs)
+    assert len(load_held_out(None, source, "validation", 9, 0, columns)) == 2
+
+
+def test_held_out_rows_are_never_those_trained_on(rows: Dataset, tmp_path: Path) -> None:
+    rows.to_parquet(tmp_path / "rows.parquet")
+    rows.save_to_disk(tmp_path / "one")
+    DatasetDict({"train": rows, "dev": rows.select([4, 5])}).save_to_disk(tmp_path / "two")
+    for source in ("rows.parquet", "one"):
+        with pytest.raises(InputError, match="has one split, which is trained on. Name held-out rows"):  # noqa: RUF043
+            load_held_out(None, str(tmp_path / source), "calibration", 4, 0)
+    assert len(load_held_out(None, str(tmp_path / "two"), "dev", 4, 0)) == 2
+    assert len(load_held_out(str(tmp_path / "one"), str(tmp_path / "rows.parquet"), "any", 4, 0)) == 4
+    assert len(load_held_out("reference", str(tmp_path / "rows.parquet"), "calibration", 3, 0)) == 3
+    assert len(load_held_out(None, "reference", "calibration", 3, 0)) == 3
+
+
+def test_datasets_is_silent_and_hears_nothing_of_it(rows: Dataset, tmp_path: Path, capfd: Any, caplog: Any) -> None:
+    (tmp_path / "bad.jsonl").write_text("not json")
+    rows.select_columns("answer").to_parquet(tmp_path / "rows.parquet")
+    before = logging.get_verbosity(), datasets.are_progress_bars_disabled()
+    capfd.readouterr()
+    load_data(str(tmp_path / "rows.parquet"), "train")
+    with pytest.raises(InputError):
+        load_data(str(tmp_path / "bad.jsonl"), "train")
+    assert capfd.readouterr() == ("", "")
+    assert not caplog.records
+    assert (logging.get_verbosity(), datasets.are_progress_bars_disabled()) == before
+
+
+def test_what_cannot_be_read(rows: Dataset, tmp_path: Path) -> None:
+    (tmp_path / "rows.jsonl").write_text("not json")
+    with pytest.raises(
+        InputError, match=r"rows\.jsonl', split 'train', cannot be read: .*\nGive `reference`, a folder"
+    ):
+        load_data(str(tmp_path / "rows.jsonl"), "train")
+    with pytest.raises(InputError, match="data 'no/such-data', split 'train', cannot be read"):
+        load_data("no/such-data", "train")
+    rows.select([]).to_parquet(tmp_path / "empty.parquet")
+    with pytest.raises(InputError, match=r"empty\.parquet', split 'train': no rows\."):
+        load_data(str(tmp_path / "empty.parquet"), "train")
+    with pytest.raises(InputError, match="`split`: got 'dev'"):
+        load_data("reference", "dev")
+    with pytest.raises(CheckpointError, match="model 'no/such-model' cannot be loaded"):
+        load_model("no/such-model")

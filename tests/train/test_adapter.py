@@ -1,0 +1,289 @@
+"""An adapter checkpoint is the merged checkpoint, without the base: equal answers, and nothing that is not its own."""
+
+import json
+import shutil
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from datasets import Dataset, Features, Image, Value
+from families import build, config, inputs, processor
+from families.family import picture
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForImageTextToText
+
+import skipit
+from skipit.cli.main import main
+from skipit.router import CheckpointError, InputError, RouterConfigError, SkipItError, find_router, gate_state
+from skipit.router.checkpoint import ROUTER_FILE
+from skipit.theory.plan import make_plan
+from skipit.train.adapter import ADAPTER_WEIGHTS, export_adapter, shape_hash
+from skipit.train.card import ADAPTER_CONFIG
+from skipit.train.config import TrainConfig
+from skipit.train.export import export, profile_model
+from skipit.train.run import train
+
+ROWS: list[list[int | str]] = [[5, "image", 6, 7, 8, 9]]
+
+
+class Made(NamedTuple):
+    base: Path
+    run: Path
+    merged: Path
+    adapter: Path
+    size: int
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
+    folder = tmp_path_factory.mktemp("adapter")
+    base, run, merged, adapter = (folder / name for name in ("base", "run", "merged", "adapter"))
+    model = build("llava")
+    model.save_pretrained(base)
+    processor("llava").save_pretrained(base)
+    parts = [{"type": "image"}, {"type": "text", "text": "what is it"}]
+    rows = [
+        {
+            "images": [picture(number, 0)],
+            "prompt": [{"role": "user", "content": parts}],
+            "completion": [{"role": "assistant", "content": [{"type": "text", "text": f"a cat t{number + 5}"}]}],
+        }
+        for number in range(4)
+    ]
+    plan = make_plan(profile_model(model, processor("llava"), rows, draws=1), budget=0.6)
+    settings = TrainConfig(budget=0.6, steps=2, batch_size=2, accumulation=1, lora_rank=2)
+    train(model, processor("llava"), rows, plan, settings, run, calibration=rows, base=str(base))
+    export(run, merged)
+    return Made(base, run, merged, adapter, export_adapter(run, adapter))
+
+
+@torch.no_grad()
+def logits(model: Any) -> torch.Tensor:
+    return model(**inputs("llava", ROWS)).logits
+
+
+def test_it_is_the_merged_checkpoint(made: Made) -> None:
+    expected, _ = skipit.load(made.merged)
+    model, found = skipit.load(made.adapter)
+    assert not model.training
+    assert find_router(model)[1].config == find_router(expected)[1].config
+    assert all(torch.equal(gate_state(model)[name], value) for name, value in gate_state(expected).items())
+    torch.testing.assert_close(logits(model), logits(expected), atol=1e-5, rtol=1e-5)
+    assert type(found) is type(processor("llava"))
+    with skipit.running(mode="dense"):
+        assert not torch.equal(logits(model), logits(build("llava")))  # the LoRA is in it
+
+
+def test_any_copy_of_the_base(made: Made, tmp_path: Path) -> None:
+    elsewhere = shutil.copytree(made.base, tmp_path / "elsewhere")
+    expected, _ = skipit.load(made.adapter)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        model, _ = skipit.load(made.adapter, base=elsewhere)
+    assert torch.equal(logits(model), logits(expected))
+
+
+def test_what_is_in_it(made: Made) -> None:
+    assert {file.name for file in made.adapter.iterdir()} == {
+        ADAPTER_CONFIG,
+        ADAPTER_WEIGHTS,
+        ROUTER_FILE,
+        "provenance.json",
+        "README.md",
+    }
+    assert made.size == sum(file.stat().st_size for file in made.adapter.iterdir())
+    router = json.loads((made.adapter / ROUTER_FILE).read_text())
+    assert (router["format_version"], router["skipit_version"]) == (1, skipit.__version__)
+    assert router["base"] == {
+        "model": str(made.base),
+        "revision": None,
+        "shapes": shape_hash(build("llava")),
+        "fingerprint": json.loads((made.run / "run.json").read_text())["model"],
+    }
+    names = set(load_file(made.adapter / ADAPTER_WEIGHTS))
+    assert sum("layer_gate" in name for name in names) == 2 * 4
+    assert sum("lora_" in name for name in names) == 2 * 7 * 4 == len(names) - 8
+    assert "skipit.load" in (made.adapter / "README.md").read_text()
+
+
+def test_a_base_on_the_hub_is_taken_at_its_revision(
+    made: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hub, old, new = tmp_path / "hub" / "models--someone--base", "0" * 40, "1" * 40
+    shutil.copytree(made.base, hub / "snapshots" / old)
+    (hub / "refs").mkdir()
+    (hub / "refs" / "main").write_text(old)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    run = Path(shutil.copytree(made.run, tmp_path / "run"))
+    _rewrite(run / "run.json", base="someone/base")
+    export_adapter(run, tmp_path / "adapter")
+    assert json.loads((tmp_path / "adapter" / ROUTER_FILE).read_text())["base"]["revision"] == old
+    assert json.loads((tmp_path / "adapter" / ADAPTER_CONFIG).read_text())["revision"] == old
+    # Its owner has trained it on since.
+    build("llava", seed=1).save_pretrained(hub / "snapshots" / new)
+    processor("llava").save_pretrained(hub / "snapshots" / new)
+    (hub / "refs" / "main").write_text(new)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        model, _ = skipit.load(tmp_path / "adapter")
+    assert torch.equal(logits(model), logits(skipit.load(made.adapter)[0]))
+
+
+def test_plain_peft_loads_the_lora(made: Made) -> None:
+    from peft import PeftModel
+
+    dense = AutoModelForImageTextToText.from_pretrained(made.base)
+    plain = PeftModel.from_pretrained(dense, made.adapter).eval()
+    ours, _ = skipit.load(made.adapter)
+    with skipit.running(mode="dense"):
+        torch.testing.assert_close(logits(plain), logits(ours), atol=1e-5, rtol=1e-5)
+
+
+def test_another_base_is_refused(made: Made, tmp_path: Path) -> None:
+    changed = config("llava").to_dict()
+    changed["text_config"]["intermediate_size"] = 40
+    other = AutoModelForImageTextToText.from_config(type(config("llava")).from_dict(changed))
+    other.save_pretrained(tmp_path / "other")
+    processor("llava").save_pretrained(tmp_path / "other")
+    with pytest.raises(
+        CheckpointError, match=r"names and shapes have hash \w+; .*other' has \w+\. Name a copy of that"
+    ):
+        skipit.load(made.adapter, base=tmp_path / "other")
+    with pytest.raises(CheckpointError, match="cannot be loaded"):
+        skipit.load(made.adapter, base=tmp_path / "nothing")
+
+
+def test_other_weights_are_noticed(made: Made, tmp_path: Path) -> None:
+    build("llava", seed=1).save_pretrained(tmp_path / "other")
+    processor("llava").save_pretrained(tmp_path / "other")
+    with pytest.warns(UserWarning, match="has the shapes of .* but other weights, or another dtype"):
+        skipit.load(made.adapter, base=tmp_path / "other")
+
+
+def test_a_checkpoint_with_weights_takes_no_base(made: Made) -> None:
+    with pytest.raises(InputError, match="holds all weights itself"):
+        skipit.load(made.merged, base=made.base)
+
+
+def test_command(made: Made, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["export", str(made.run), "--adapter", "--out", str(tmp_path / "out")]) == 0
+    assert "adapter checkpoint, 0.0" in (said := capsys.readouterr().out), said
+    picture(0, 0).save(tmp_path / "image.png")
+    line = ["generate", str(tmp_path / "out"), "--image", str(tmp_path / "image.png"), "--prompt", "what is it"]
+    assert main([*line, "--max-new-tokens", "2"]) == 0
+    assert "of the dense decoder's FLOPs" in capsys.readouterr().err
+    assert main(["export", str(made.run), "--adapter", "--model", "x", "--out", str(tmp_path / "two")]) == 1
+    assert "--adapter is of a run" in capsys.readouterr().err
+
+
+@pytest.fixture(scope="module")
+def moved(made: Made, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """The adapter with a record of a base that is not there, and where the base is."""
+    folder = tmp_path_factory.mktemp("moved")
+    adapter = Path(shutil.copytree(made.adapter, folder / "adapter"))
+    router = json.loads((adapter / ROUTER_FILE).read_text())
+    _rewrite(adapter / ROUTER_FILE, base={**router["base"], "model": str(folder / "gone")})
+    return adapter, made.base
+
+
+def test_generate_command_takes_the_base(
+    made: Made, moved: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    picture(0, 0).save(tmp_path / "image.png")
+    asked = ["--image", str(tmp_path / "image.png"), "--prompt", "what is it", "--max-new-tokens", "4"]
+    assert main(["generate", str(made.merged), *asked]) == 0
+    wanted = capsys.readouterr()
+    assert main(["generate", str(moved[0]), "--base", str(moved[1]), *asked]) == 0
+    assert capsys.readouterr() == wanted
+    assert "of the dense decoder's FLOPs" in wanted.err
+    assert main(["generate", str(moved[0]), *asked]) == 1
+    assert "gone' cannot be loaded" in capsys.readouterr().err
+    assert main(["generate", str(made.merged), "--base", str(moved[1]), *asked]) == 1
+    assert "holds all weights itself" in capsys.readouterr().err
+
+
+def test_eval_command_takes_an_adapter(
+    made: Made, moved: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    parts = [{"type": "image"}, {"type": "text", "text": "what is it"}]
+    prompt = [{"role": "user", "content": parts}]
+    rows = [{"images": [picture(number, 0)], "prompt": prompt, "answer": "t5"} for number in range(3)]
+    Dataset.from_list(rows, features=_features(rows)).save_to_disk(tmp_path / "data")
+    found = {}
+    for name, folder, options in (
+        ("merged", made.merged, ["--base", str(made.base)]),
+        ("recorded", made.adapter, []),
+        ("moved", moved[0], ["--base", str(moved[1])]),
+    ):
+        line = ["eval", str(folder), str(tmp_path / "data"), *options, "--repeats", "1", "--out", str(tmp_path / name)]
+        assert main(line) == 0, capsys.readouterr().err
+        figures = json.loads((tmp_path / name / "eval.json").read_text())
+        kept = ("accuracy", "compute", "skip_rate", "same_answer", "rows")
+        found[name] = {model: {key: figures[model][key] for key in kept} for model in ("dense", "gated")}
+    assert found["merged"] == found["recorded"] == found["moved"]
+    assert found["moved"]["gated"]["compute"] < 1 == found["moved"]["dense"]["compute"]
+    budget = next(iter(find_router(skipit.load(made.adapter)[0])[1].config.operating_points))
+    line = ["eval", str(made.adapter), str(tmp_path / "data"), "--repeats", "1", "--out", str(tmp_path / "at")]
+    assert main([*line, "--budget", budget]) == 0
+    assert main([*line, "--budget", "fast", "--overwrite"]) == 1
+    assert "`budget`: got 'fast', this router is calibrated for" in capsys.readouterr().err
+
+
+def _features(rows: list[dict[str, Any]]) -> Features:
+    part = {"type": Value("string"), "text": Value("string")}
+    turns = [{"role": Value("string"), "content": [part]}]
+    return Features({"images": [Image()], "prompt": turns, "answer": Value("string")})
+
+
+def _rewrite(file: Path, **changes: Any) -> None:
+    file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
+
+
+def _tensors(change: Callable[[dict[str, torch.Tensor], str], Any]) -> Callable[[Path], None]:
+    """Damage the weights: `change` gets them and the name of one LoRA tensor."""
+
+    def damage(folder: Path) -> None:
+        tensors = load_file(folder / ADAPTER_WEIGHTS)
+        change(tensors, max(tensors))
+        save_file(tensors, folder / ADAPTER_WEIGHTS)
+
+    return damage
+
+
+def _router(**changes: Any) -> Callable[[Path], None]:
+    return lambda folder: _rewrite(folder / ROUTER_FILE, **changes)
+
+
+def _adapter(**changes: Any) -> Callable[[Path], None]:
+    return lambda folder: _rewrite(folder / ADAPTER_CONFIG, **changes)
+
+
+@pytest.mark.parametrize(
+    ("damage", "error", "message"),
+    [
+        (lambda f: (f / ROUTER_FILE).unlink(), CheckpointError, "is an adapter without router_config.json"),
+        (_router(base="x"), CheckpointError, "`base`: got 'x', expected an object with model"),
+        (_router(base={"model": "x"}), CheckpointError, "`base`: got .* expected an object"),
+        (_router(format_version=9), RouterConfigError, "this skipit reads 1"),
+        (_router(colour=1), RouterConfigError, "unknown keys colour"),
+        (_adapter(peft_type="IA3"), CheckpointError, "`peft_type`: got 'IA3', expected"),
+        (_adapter(target_modules="nothing"), CheckpointError, "cannot be loaded: NoMatchingPeftModuleError"),
+        (lambda f: (f / ADAPTER_WEIGHTS).unlink(), CheckpointError, "adapter_model.safetensors does not exist"),
+        (lambda f: (f / ADAPTER_WEIGHTS).write_bytes(b"\x00" * 9), CheckpointError, "is not a readable safetensors"),
+        (_tensors(lambda t, n: t.pop(n)), CheckpointError, "lacks `base_model"),
+        (_tensors(lambda t, n: t.pop(min(t))), CheckpointError, "cannot be loaded: KeyError: .*layer_gate.bias"),
+        (_tensors(lambda t, n: t.update(more=t[n] + 1)), CheckpointError, "has, without a place for it, `more`"),
+        (_tensors(lambda t, n: t.update({n: t[n][:1]})), CheckpointError, "cannot be loaded: .*size mismatch"),
+        (_tensors(lambda t, n: t.update({n: t[n] * torch.nan})), CheckpointError, "are not finite"),
+    ],
+)
+def test_damage(
+    damage: Callable[[Path], None], error: type[SkipItError], message: str, made: Made, tmp_path: Path
+) -> None:
+    copy = Path(shutil.copytree(made.adapter, tmp_path / "copy"))
+    damage(copy)
+    with pytest.raises(error, match=message):
+        skipit.load(copy)

@@ -1,0 +1,195 @@
+"""One function per arrow of the data flow; the command line's verbs are thin over these."""
+
+import shutil
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from safetensors import SafetensorError
+from torch import Tensor
+
+from skipit.router import find_router
+from skipit.router.attach import attach, set_gates
+from skipit.router.checkpoint import ROUTER_FILE, load_dense, load_router, save_gated
+from skipit.router.config import RouterConfig
+from skipit.router.errors import CheckpointError
+from skipit.router.files import CONFIG
+from skipit.router.folders import load_json, new_directory, provenance, save_json
+from skipit.theory.artefact import check_same_model, load_plan
+from skipit.theory.calibrate import calibrate, default_threshold
+from skipit.theory.cost import CostModel
+from skipit.theory.identity import fingerprint
+from skipit.theory.partial import Partial
+from skipit.theory.plan import Plan
+from skipit.theory.profile import Profile, profile
+from skipit.train.data.collate import Collator, batches
+from skipit.train.data.sources import resolve_model
+
+from .card import ADAPTER_CONFIG, PROVENANCE_FILE, card, read_evaluation, write_card
+from .run import ADAPTER, CONFIG_FILE, RUN_FILE
+
+
+def profile_model(
+    model: Any,
+    processor: Any,
+    rows: Any,
+    *,
+    batch_size: int = 16,
+    seed: int = 0,
+    draws: int = 2,
+    layers: str | None = None,
+    partial: Partial | None = None,
+) -> Profile:
+    """Measure a dense model on rows in the conversational vision format; arguments as of `profile`."""
+    read = batches(rows, Collator(processor), batch_size)
+    return profile(model, read, draws=draws, seed=seed, layers=layers, partial=partial)
+
+
+def gate_by_plan(model: Any, processor: Any, plan: Plan, calibration: Any, *, batch_size: int = 16) -> float:
+    """Attach a plan's gates to a dense model and set the threshold that meets its budget on held-out rows.
+
+    Returns:
+        The share of dense FLOPs measured there.
+
+    Raises:
+        CheckpointError: the plan was made for another model.
+    """
+    check_same_model(plan, fingerprint(model))
+    attach(model, RouterConfig(kv=plan.kv))
+    set_gates(model, plan.weight, plan.bias)
+    held_out = list(batches(calibration, Collator(processor), batch_size))
+    threshold, share = calibrate(model, held_out, CostModel.of(model), plan.budget, plan.kv)
+    default_threshold(model, threshold, f"{plan.budget:g}")
+    return share
+
+
+def add_operating_point(model: Any, processor: Any, calibration: Any, budget: float, *, batch_size: int = 16) -> float:
+    """Find the threshold of one more budget on held-out rows and store it in the model's router under its name.
+
+    Returns:
+        The share of dense FLOPs measured at it.
+    """
+    _, router = find_router(model)
+    held_out = list(batches(calibration, Collator(processor), batch_size))
+    threshold, share = calibrate(model, held_out, CostModel.of(model), budget, router.config.kv)
+    keep = router.config.threshold
+    default_threshold(model, threshold, f"{budget:g}")
+    router.config = RouterConfig(**{**router.config.to_dict(), "threshold": keep})
+    return share
+
+
+class Run(NamedTuple):
+    """A finished run: its record, the router's settings, its gates, and the dense model it started from."""
+
+    record: dict[str, Any]
+    config: RouterConfig
+    gates: dict[str, Tensor]
+    model: Any
+    processor: Any
+
+
+def open_run(run: str | Path) -> Run:
+    """Read a run folder and load its base.
+
+    Raises:
+        CheckpointError: not a finished run, or its base is not what it was.
+    """
+    run = Path(run)
+    if not (run / RUN_FILE).is_file():
+        hint = " Finish it with `skipit train ... --resume`." if (run / CONFIG_FILE).is_file() else ""
+        raise CheckpointError(f"{run} is not a finished run: it has no {RUN_FILE}.{hint}")
+    record = load_json(run / RUN_FILE)
+    config, gates = load_router(run)
+    model, processor = load_dense(resolve_model(record["base"]))
+    if (found := fingerprint(model)) != record["model"]:
+        raise CheckpointError(
+            f"{run} was trained from a model with fingerprint {record['model']}; {record['base']} now has {found}."
+        )
+    return Run(record, config, gates, model, processor)
+
+
+def merge_run(run: str | Path) -> tuple[Any, Any]:
+    """The gated model of a run: LoRA merged into the weights, gates attached.
+
+    Raises:
+        CheckpointError: not a finished run, or its base is not what it was.
+    """
+    from peft import PeftModel
+
+    found = open_run(run)
+    attach(found.model, found.config)
+    try:
+        merged: Any = PeftModel.from_pretrained(found.model, Path(run) / ADAPTER).merge_and_unload()
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise CheckpointError(f"{Path(run) / ADAPTER} cannot be loaded: {error}") from error
+    set_gates(merged, **found.gates)
+    return merged.eval(), found.processor
+
+
+def export(run: str | Path, out: str | Path, *, overwrite: bool = False) -> None:
+    """Turn a run into a gated checkpoint.
+
+    Raises:
+        CheckpointError: not a finished run, or `out` exists.
+    """
+    with new_directory(out, overwrite) as folder:
+        model, processor = merge_run(run)
+        record = load_json(Path(run) / RUN_FILE)
+        about = card(record, find_router(model)[1].config)
+        save_gated(model, processor, folder, card=about, overwrite=True)
+        save_json(folder / PROVENANCE_FILE, {**record, "exported_by": provenance()})
+
+
+def export_plan(plan: str | Path, source: str, out: str | Path, *, overwrite: bool = False) -> None:
+    """Turn a plan into a gated checkpoint without training; `skipit calibrate` adds measured budgets to it.
+
+    Raises:
+        CheckpointError: not a plan, of another model, or `out` exists.
+    """
+    gates = load_plan(plan)
+    record = {"base": source, "model": gates.model, "budget": gates.budget, "init": gates.init, **gates.about}
+    with new_directory(out, overwrite) as folder:
+        model, processor = load_dense(resolve_model(source))
+        check_same_model(gates, fingerprint(model))
+        attach(model, RouterConfig(kv=gates.kv))
+        set_gates(model, gates.weight, gates.bias)
+        about = card({**record, "made_by": provenance()}, find_router(model)[1].config, "plan")
+        save_gated(model, processor, folder, card=about, overwrite=True)
+        save_json(folder / PROVENANCE_FILE, {**record, "exported_by": provenance()})
+
+
+def is_checkpoint(folder: Path) -> bool:
+    """Whether a folder is what `export` makes, with all weights or as an adapter; a run folder is not."""
+    return (folder / ROUTER_FILE).is_file() and any((folder / name).is_file() for name in (CONFIG, ADAPTER_CONFIG))
+
+
+def export_again(
+    checkpoint: str | Path, out: str | Path, evaluation: str | Path | None = None, *, overwrite: bool = False
+) -> None:
+    """Copy a checkpoint, with the operating points it has by now and what was measured on it in its model card.
+
+    Args:
+        checkpoint: made by `skipit export`, with or without `--adapter`.
+        out: folder to make.
+        evaluation: folder made by `skipit eval` of this checkpoint.
+        overwrite: replace `out`.
+
+    Raises:
+        CheckpointError: not a checkpoint, not an evaluation of it, or `out` exists.
+    """
+    checkpoint = Path(checkpoint)
+    measured = None if evaluation is None else read_evaluation(Path(evaluation), checkpoint)
+    with new_directory(out, overwrite) as folder:
+        shutil.copytree(checkpoint, folder, dirs_exist_ok=True)
+        write_card(folder, measured)
+
+
+def check_profile(profile: Profile, checkpoint: Path, dense: Any) -> None:
+    """Refuse a profile of another model than a checkpoint was made from.
+
+    Raises:
+        CheckpointError: it is neither of the dense model nor of the one the checkpoint's run started from.
+    """
+    found = fingerprint(dense)
+    if (checkpoint / PROVENANCE_FILE).is_file() and profile.model == load_json(checkpoint / PROVENANCE_FILE)["model"]:
+        return
+    check_same_model(profile, found)
