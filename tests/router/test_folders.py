@@ -87,6 +87,17 @@ def test_json(tmp_path: Path) -> None:
     }
 
 
+def test_json_is_there_whole_or_as_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "a.json"
+    save_json(file, {"a": 1})
+    with pytest.raises(ValueError, match="Out of range float values"):
+        save_json(file, {"a": float("inf")})
+    monkeypatch.setattr("os.replace", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))  # killed while writing
+    with pytest.raises(KeyboardInterrupt):
+        save_json(file, {"a": 2})
+    assert load_json(file) == {"a": 1}
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [
