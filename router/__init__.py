@@ -2,7 +2,7 @@
 
 from .attach import attach, detach, find_router, gate_state, gated_layers, set_gates
 from .cache import SkipCache
-from .call import Router, running
+from .call import Decision, Policy, Step, Trace
 from .config import RouterConfig
 from .errors import (
     CheckpointError,
@@ -13,8 +13,8 @@ from .errors import (
     UnsupportedModelError,
 )
 from .modality import MODALITIES, TEXT, VISION, token_modality
-from .policies import Decision, FixedUnits, Gated, Policy
-from .trace import Step, Trace
+from .policies import FixedUnits, Gated
+from .running import Router, running
 
 __all__ = [
     "MODALITIES",

@@ -6,14 +6,14 @@ import torch
 from torch import Tensor, nn
 
 from .attention import PREFIX, packed_implementation
-from .call import Router
 from .config import RouterConfig
-from .decoder import find_decoder, image_layers, why_not
+from .decoder import find_decoder, image_layers, unsupported_reason
 from .errors import SkipItError, UnsupportedModelError
 from .gates import TokenGate
-from .generation import let_choose_budgets, take_budgets_away
+from .generation import add_budget_argument, remove_budget_argument
 from .layer import GatedLayer, mix_in_parts, take_out_parts
 from .projections import unwrap_projections, wrap_projections
+from .running import Router
 from .subclass import mix_in, take_out
 
 
@@ -47,7 +47,7 @@ def attach(model: nn.Module, config: RouterConfig | None = None) -> Router:
             f"`{type(model).__name__}` is an encoder-decoder: images are in its encoder, which gates in its decoder "
             "would not reach."
         )
-    if reason := why_not(decoder.config):
+    if reason := unsupported_reason(decoder.config):
         raise UnsupportedModelError(f"`{type(decoder).__name__}` has {reason}")
     implementation = packed_implementation(decoder.config._attn_implementation)  # type: ignore[union-attr, arg-type]
     hidden_size = decoder.config.hidden_size  # type: ignore[union-attr]
@@ -65,7 +65,7 @@ def attach(model: nn.Module, config: RouterConfig | None = None) -> Router:
         attention_config._attn_implementation_internal = implementation
     router = Router(config, len(layers), of_images)
     model.register_forward_pre_hook(router, with_kwargs=True)
-    let_choose_budgets(model)
+    add_budget_argument(model)
     return router
 
 
@@ -89,7 +89,7 @@ def detach(model: nn.Module) -> None:
         if hook is router:
             del top._forward_pre_hooks[key]
             top._forward_pre_hooks_with_kwargs.pop(key, None)
-    take_budgets_away(top)
+    remove_budget_argument(top)
 
 
 def find_router(model: nn.Module) -> tuple[nn.Module, Router]:
@@ -98,10 +98,10 @@ def find_router(model: nn.Module) -> tuple[nn.Module, Router]:
     Raises:
         SkipItError: the model has no gates.
     """
-    found = _find(model)
-    if found is None:
+    gated = _find(model)
+    if gated is None:
         raise SkipItError(f"`{type(model).__name__}` has no gates; call `attach(model)` first.")
-    return found
+    return gated
 
 
 def gated_layers(model: nn.Module) -> list[GatedLayer]:
@@ -151,5 +151,5 @@ def _find(model: nn.Module) -> tuple[nn.Module, Router] | None:
 
 def _attention_configs(decoder: nn.Module) -> list[Any]:
     """Every configuration object that the decoder's attention or mask code reads, once."""
-    found = {id(module.config): module.config for module in decoder.modules() if hasattr(module, "config")}
-    return list(found.values())
+    configs = {id(module.config): module.config for module in decoder.modules() if hasattr(module, "config")}
+    return list(configs.values())

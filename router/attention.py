@@ -13,6 +13,7 @@ from typing import Any
 from zlib import crc32
 
 import torch
+from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
@@ -36,23 +37,23 @@ class Layout:
     Attributes:
         batch: rows.
         width: tokens of the fullest row.
-        rows: int64 [tokens], the row of each packed token.
-        columns: int64 [tokens], its place among all tokens of the call.
-        slots: int64 [tokens], its place among the packed tokens of its row.
+        rows: the row of each packed token.
+        columns: its place among all tokens of the call.
+        slots: its place among the packed tokens of its row.
         spans: (first, end, keys) of runs of packed tokens that together see only the first `keys` keys; empty where
             that is not known.
     """
 
     batch: int
     width: int
-    rows: Tensor
-    columns: Tensor
-    slots: Tensor
+    rows: Int[Tensor, " tokens"]
+    columns: Int[Tensor, " tokens"]
+    slots: Int[Tensor, " tokens"]
     spans: tuple[tuple[int, int, int], ...] = ()
 
     @classmethod
-    def of(cls, chosen: Tensor) -> "Layout":
-        """The layout of the tokens where `chosen`, bool [batch, seq], is True."""
+    def of(cls, chosen: Bool[Tensor, "batch seq"]) -> "Layout":
+        """The layout of the tokens where `chosen` is True."""
         rows, columns = chosen.nonzero(as_tuple=True)
         if len(chosen) == 1:
             return cls(1, len(rows), rows, columns, torch.arange(len(rows), device=rows.device))
@@ -66,37 +67,41 @@ class Layout:
         keys = (self.columns[[end - 1 for end in ends]] + past + 1).tolist()
         return replace(self, spans=tuple(zip([0, *ends], ends, keys, strict=False)))
 
-    def pack(self, tokens: Tensor) -> Tensor:
-        """[..., batch or 1, seq, dim] to [..., 1, tokens, dim]."""
+    def pack(self, tokens: Shaped[Tensor, "*any batch_or_1 seq dim"]) -> Shaped[Tensor, "*any 1 tokens dim"]:
+        """The packed tokens' states, or whatever else there is per token."""
         rows = self.rows if tokens.shape[-3] != 1 else torch.zeros_like(self.rows)
         return tokens[..., rows, self.columns, :].unsqueeze(-3)
 
-    def to_rows(self, heads: Tensor) -> Tensor:
-        """[1, heads, tokens, head_dim] to [batch, heads, width, head_dim], zeros where a row has no token."""
+    def to_rows(self, heads: Shaped[Tensor, "1 heads tokens head_dim"]) -> Shaped[Tensor, "batch heads width head_dim"]:
+        """Each packed token in its row, zeros where a row has no token."""
         if self.batch == 1:
             return heads
         out = heads.new_zeros(self.batch, self.width, heads.shape[1], heads.shape[3])
         out[self.rows, self.slots] = heads[0].transpose(0, 1)
         return out.transpose(1, 2)
 
-    def to_columns(self, heads: Tensor, tokens: int) -> Tensor:
-        """[1, heads, packed tokens, head_dim] to [batch, heads, tokens, head_dim], each at its place in the call."""
-        out = heads.new_zeros(self.batch, tokens, heads.shape[1], heads.shape[3])
+    def to_columns(
+        self, heads: Float[Tensor, "1 heads tokens head_dim"], seq: int
+    ) -> Float[Tensor, "batch heads {seq} head_dim"]:
+        """Each packed token at its place among the `seq` of the call, zeros where none was packed."""
+        out = heads.new_zeros(self.batch, seq, heads.shape[1], heads.shape[3])
         out[self.rows, self.columns] = heads[0].transpose(0, 1)
         return out.transpose(1, 2)
 
-    def unpack(self, tokens: Tensor, others: Tensor) -> Tensor:
-        """[1, tokens, dim] to [batch, seq, dim], `others` where no token was packed."""
+    def unpack(
+        self, tokens: Float[Tensor, "1 tokens dim"], others: Float[Tensor, "batch seq dim"]
+    ) -> Float[Tensor, "batch seq dim"]:
+        """Each packed token at its place in the call, `others` where none was packed."""
         out = others.clone()
         out[self.rows, self.columns] = tokens[0]
         return out
 
-    def from_rows(self, rows: Tensor) -> Tensor:
-        """[batch, width, heads, head_dim] to [1, tokens, heads, head_dim]."""
+    def from_rows(self, rows: Float[Tensor, "batch width heads head_dim"]) -> Float[Tensor, "1 tokens heads head_dim"]:
+        """Undo `to_rows`, for what attention makes of the queries."""
         return rows if self.batch == 1 else rows[self.rows, self.slots][None]
 
-    def index(self, offset: int) -> Tensor:
-        """The sequence index of each slot, int64 [batch, width], -1 where a row has no token."""
+    def index(self, offset: int) -> Int[Tensor, "batch width"]:
+        """The sequence index of each slot, -1 where a row has no token."""
         if self.batch == 1:
             return (self.columns + offset)[None]
         out = torch.full((self.batch, self.width), -1, device=self.rows.device)
@@ -104,18 +109,27 @@ class Layout:
         return out
 
 
-def visible_keys(full: Tensor | None, query: Tensor, key: Tensor, past: int, alive: Tensor | None = None) -> Tensor:
+def visible_keys(
+    full: Shaped[Tensor, "..."] | None,
+    query: Int[Tensor, "batch queries"],
+    key: Int[Tensor, "batch keys"],
+    past: int,
+    alive: Bool[Tensor, "batch keys"] | None = None,
+) -> Shaped[Tensor, "batch 1 queries keys"]:
     """The attention mask of some queries over some keys, from the mask over the whole sequence.
 
     Args:
         full: [batch or 1, 1, seq, past + seq], boolean (True attends) or additive; None is plain causal.
-        query: int64 [batch, queries], sequence index of each query (-1: none, its row is arbitrary).
-        key: int64 [batch, keys], sequence index of each key (-1: none, never attended to).
+        query: sequence index of each query (-1: none, its row is arbitrary).
+        key: sequence index of each key (-1: none, never attended to).
         past: sequence index of the call's first token.
-        alive: bool [batch, keys], False for keys that only their own token may see.
+        alive: False for keys that only their own token may see.
 
     Returns:
-        [batch, 1, queries, keys], boolean or additive like `full`.
+        Boolean or additive like `full`.
+
+    Raises:
+        UnsupportedModelError: `full` is another kind of mask.
     """
     if full is not None and full.dim() != 4:
         raise UnsupportedModelError(
@@ -136,7 +150,12 @@ def visible_keys(full: Tensor | None, query: Tensor, key: Tensor, past: int, ali
 
 def _wrap(base: str) -> Callable[..., Any]:
     def attention(
-        module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **kwargs: Any
+        module: nn.Module,
+        query: Float[Tensor, "rows heads queries head_dim"],
+        key: Float[Tensor, "batch kv_heads keys head_dim"],
+        value: Float[Tensor, "batch kv_heads keys value_dim"],
+        mask: Shaped[Tensor, "..."] | None,
+        **kwargs: Any,
     ) -> Any:
         layout: Layout | None = kwargs.pop(LAYOUT_KWARG, None)
         observer = kwargs.pop(OBSERVER_KWARG, None)

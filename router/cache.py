@@ -8,42 +8,50 @@ values, the sequence index of each slot: rows may hold different tokens, and a s
 from typing import Any, Self
 
 import torch
+from jaxtyping import Float, Int
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
 from .errors import UnsupportedModelError
 
+KeysAndValues = tuple[Float[Tensor, "batch heads keys head_dim"], Float[Tensor, "batch heads keys value_dim"]]
 SPARE = 32  # tokens of room that a layer makes when it is extended: so many decoding steps without a copy
 
 
 class SkipCacheLayer(DynamicLayer):
-    """Keys and values [batch, heads, slots, head_dim] of the tokens that exist for one layer.
+    """Keys and values of the tokens that exist for one layer.
 
     Attributes:
-        index: int64 [batch, slots], the sequence index of each slot or -1; None while slot i holds token i.
+        index: the sequence index of each slot or -1; None while slot i holds token i.
         seen: tokens per row that have passed, whether or not they were kept.
-        decided: fp32 [batch, modalities], the gate logits that a prompt's tokens have decided by together (see
-            `Call.pooled`), NaN where none were there; None where tokens decide for themselves.
+        decided: the gate logits that a prompt's tokens have decided by together (see `Call.pooled`), NaN where none
+            were there; None where tokens decide for themselves.
     """
 
-    keys: Tensor
-    values: Tensor
+    keys: Float[Tensor, "batch heads slots head_dim"]
+    values: Float[Tensor, "batch heads slots value_dim"]
 
     def __init__(self) -> None:
         super().__init__()
-        self.index: Tensor | None = None
+        self.index: Int[Tensor, "batch_or_1 slots"] | None = None
         self.seen = 0
-        self.decided: Tensor | None = None
-        self._room_for_keys: Tensor | None = None
-        self._room_for_values: Tensor | None = None
+        self.decided: Float[Tensor, "batch modalities"] | None = None
+        self._room_for_keys: Float[Tensor, "batch heads room head_dim"] | None = None
+        self._room_for_values: Float[Tensor, "batch heads room value_dim"] | None = None
 
-    def append(self, keys: Tensor, values: Tensor, index: Tensor | None, tokens: int) -> tuple[Tensor, Tensor]:
+    def append(
+        self,
+        keys: Float[Tensor, "batch heads slots head_dim"],
+        values: Float[Tensor, "batch heads slots value_dim"],
+        index: Int[Tensor, "batch slots"] | None,
+        tokens: int,
+    ) -> KeysAndValues:
         """Add slots for the next `tokens` tokens, of which some may be missing.
 
         Args:
-            keys: [batch, heads, slots, head_dim].
-            values: the same shape.
-            index: int64 [batch, slots], sequence index of each new slot or -1; None when all tokens are there.
+            keys: of the new slots.
+            values: of the new slots.
+            index: sequence index of each new slot or -1; None when all tokens are there.
             tokens: how many tokens of the sequence have passed.
 
         Returns:
@@ -60,7 +68,13 @@ class SkipCacheLayer(DynamicLayer):
         self.values, self._room_for_values = _extend(self.values, self._room_for_values, values)
         return self.keys, self.values
 
-    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+    def update(
+        self,
+        key_states: Float[Tensor, "batch heads tokens head_dim"],
+        value_states: Float[Tensor, "batch heads tokens value_dim"],
+        *args: Any,
+        **kwargs: Any,
+    ) -> KeysAndValues:
         """Add tokens all of which run; see `transformers.Cache`."""
         return self.append(key_states, value_states, None, key_states.shape[-2])
 
@@ -71,8 +85,8 @@ class SkipCacheLayer(DynamicLayer):
             self.index = torch.arange(held)[None] if held else torch.zeros(1, 0, dtype=torch.long)
         self.seen += tokens
 
-    def slots(self, batch: int, device: torch.device) -> Tensor:
-        """The sequence index of every slot, int64 [batch, slots]."""
+    def slots(self, batch: int, device: torch.device) -> Int[Tensor, "{batch} slots"]:
+        """The sequence index of every slot."""
         if self.index is None:
             return torch.arange(self.seen, device=device).expand(batch, -1)
         return self.index.to(device).expand(batch, -1)
@@ -102,7 +116,7 @@ class SkipCacheLayer(DynamicLayer):
         self.index = self.index[:, :kept]
         self.keys, self.values = self.keys[..., :kept, :], self.values[..., :kept, :]
 
-    def reorder_cache(self, beam_idx: Tensor) -> None:
+    def reorder_cache(self, beam_idx: Int[Tensor, " rows"]) -> None:
         """Reorder rows for beam search."""
         self.batch_select_indices(beam_idx)
 
@@ -116,7 +130,7 @@ class SkipCacheLayer(DynamicLayer):
         if self.decided is not None:
             self.decided = self.decided.repeat_interleave(repeats, dim=0)
 
-    def batch_select_indices(self, indices: Tensor) -> None:
+    def batch_select_indices(self, indices: Int[Tensor, " rows"]) -> None:
         """Keep only the rows `indices`."""
         if self.is_initialized:
             here = indices.to(self.keys.device)
@@ -134,8 +148,12 @@ class ImageCacheLayer(SkipCacheLayer):
         """Keep everything: images are forgotten with no token."""
 
 
-def _extend(held: Tensor, room: Tensor | None, new: Tensor) -> tuple[Tensor, Tensor | None]:
-    """Append `new` to `held` [batch, heads, slots, head_dim], without a copy of `held` where its room has space.
+def _extend(
+    held: Float[Tensor, "batch heads slots dim"] | Float[Tensor, " 0"],
+    room: Float[Tensor, "rows heads room dim"] | None,
+    new: Float[Tensor, "batch heads tokens dim"],
+) -> tuple[Float[Tensor, "batch heads all dim"], Float[Tensor, "batch heads more dim"] | None]:
+    """Append `new` to `held`, without a copy of `held` where its room has space.
 
     Returns:
         Both together, a view of the room; and the room.

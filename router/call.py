@@ -1,33 +1,122 @@
-"""What the layers of a model must know during one call, and how it reaches them.
+"""What the layers of a model must know during one call, what is decided in it, and the record of what ran.
 
-A pre-hook on the top model builds one `Call` per forward and adds it to the keyword arguments, which
-transformers hands down to every decoder layer. Nothing is kept on a module, so interleaved generations,
+A `Call` travels with the keyword arguments of a forward call. Nothing is kept on a module, so interleaved generations,
 threads and gradient checkpointing (which replays a layer with the same arguments) cannot mix calls up.
-What a caller wants for a stretch of code (another threshold, masked execution, a trace) is a context
-variable that the pre-hook reads: `with running(mode="masked"): ...`.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from contextvars import ContextVar
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
 
 from .attention import Layout
-from .cache import SkipCache
-from .config import Granularity, KVPolicy, RouterConfig, Unit, check_choice
-from .errors import InputError
-from .modality import MODALITIES, token_modality
-from .policies import Gated, Policy
-from .trace import Step, Trace
+from .cache import SkipCache, SkipCacheLayer
+from .config import Granularity, KVPolicy, Unit
+from .gates import TokenGate
+from .modality import MODALITIES
 
 Mode = Literal["masked", "gathered", "dense"]
 KWARG = "skipit_call"
+
+
+class Decision(NamedTuple):
+    """What a policy decides about the tokens of one layer.
+
+    Attributes:
+        run: True where the token runs the layer.
+        probability: fp32 with gradient, for straight-through training; None for fixed decisions.
+    """
+
+    run: Bool[Tensor, "batch seq"]
+    probability: Float[Tensor, "batch seq"] | None = None
+
+    def straight_through(self) -> Float[Tensor, "batch seq"] | None:
+        """1 where a token runs, 0 where it skips, with the probability's gradient; None where there is no gradient."""
+        if self.probability is None or not (torch.is_grad_enabled() and self.probability.requires_grad):
+            return None
+        return self.run + (self.probability - self.probability.detach())
+
+
+class Policy(Protocol):
+    """Decides, before a layer runs, which tokens run it. Deterministic, and causal: a token's own past only."""
+
+    def decide(self, layer: int, hidden: Float[Tensor, "batch seq dim"], call: "Call", gate: TokenGate) -> Decision:
+        """Decide for the states that enter `layer`."""
+        ...
+
+
+class ImageStates(NamedTuple):
+    """What a cross-attention layer attends to, per row: states of images, which are no tokens.
+
+    Attributes:
+        held: all there are in this call; 0 where there is no image, and the model leaves such layers out.
+        new: those among them whose keys and values were made in this call.
+    """
+
+    held: int = 0
+    new: int = 0
+
+
+NO_IMAGES = ImageStates()
+
+
+def image_states(kwargs: dict[str, Any], batch: int, store: SkipCacheLayer | None = None) -> ImageStates:
+    """What a layer that attends to images attends to in a call, from its arguments and before it has run."""
+    states = kwargs.get("cross_attention_states")
+    new = 0 if states is None else states.shape[:-1].numel() // batch
+    return ImageStates(new + (0 if store is None else store.get_seq_length()), new)
+
+
+@dataclass
+class Step:
+    """A record of one call of the model (a prefill, or one decoding step): which token ran which layer.
+
+    Attributes:
+        modality: 0 text, 1 vision.
+        real: False at padding.
+        past: tokens per row already in the cache, padding counted.
+        kv: what became of the keys and values of skipped tokens.
+        unit: what they skipped.
+        decisions: by layer index; the first one counts when gradient checkpointing replays a layer.
+        layers: of the model; those without a decision were left out by the model itself, and no token ran them. 0
+            stands for as many as have one.
+        images: what cross-attention layers attend to.
+    """
+
+    modality: Int[Tensor, "batch seq"]
+    real: Bool[Tensor, "batch seq"]
+    past: int
+    kv: KVPolicy = "retain"
+    unit: Unit = "block"
+    decisions: dict[int, Decision] = field(default_factory=dict)
+    layers: int = 0
+    images: ImageStates = NO_IMAGES
+
+    @property
+    def run(self) -> Bool[Tensor, "layers batch seq"]:
+        """Which token ran which layer; False at padding."""
+        return torch.stack([decision.run.to(self.real.device) for decision in self._ordered()]) & self.real
+
+    @property
+    def probability(self) -> Float[Tensor, "layers batch seq"]:
+        """The gates' run probabilities, fp32 with gradient; a fixed decision counts as 0 or 1."""
+        every = [d.run.float() if d.probability is None else d.probability for d in self._ordered()]
+        return torch.stack([probability.to(self.real.device) for probability in every])
+
+    def _ordered(self) -> list[Decision]:
+        absent = Decision(torch.zeros_like(self.real))
+        return [self.decisions.get(layer, absent) for layer in range(self.layers or len(self.decisions))]
+
+
+@dataclass
+class Trace:
+    """The steps of the calls made while the trace was active, in order."""
+
+    steps: list[Step] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -40,10 +129,10 @@ class Call:
         unit: what a token skips.
         granularity: who decides.
         mode: `masked` computes every token and discards; `gathered` computes only the tokens that run.
-        modality: int64 [batch, seq], 0 text, 1 vision.
-        real: bool [batch, seq], False at padding.
-        prompt: bool [batch, seq], the tokens that decide for their row under `sequence`.
-        position: int64 [batch, seq], how many real tokens of the row come before; the same however it is padded.
+        modality: 0 text, 1 vision.
+        real: False at padding.
+        prompt: the tokens that decide for their row under `sequence`.
+        position: how many real tokens of the row come before; the same however it is padded.
         past: tokens per row already in the cache, padding counted.
         tokens: how many are real, over all rows.
         cache: of keys and values, and of what a prompt has decided; or None.
@@ -55,10 +144,10 @@ class Call:
     unit: Unit
     granularity: Granularity
     mode: Mode
-    modality: Tensor
-    real: Tensor
-    prompt: Tensor
-    position: Tensor
+    modality: Int[Tensor, "batch seq"]
+    real: Bool[Tensor, "batch seq"]
+    prompt: Bool[Tensor, "batch seq"]
+    position: Int[Tensor, "batch seq"]
     past: int
     tokens: int
     cache: SkipCache | None
@@ -76,8 +165,8 @@ class Call:
         """Where the real tokens are, the same for every layer; None where there is no padding."""
         return Layout.of(self.real) if self.tokens < self.real.numel() else None
 
-    def pooled(self, layer: int, logits: Tensor) -> Tensor:
-        """Logits of every token [batch, seq] replaced by their mean over the prompt's tokens of row and modality.
+    def pooled(self, layer: int, logits: Float[Tensor, "batch seq"]) -> Float[Tensor, "batch seq"]:
+        """Logits of every token replaced by their mean over the prompt's tokens of row and modality.
 
         What a prompt has decided is kept in the cache and holds for the tokens after it. A token of a modality that no
         prompt has had decides for itself.
@@ -92,127 +181,3 @@ class Call:
                 means, known = torch.where(earlier, held.decided, means), known | earlier
             held.decided = means.detach().masked_fill(~known, torch.nan)
         return torch.where(known.gather(1, self.modality), means.gather(1, self.modality), logits)
-
-
-@dataclass(frozen=True)
-class _Running:
-    policy: Policy | None = None
-    budget: float | str | None = None
-    mode: Mode | None = None
-    kv: KVPolicy | None = None
-    unit: Unit | None = None
-    granularity: Granularity | None = None
-    prompt: Tensor | None = None
-    trace: Trace | None = None
-
-    def __post_init__(self) -> None:
-        for name, kind in (("mode", Mode), ("kv", KVPolicy), ("unit", Unit), ("granularity", Granularity)):
-            if getattr(self, name) is not None:
-                check_choice(name, getattr(self, name), kind)
-
-
-_running: ContextVar[_Running] = ContextVar("skipit_running", default=_Running())  # noqa: B039 - frozen
-
-
-@contextmanager
-def running(**options: Any) -> Iterator[None]:
-    """Run gated models differently within a `with` block; options not named keep their outer value.
-
-    Args:
-        **options: `policy` (instead of the gates), `budget` (a calibrated operating point), `mode` ("masked",
-            "gathered", or "dense": as if nothing were attached), `kv` ("retain", "evict"), `unit` ("block",
-            "attention", "mlp"), `granularity` ("token", "sequence"), `prompt` (bool [batch, seq]: where answers are
-            part of the input, as in training, the tokens that may decide for their row), `trace` (a `Trace` that
-            receives every step).
-
-    Example:
-        >>> with running(mode="dense"):
-        ...     pass  # model.generate(...) runs every layer for every token
-    """
-    token = _running.set(replace(_running.get(), **options))
-    try:
-        yield
-    finally:
-        _running.reset(token)
-
-
-class Router:
-    """The pre-hook of a gated model: turns the arguments of a forward call into a `Call` for its layers."""
-
-    def __init__(self, config: RouterConfig, num_layers: int, image_layers: frozenset[int] = frozenset()) -> None:
-        self.config = config
-        self.num_layers = num_layers
-        self.image_layers = image_layers
-
-    def __call__(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-        """Add the call to `kwargs`; see `torch.nn.Module.register_forward_pre_hook`."""
-        options = _running.get()
-        mode = options.mode or ("masked" if model.training else "gathered")
-        if mode == "dense":
-            return args, kwargs
-        if mode == "gathered" and _wants_attention_weights(model, kwargs):
-            mode = "masked"  # the weights of every token, which gathered execution does not compute
-        if args:
-            kwargs = {**dict(zip(("input_ids", "pixel_values"), args, strict=False)), **kwargs}
-        cache = self._cache(model, kwargs)
-        if cache is not None:
-            kwargs = {**kwargs, "past_key_values": cache}
-        past = cache.get_seq_length() if cache is not None else 0
-        modality, real, position = self._tokens(model, kwargs, past)
-        kv, unit = options.kv or self.config.kv, options.unit or self.config.unit
-        step = None
-        if options.trace is not None:
-            step = Step(modality, real, past, kv, unit, layers=self.num_layers)
-            options.trace.steps.append(step)
-        call = Call(
-            policy=options.policy or Gated(self.config.threshold_at(options.budget)),
-            kv=kv,
-            unit=unit,
-            granularity=options.granularity or self.config.granularity,
-            mode=mode,
-            modality=modality,
-            real=real,
-            prompt=real if options.prompt is None else real & options.prompt.to(real.device),
-            position=position,
-            past=past,
-            tokens=int(real.sum()),
-            cache=cache,
-            step=step,
-        )
-        return (), {**kwargs, KWARG: call}
-
-    def _cache(self, model: nn.Module, kwargs: dict[str, Any]) -> SkipCache | None:
-        cache = kwargs.get("past_key_values")
-        if cache is None:
-            use_cache = kwargs.get("use_cache")
-            if use_cache is None:
-                use_cache = model.config.get_text_config().use_cache  # type: ignore[union-attr, operator]
-            return SkipCache(self.num_layers, self.image_layers) if use_cache else None
-        if isinstance(cache, SkipCache):
-            return cache
-        return SkipCache.from_dynamic(cache, self.num_layers, self.image_layers)
-
-    @staticmethod
-    def _tokens(model: nn.Module, kwargs: dict[str, Any], past: int) -> tuple[Tensor, Tensor, Tensor]:
-        ids, embeds = kwargs.get("input_ids"), kwargs.get("inputs_embeds")
-        like = ids if ids is not None else embeds
-        if like is None:
-            raise InputError("a gated model needs `input_ids` or `inputs_embeds`; got neither.")
-        batch, length = like.shape[:2]
-        modality = token_modality(model.config, ids, kwargs.get("mm_token_type_ids"), length)
-        mask = kwargs.get("attention_mask")
-        if isinstance(mask, Tensor) and mask.dim() == 2:
-            seen = mask.bool().to(modality.device)
-            position = seen.cumsum(-1)[:, -length:] - 1
-            real = seen[:, -length:]
-        else:
-            real = torch.ones(batch, length, dtype=torch.bool, device=modality.device)
-            position = torch.arange(past, past + length, device=modality.device).expand(batch, -1)
-        return modality, real, position
-
-
-def _wants_attention_weights(model: nn.Module, kwargs: dict[str, Any]) -> bool:
-    wanted = kwargs.get("output_attentions")
-    if wanted is None:
-        wanted = getattr(model.config.get_text_config(), "output_attentions", False)  # type: ignore[union-attr, operator]
-    return bool(wanted)

@@ -65,12 +65,12 @@ def local_folder(source: str | Path, **options: Any) -> Path:
 
     where = {name: options[name] for name in _HUB_OPTIONS if options.get(name) is not None}
     try:
-        found = [cached_file(str(source), name, **where) for name in (GATES_FILE, ROUTER_FILE)]
+        files = [cached_file(str(source), name, **where) for name in (GATES_FILE, ROUTER_FILE)]
     except (OSError, ValueError) as error:
         raise CheckpointError(
             f"{source} is not a folder, and {ROUTER_FILE} cannot be had from the Hub: {error}"
         ) from error
-    return Path(str(found[0])).parent
+    return Path(str(files[0])).parent
 
 
 def attach_from(model: nn.Module, folder: str | Path, budget: float | str | None = None) -> nn.Module:

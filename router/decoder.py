@@ -22,16 +22,16 @@ def find_decoder(model: nn.Module, layers: str | None = None) -> tuple[str, nn.M
         DecoderNotFoundError: no layer list at the path, or none found; the message lists the module lists there are.
     """
     if layers is None and isinstance(model, PreTrainedModel):
-        found = getattr(model.get_decoder(), "layers", None)
-        layers = next((name for name, module in model.named_modules() if module is found), None)
+        stack = getattr(model.get_decoder(), "layers", None)
+        layers = next((name for name, module in model.named_modules() if module is stack), None)
     if layers is not None:
         try:
-            found = model.get_submodule(layers)
+            stack = model.get_submodule(layers)
         except AttributeError:
-            found = None
-        if isinstance(found, nn.ModuleList) and len(found) > 0:
+            stack = None
+        if isinstance(stack, nn.ModuleList) and len(stack) > 0:
             parent, _, _ = layers.rpartition(".")
-            return layers, model.get_submodule(parent), found
+            return layers, model.get_submodule(parent), stack
     raise DecoderNotFoundError(_describe(model, layers))
 
 
@@ -60,7 +60,7 @@ def image_layers(config: Any) -> frozenset[int]:
     return frozenset(index for index, kind in enumerate(layer_kinds(config)) if kind == "cross_attention")
 
 
-def why_not(config: Any) -> str | None:
+def unsupported_reason(config: Any) -> str | None:
     """Why layers with this decoder configuration cannot have gates; None if they can."""
     for kind in layer_kinds(config):
         if kind not in GATED_KINDS:
@@ -76,9 +76,8 @@ def _describe(model: nn.Module, layers: str | None) -> str:
         for name, module in model.named_modules()
         if isinstance(module, nn.ModuleList) and len(module) > 0
     ]
-    found = ", ".join(lists) or "none"
     example = lists[-1].split(" ")[0] if lists else "model.layers"
     return (
-        f"{wanted} in `{type(model).__name__}`. Module lists found: {found}. "
+        f"{wanted} in `{type(model).__name__}`. Module lists found: {', '.join(lists) or 'none'}. "
         f'Name one: RouterConfig(layers="{example}").'
     )

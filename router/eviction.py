@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
+from jaxtyping import Bool, Float, Shaped
 from torch import Tensor
 
 KEY_WEIGHT_KWARG = "skipit_key_weight"
@@ -22,21 +22,21 @@ class KeyWeights(NamedTuple):
 
     Attributes:
         mask: over all keys, skipped ones too; None is plain causal.
-        weight: [batch, keys], 0 or 1, with the gradient of the gates.
+        weight: 0 or 1, with the gradient of the gates.
     """
 
-    mask: Tensor | None
-    weight: Tensor
+    mask: Shaped[Tensor, "#batch 1 queries keys"] | None
+    weight: Float[Tensor, "batch keys"]
 
 
 def weighted_attention(
     query: Float[Tensor, "batch heads queries head_dim"],
     key: Float[Tensor, "batch kv_heads keys head_dim"],
-    value: Float[Tensor, "batch kv_heads keys head_dim"],
-    mask: Tensor | None,
+    value: Float[Tensor, "batch kv_heads keys value_dim"],
+    mask: Shaped[Tensor, "#batch 1 queries keys"] | None,
     weight: Float[Tensor, "batch keys"],
     scaling: float | None,
-) -> Float[Tensor, "batch queries heads head_dim"]:
+) -> Float[Tensor, "batch queries heads value_dim"]:
     """Attention in which every key counts by a weight, but for its own token, which always sees itself.
 
     With a the attention over all keys, w the weights, A = sum_j a_j w_j and o the output: o = sum_j a_j w_j v_j / A.
@@ -48,7 +48,7 @@ def weighted_attention(
         query: of all tokens.
         key: of all tokens.
         value: of all tokens.
-        mask: [batch or 1, 1, queries, keys], boolean (True attends) or additive; None is plain causal.
+        mask: boolean (True attends) or additive; None is plain causal.
         weight: 0 or 1, with the gradient of the gates.
         scaling: of the scores; None is 1 / sqrt(head_dim).
 
@@ -70,15 +70,21 @@ class _WeightedAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, query: Tensor, key: Tensor, value: Tensor, weight: Tensor, mask: Tensor, scaling: float
-    ) -> Tensor:
+        ctx: Any,
+        query: Float[Tensor, "batch heads queries head_dim"],
+        key: Float[Tensor, "batch heads keys head_dim"],
+        value: Float[Tensor, "batch heads keys value_dim"],
+        weight: Float[Tensor, "batch keys"],
+        mask: Shaped[Tensor, "#batch 1 queries keys"],
+        scaling: float,
+    ) -> Float[Tensor, "batch heads queries value_dim"]:
         output = F.scaled_dot_product_attention(query, key, value, _over(mask, _there(weight)), scale=scaling)
         ctx.save_for_backward(query, key, value, weight, mask, output)
         ctx.scaling = scaling
         return output
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> Any:
+    def backward(ctx: Any, *gradients: Float[Tensor, "batch heads queries value_dim"]) -> Any:
         query, key, value, weight, mask, output = ctx.saved_tensors
         heads = query.shape[1]
         # A few heads at a time: their attention matrices are all that training needs beyond plain attention's memory.
@@ -89,13 +95,21 @@ class _WeightedAttention(torch.autograd.Function):
             of_heads = [tensor[:, some] for tensor in (query, key, value, output, gradients[0])]
             parts.append(_derivatives(of_heads, weight, mask, ctx.scaling))
         d_query, d_key, d_value, d_weight = zip(*parts, strict=True)
-        found = (torch.cat(part, dim=1).to(query.dtype) for part in (d_query, d_key, d_value))
-        return *found, torch.stack(d_weight).sum(0).to(weight.dtype), None, None
+        of_states = (torch.cat(part, dim=1).to(query.dtype) for part in (d_query, d_key, d_value))
+        return *of_states, torch.stack(d_weight).sum(0).to(weight.dtype), None, None
 
 
 def _derivatives(
-    of_heads: list[Tensor], weight: Tensor, mask: Tensor, scaling: float
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    of_heads: list[Float[Tensor, "batch some tokens _"]],
+    weight: Float[Tensor, "batch tokens"],
+    mask: Shaped[Tensor, "#batch 1 tokens tokens"],
+    scaling: float,
+) -> tuple[
+    Float[Tensor, "batch some tokens head_dim"],
+    Float[Tensor, "batch some tokens head_dim"],
+    Float[Tensor, "batch some tokens value_dim"],
+    Float[Tensor, "batch tokens"],
+]:
     """Of query, key, value and weights; given are some heads' query, key, value, output and the output's gradient."""
     query, key, value, output, gradient = of_heads
     gradient = gradient.float()
@@ -114,11 +128,13 @@ def _derivatives(
     return d_query, d_key, attention.transpose(-1, -2) @ gradient, d_weight
 
 
-def _there(weight: Tensor) -> Tensor:
-    """Which keys a query may see as far as weights go, bool [batch, 1, tokens, tokens]: its own always."""
+def _there(weight: Float[Tensor, "batch tokens"]) -> Bool[Tensor, "batch 1 tokens tokens"]:
+    """Which keys a query may see as far as weights go: its own always."""
     own = torch.eye(weight.shape[-1], dtype=torch.bool, device=weight.device)
     return (weight > 0.5)[:, None, None, :] | own
 
 
-def _over(mask: Tensor, there: Tensor) -> Tensor:
+def _over(
+    mask: Shaped[Tensor, "#batch 1 tokens tokens"], there: Bool[Tensor, "batch 1 tokens tokens"]
+) -> Shaped[Tensor, "batch 1 tokens tokens"]:
     return mask & there if mask.dtype == torch.bool else mask.masked_fill(~there, torch.finfo(mask.dtype).min)

@@ -36,8 +36,9 @@ def count_values(folder: Path) -> int:
     """How many numbers the weights in a checked folder hold, from the files' headers."""
     from safetensors import safe_open
 
-    whole = folder / WEIGHTS
-    files = {whole} if whole.exists() else {folder / name for name in load_json(folder / INDEX)["weight_map"].values()}
+    files = {folder / WEIGHTS}
+    if not (folder / WEIGHTS).exists():
+        files = {folder / name for name in load_json(folder / INDEX)["weight_map"].values()}
     count = 0
     for path in files:
         with safe_open(path, "pt") as file:

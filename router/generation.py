@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 from transformers import GenerationMixin
 
-from .call import running
+from .running import running
 from .subclass import Mixin, mix_in, take_out
 
 if TYPE_CHECKING:
@@ -44,13 +44,13 @@ class BudgetedModel(Mixin, _Model):
             return super().generate(inputs, generation_config, *args, **kwargs)  # type: ignore[misc]
 
 
-def let_choose_budgets(model: nn.Module) -> None:
+def add_budget_argument(model: nn.Module) -> None:
     """Give a model's `generate` a `budget`; a model that does not generate is left as it is."""
     if isinstance(model, GenerationMixin):
         mix_in(model, BudgetedModel)
 
 
-def take_budgets_away(model: nn.Module) -> None:
-    """Undo `let_choose_budgets`."""
+def remove_budget_argument(model: nn.Module) -> None:
+    """Undo `add_budget_argument`."""
     if isinstance(model, BudgetedModel):
         take_out(model)

@@ -1,39 +1,25 @@
 """A decoder layer with a gate: a dynamic subclass of the layer's own class, made after loading.
 
-Masked execution computes the layer for every token and discards it where the gate says skip: every module runs on every
-rank, which is what training needs. Gathered execution computes only the tokens that run. Both keep the same keys and
-values, so their results agree to rounding. What a token skips is the whole layer (`block`), or the attention or the MLP
-inside it.
+What a token skips is the whole layer (`block`), or the attention or the MLP inside it; how, is in `execute.py`.
 """
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
 from functools import cache
 from inspect import signature
 from typing import TYPE_CHECKING, Any
 
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 
-from .cache import SkipCache, SkipCacheLayer
-from .call import KWARG, Call
+from .cache import SkipCache
+from .call import KWARG, Call, image_states
 from .config import Unit
 from .errors import UnsupportedModelError
-from .eviction import KEY_WEIGHT_KWARG, KeyWeights
+from .execute import Execution, dense, execute, execute_tokenwise
 from .gates import TokenGate
-from .gathered import (
-    dense,
-    image_states,
-    mask_over,
-    states_of,
-    with_attention,
-    with_image_attention,
-    with_states,
-    without_attention,
-)
-from .policies import Decision
 from .subclass import Mixin, mix_in, own_class, take_out
 
 if TYPE_CHECKING:
@@ -42,27 +28,8 @@ else:
     _Module = object
 
 
-@dataclass(frozen=True)
-class _Skip:
-    """A layer's decision on its way to the module inside that it is about."""
-
-    decision: Decision
-    call: Call
-    store: SkipCacheLayer | None
-    of_images: bool
-
-
-_skip: ContextVar[_Skip | None] = ContextVar("skipit_skip", default=None)
-
-
-class _MarkedCache:
-    """Stands in for a cache in masked execution with `evict`: stores every token, marks the skipped ones as absent."""
-
-    def __init__(self, store: SkipCacheLayer, index: Tensor) -> None:
-        self.store, self.index = store, index
-
-    def update(self, keys: Tensor, values: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        return self.store.append(keys, values, self.index, keys.shape[-2])
+# A layer's decision on its way to the module inside that it is about.
+_outer: ContextVar[Execution | None] = ContextVar("skipit_execution", default=None)
 
 
 class GatedLayer(Mixin, _Module):
@@ -72,7 +39,7 @@ class GatedLayer(Mixin, _Module):
     skipit_index: int
     skipit_attends_to_images: bool
 
-    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+    def forward(self, hidden_states: Float[Tensor, "batch seq dim"], *args: Any, **kwargs: Any) -> Any:
         """Run the layer for the tokens that the call's policy chooses; the whole layer when there is no call."""
         kwargs = _named(own_class(type(self)), 1, args, kwargs)
         call: Call | None = kwargs.pop(KWARG, None)
@@ -86,11 +53,11 @@ class GatedLayer(Mixin, _Module):
             call.step.decisions.setdefault(self.skipit_index, decision)
             if self.skipit_attends_to_images:
                 call.step.images = image_states(kwargs, len(hidden_states), store)
-        skip = _Skip(decision, call, store, self.skipit_attends_to_images)
+        execution = Execution(decision, call, store, self.skipit_attends_to_images)
         if call.unit == "block":
-            return _execute(super().forward, hidden_states, hidden_states, skip, kwargs)
+            return execute(super().forward, hidden_states, hidden_states, execution, kwargs)
         _check_parts(self, call.unit)
-        with _inside(skip):
+        with _inside(execution):
             return super().forward(hidden_states, **kwargs)
 
 
@@ -99,34 +66,30 @@ class GatedAttention(Mixin, _Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run the attention for the tokens that its layer chose, when that is what they skip; others get zeros."""
-        skip = _skip.get()
-        if skip is None:
+        execution = _outer.get()
+        if execution is None:
             return super().forward(*args, **kwargs)
         kwargs = _named(own_class(type(self)), 0, args, kwargs)
         hidden = kwargs.pop("hidden_states")
-        if skip.call.unit == "attention":
-            output = _execute(super().forward, hidden, torch.zeros_like(hidden), skip, kwargs)
+        if execution.call.unit == "attention":
+            output = execute(super().forward, hidden, torch.zeros_like(hidden), execution, kwargs)
             return output if isinstance(output, tuple) else (output, None)  # nothing ran, so there are no weights
-        return dense(super().forward, hidden, skip.call, skip.store, kwargs)
+        return dense(super().forward, hidden, execution, kwargs)
 
 
 class GatedMLP(Mixin, _Module):
     """Mixin put before the class of a layer's MLP."""
 
-    def forward(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
+    def forward(self, hidden: Float[Tensor, "batch seq dim"], *args: Any, **kwargs: Any) -> Any:
         """Run the MLP for the tokens that its layer chose, when that is what they skip; others get zeros."""
-        skip = _skip.get()
-        if skip is None or skip.call.unit != "mlp" or args or kwargs:
+        execution = _outer.get()
+        if execution is None or execution.call.unit != "mlp" or args or kwargs:
             return super().forward(hidden, *args, **kwargs)
-        zeros = torch.zeros_like(hidden)
-        if skip.call.mode == "masked":
-            output = super().forward(hidden)
-            return with_states(output, _select(zeros, states_of(output), skip.decision))
-        return without_attention(super().forward, hidden, zeros, skip.decision.run, skip.call)
+        return execute_tokenwise(super().forward, hidden, torch.zeros_like(hidden), execution)
 
 
 def mix_in_parts(layer: nn.Module) -> None:
-    """Let a layer's attention and MLP be skipped by themselves, where they can be told."""
+    """Let a layer's attention and MLP be skipped by themselves, where it is clear which is which."""
     attention = [child for child in layer.children() if hasattr(child, "head_dim") and hasattr(child, "config")]
     others = [
         child
@@ -155,48 +118,17 @@ def _check_parts(layer: nn.Module, unit: Unit) -> None:
 
 
 @contextmanager
-def _inside(skip: _Skip) -> Iterator[None]:
-    token = _skip.set(skip)
+def _inside(execution: Execution) -> Iterator[None]:
+    token = _outer.set(execution)
     try:
         yield
     finally:
-        _skip.reset(token)
+        _outer.reset(token)
 
 
-def _execute(forward: Any, hidden: Tensor, skipped: Tensor, skip: _Skip, kwargs: dict[str, Any]) -> Any:
-    """A module with attention inside, masked or gathered; `skipped` is what leaves it where a token skips."""
-    decision, call, store = skip.decision, skip.call, skip.store
-    if call.mode == "gathered" and skip.of_images:
-        return with_image_attention(forward, hidden, skipped, decision.run, call, store, kwargs)
-    if call.mode == "gathered":
-        return with_attention(forward, hidden, skipped, decision.run, call, store, kwargs)
-    run = decision.run
-    weight = decision.straight_through()
-    if call.kv == "retain" or skip.of_images or (weight is None and bool((run | ~call.real).all())):
-        output = dense(forward, hidden, call, store, kwargs)
-    else:
-        if weight is not None and store is None:
-            kwargs = {**kwargs, KEY_WEIGHT_KWARG: KeyWeights(kwargs.get("attention_mask"), weight)}
-        kwargs = {**kwargs, "attention_mask": mask_over(hidden, store, kwargs, call.past, run)}
-        if store is not None:
-            index = torch.arange(call.past, call.past + hidden.shape[1], device=hidden.device)
-            kwargs["past_key_values"] = _MarkedCache(store, index.masked_fill(~run, -1))
-        output = forward(hidden, **kwargs)
-    return with_states(output, _select(skipped, states_of(output), decision))
-
-
-def _select(skipped: Tensor, output: Tensor, decision: Decision) -> Tensor:
-    """A module's output where a token runs, else `skipped`; straight-through when there is a gradient."""
-    weight = decision.straight_through()
-    if weight is None:
-        return torch.where(decision.run[..., None], output, skipped)
-    gate = weight[..., None].to(output.dtype)
-    return gate * output + (1 - gate) * skipped
-
-
-def _named(own: type, skip: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-    """Keyword arguments of a call to `own`'s forward, with its positional ones after the first `skip` by name."""
-    return kwargs | dict(zip(_parameters(own)[skip:], args, strict=False)) if args else kwargs
+def _named(own: type, first: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Keyword arguments of a call to `own`'s forward, with its positional ones, from the `first`, by name."""
+    return kwargs | dict(zip(_parameters(own)[first:], args, strict=False)) if args else kwargs
 
 
 @cache

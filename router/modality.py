@@ -3,6 +3,7 @@
 from typing import Any
 
 import torch
+from jaxtyping import Int
 from torch import Tensor
 
 from .errors import InputError
@@ -21,15 +22,18 @@ def vision_token_ids(config: Any) -> list[int]:
 
 
 def token_modality(
-    config: Any, input_ids: Tensor | None, mm_token_type_ids: Tensor | None = None, length: int | None = None
-) -> Tensor:
-    """The modality of every token of a call: 0 text, 1 vision, as int64 [batch, seq].
+    config: Any,
+    input_ids: Int[Tensor, "batch seq"] | None,
+    mm_token_type_ids: Int[Tensor, "batch all"] | None = None,
+    length: int | None = None,
+) -> Int[Tensor, "batch tokens"]:
+    """The modality of every token of a call: 0 text, 1 vision.
 
     Args:
         config: the configuration of the whole model.
-        input_ids: [batch, seq], with image and video placeholders in place.
-        mm_token_type_ids: [batch, seq] as some processors return: 0 text, above 0 image or video; wins when it
-            covers the call's tokens.
+        input_ids: with image and video placeholders in place.
+        mm_token_type_ids: as some processors return: 0 text, above 0 image or video; wins when it covers the call's
+            tokens.
         length: tokens of this call, when `mm_token_type_ids` may be longer (the whole sequence, in decoding).
 
     Raises:

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, Literal
 
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from .subclass import Mixin, mix_in, take_out
@@ -37,7 +38,7 @@ def only(wanted: Wanted) -> Iterator[None]:
 class _Projection(Mixin, _Linear):
     gives: Wanted
 
-    def forward(self, input: Tensor) -> Tensor:
+    def forward(self, input: Float[Tensor, "*batch dim"]) -> Float[Tensor, "*batch features"]:
         """The projection, or zeros of its shape where only others are wanted."""
         if _wanted.get() in ("everything", self.gives):
             return super().forward(input)

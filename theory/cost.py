@@ -17,10 +17,10 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from skipit.router import MODALITIES, Step
+from skipit.router.call import NO_IMAGES, ImageStates
 from skipit.router.config import KVPolicy, Unit
 from skipit.router.decoder import find_decoder, image_layers
 from skipit.router.errors import UnsupportedModelError
-from skipit.router.trace import NO_IMAGES, ImageStates
 
 # The names under which transformers' configurations keep the number of experts per token.
 _CHOSEN_EXPERTS = ("num_experts_per_tok", "moe_topk", "top_k_experts", "moe_top_k")

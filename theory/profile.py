@@ -11,10 +11,10 @@ from torch import Tensor, nn
 
 from skipit.router import MODALITIES, RouterConfig, attach, detach, find_router, running, token_modality
 from skipit.router.attention import OBSERVER_KWARG
+from skipit.router.call import image_states
 from skipit.router.config import KVPolicy
 from skipit.router.decoder import find_decoder, image_layers
 from skipit.router.errors import CheckpointError, InputError, SkipItError
-from skipit.router.gathered import image_states
 
 from .cost import CostModel
 from .damage import (

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from skipit.eval.metrics.scores import exact_match_scores
 from skipit.router import InputError, Step
+from skipit.router.call import NO_IMAGES, ImageStates
 from skipit.router.config import KVPolicy, Unit
-from skipit.router.trace import NO_IMAGES, ImageStates
 from skipit.theory.cost import CostModel, token_flops
 
 from .runner import answer_batches

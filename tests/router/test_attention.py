@@ -99,7 +99,7 @@ def test_a_mask_of_another_shape() -> None:
     with pytest.raises(
         UnsupportedModelError, match=r"attention mask: got 2 dimensions, expected 4. Load the model with attn"
     ):
-        visible_keys(torch.ones(1, 3), torch.zeros(1, 1), torch.zeros(1, 1), 0)
+        visible_keys(torch.ones(1, 3), torch.zeros(1, 1).long(), torch.zeros(1, 1).long(), 0)
 
 
 def test_an_implementation_that_is_not_wrapped() -> None:

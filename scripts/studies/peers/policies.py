@@ -12,9 +12,8 @@ from torch import Tensor, nn
 
 from skipit.router import VISION, Decision, SkipItError, gated_layers
 from skipit.router.attention import OBSERVER_KWARG
-from skipit.router.call import KWARG, Call
+from skipit.router.call import KWARG, Call, Policy
 from skipit.router.gates import TokenGate
-from skipit.router.policies import Policy
 
 _MASS = "vision_attention"  # where FastV keeps what its layer saw, among the attributes of a call
 

@@ -8,7 +8,8 @@ from tiny_models import ROWS, build, inputs
 from torch import Tensor
 
 from skipit.router import FixedUnits, RouterConfig, RouterConfigError, SkipCache, Trace, attach, running
-from skipit.router.call import KWARG, Call, _running
+from skipit.router.call import KWARG, Call
+from skipit.router.running import _running
 
 SKIP_ALL = FixedUnits(torch.zeros(4, 2, dtype=torch.bool))
 

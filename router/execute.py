@@ -1,0 +1,265 @@
+"""Running a module for the tokens that a decision chooses: masked, gathered and dense, side by side.
+
+The module is a layer, or the attention or MLP inside one, and every function here calls its own `forward`: what a
+family does to its keys, positions or norms needs no code of ours.
+
+- `masked` computes every token and discards what it computed where a token skips: every module runs on every rank,
+  which is what training needs.
+- `gathered` packs the tokens that run side by side, computes those alone, and puts them back among the others.
+- `dense` is what both are when every token runs.
+
+The law is that masked and gathered give the same, to rounding: the states of the tokens that run, `skipped` for the
+others, and in the cache the same keys and values. Under `retain` those of all tokens are there in both; under `evict`
+masked execution marks a skipped token's as absent where gathered execution never makes them.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float, Shaped
+from torch import Tensor
+from torch.utils._pytree import tree_map_only
+
+from .attention import LAYOUT_KWARG, Layout, visible_keys
+from .cache import ImageCacheLayer, KeysAndValues, SkipCacheLayer
+from .call import Call, Decision
+from .eviction import KEY_WEIGHT_KWARG, KeyWeights
+from .projections import only
+from .stand_ins import HeldImages, Marked, Packed, Ready, capture
+
+Forward = Callable[..., Any]
+
+
+@dataclass(frozen=True)
+class Execution:
+    """What running a module for some tokens takes, beside the module and what enters it.
+
+    Attributes:
+        decision: which tokens run.
+        call: of the model.
+        store: where the layer's keys and values are kept, or None.
+        of_images: whether the layer's keys and values come from images.
+    """
+
+    decision: Decision
+    call: Call
+    store: SkipCacheLayer | None
+    of_images: bool
+
+    @property
+    def layout(self) -> Layout:
+        """Where the real tokens that run belong."""
+        return Layout.of(self.decision.run & self.call.real)
+
+
+def execute(
+    forward: Forward,
+    hidden: Float[Tensor, "batch seq dim"],
+    skipped: Float[Tensor, "batch seq dim"],
+    execution: Execution,
+    kwargs: dict[str, Any],
+) -> Any:
+    """Run a module that has attention inside for some tokens.
+
+    Args:
+        forward: the module's own.
+        hidden: states that enter it.
+        skipped: what leaves it where a token skips.
+        execution: the decision, and how it is carried out.
+        kwargs: the module's other arguments.
+
+    Returns:
+        What the module returns, with the states of all tokens.
+    """
+    if execution.call.mode == "masked":
+        return masked(forward, hidden, skipped, execution, kwargs)
+    if execution.of_images:
+        return gathered_over_images(forward, hidden, skipped, execution, kwargs)
+    return gathered(forward, hidden, skipped, execution, kwargs)
+
+
+def execute_tokenwise(
+    forward: Forward,
+    hidden: Float[Tensor, "batch seq dim"],
+    skipped: Float[Tensor, "batch seq dim"],
+    execution: Execution,
+) -> Any:
+    """Run a module that works token by token for some tokens; see `execute`."""
+    if execution.call.mode == "masked":
+        return _select(skipped, forward(hidden), execution.decision)
+    layout = execution.layout
+    if len(layout.rows) == execution.call.tokens:
+        return forward(hidden)
+    if len(layout.rows) == 0:
+        return skipped
+    return _unpack(skipped, forward(layout.pack(hidden)), layout)
+
+
+def dense(
+    forward: Forward, hidden: Float[Tensor, "batch seq dim"], execution: Execution, kwargs: dict[str, Any]
+) -> Any:
+    """Run a module for every token; only keys that earlier calls evicted may be missing."""
+    store = execution.store
+    if store is not None and store.index is not None:
+        kwargs = {**kwargs, "attention_mask": _mask_over(hidden, store, kwargs, execution.call.past)}
+    return forward(hidden, **kwargs)
+
+
+def masked(
+    forward: Forward,
+    hidden: Float[Tensor, "batch seq dim"],
+    skipped: Float[Tensor, "batch seq dim"],
+    execution: Execution,
+    kwargs: dict[str, Any],
+) -> Any:
+    """Run a module for every token and select; under `evict` nobody but itself sees a token that skips."""
+    decision, call, store = execution.decision, execution.call, execution.store
+    run, weight = decision.run, decision.straight_through()
+    if call.kv == "retain" or execution.of_images or (weight is None and bool((run | ~call.real).all())):
+        return _select(skipped, dense(forward, hidden, execution, kwargs), decision)
+    if weight is not None and store is None:
+        kwargs = {**kwargs, KEY_WEIGHT_KWARG: KeyWeights(kwargs.get("attention_mask"), weight)}
+    kwargs = {**kwargs, "attention_mask": _mask_over(hidden, store, kwargs, call.past, run)}
+    if store is not None:
+        kwargs["past_key_values"] = Marked(store, call.past, run)
+    return _select(skipped, forward(hidden, **kwargs), decision)
+
+
+def gathered(
+    forward: Forward,
+    hidden: Float[Tensor, "batch seq dim"],
+    skipped: Float[Tensor, "batch seq dim"],
+    execution: Execution,
+    kwargs: dict[str, Any],
+) -> Any:
+    """Run a module for the tokens that run alone, packed; under `retain` keys and values are made for all."""
+    call, store, layout = execution.call, execution.store, execution.layout
+    tokens, device = hidden.shape[1], hidden.device
+    if len(layout.rows) == call.tokens:
+        return dense(forward, hidden, execution, kwargs)
+    query = layout.index(call.past)
+    if call.kv == "retain":
+        keys, values = _keys_and_values(forward, hidden, call, kwargs)
+        key = torch.arange(call.past, call.past + tokens, device=device).expand(layout.batch, -1)
+        if store is not None:
+            keys, values = store.append(keys, values, None, tokens)
+            key = store.slots(layout.batch, device)
+        held: Any = Ready(keys, values)
+        wanted = only("queries")
+    else:
+        key = query if store is None else torch.cat([store.slots(layout.batch, device), query], dim=1)
+        if len(layout.rows) == 0 and store is not None:
+            store.pass_over(tokens)
+        held = Packed(store, layout, call.past, tokens)
+        wanted = only("everything")
+    if len(layout.rows) == 0:
+        return skipped
+    full = kwargs.get("attention_mask")
+    if call.kv == "retain" and full is None and layout.batch == 1 and (store is None or store.index is None):
+        layout = layout.with_spans(call.past)
+    packed = _pack(kwargs, layout) | {"past_key_values": held, LAYOUT_KWARG: layout}
+    plain = call.kv == "evict" and full is None and layout.batch == 1 and call.past == 0
+    packed["attention_mask"] = None if plain else visible_keys(full, query, key, call.past)
+    with wanted:
+        output = forward(layout.pack(hidden), **packed)
+    return _unpack(skipped, output, layout)
+
+
+def gathered_over_images(
+    forward: Forward,
+    hidden: Float[Tensor, "batch seq dim"],
+    skipped: Float[Tensor, "batch seq dim"],
+    execution: Execution,
+    kwargs: dict[str, Any],
+) -> Any:
+    """Run a module that attends to images, which are not in the sequence, for the tokens that run alone.
+
+    Keys and values come from the images whatever the tokens do, so both K/V policies mean the same: they are made and
+    kept once, also when no token of this call runs the module; a later one may.
+    """
+    layout = execution.layout
+    name = "cross_attention_mask" if "cross_attention_mask" in kwargs else "attention_mask"
+    mask, rows = kwargs.get(name), kwargs.get("full_text_row_masked_out_mask")
+    if len(layout.rows) == execution.call.tokens:
+        return forward(hidden, **kwargs)
+    if mask is None:  # what a token then sees is the attention function's choice, and depends on its place in the call
+        output = forward(hidden, **kwargs)
+        return with_states(output, torch.where(execution.decision.run[..., None], states_of(output), skipped))
+    store = ImageCacheLayer() if execution.store is None else execution.store
+    if kwargs.get("cross_attention_states") is not None:
+        nothing = {**kwargs, name: None, "full_text_row_masked_out_mask": None}
+        store.update(*capture(forward, hidden[:, :0], nothing))
+    if len(layout.rows) == 0:
+        return skipped
+    packed = _pack(kwargs, layout) | {"past_key_values": HeldImages(store), LAYOUT_KWARG: layout}
+    packed |= {"cross_attention_states": None, name: layout.to_rows(layout.pack(mask.transpose(0, 1)))}
+    if rows is not None:
+        packed["full_text_row_masked_out_mask"] = layout.pack(rows.transpose(0, 1))
+    return _unpack(skipped, forward(layout.pack(hidden), **packed), layout)
+
+
+def states_of(output: Any) -> Float[Tensor, "batch seq dim"]:
+    """The states in what a module returned."""
+    states: Tensor = output[0] if isinstance(output, tuple) else output
+    return states
+
+
+def with_states(output: Any, states: Float[Tensor, "batch seq dim"]) -> Any:
+    """What a module returned, with other states."""
+    return (states, *output[1:]) if isinstance(output, tuple) else states
+
+
+def _select(skipped: Float[Tensor, "batch seq dim"], output: Any, decision: Decision) -> Any:
+    """A module's output where a token runs, else `skipped`; straight-through when there is a gradient."""
+    states, weight = states_of(output), decision.straight_through()
+    if weight is None:
+        return with_states(output, torch.where(decision.run[..., None], states, skipped))
+    gate = weight[..., None].to(states.dtype)
+    return with_states(output, gate * states + (1 - gate) * skipped)
+
+
+def _unpack(skipped: Float[Tensor, "batch seq dim"], output: Any, layout: Layout) -> Any:
+    """A module's output for packed tokens, each at its place, and `skipped` for the others."""
+    return with_states(output, layout.unpack(states_of(output), skipped))
+
+
+def _pack(kwargs: dict[str, Any], layout: Layout) -> dict[str, Any]:
+    """A module's arguments for the packed tokens: positions are gathered, never renumbered."""
+    packed = {k: v for k, v in kwargs.items() if k not in ("position_ids", "position_embeddings")}
+    if kwargs.get("position_embeddings") is not None:
+        packed["position_embeddings"] = tree_map_only(Tensor, layout.pack, kwargs["position_embeddings"])
+    if kwargs.get("position_ids") is not None:
+        packed["position_ids"] = layout.pack(kwargs["position_ids"][..., None])[..., 0]
+    return packed
+
+
+def _keys_and_values(
+    forward: Forward, hidden: Float[Tensor, "batch seq dim"], call: Call, kwargs: dict[str, Any]
+) -> KeysAndValues:
+    """Keys and values of all tokens, without attention or MLP; zeros at padding."""
+    layout = call.padded
+    if layout is None:
+        return capture(forward, hidden, {**kwargs, "attention_mask": None})
+    packed = _pack(kwargs, layout) | {"attention_mask": None}
+    keys, values = capture(forward, layout.pack(hidden), packed)
+    return layout.to_columns(keys, hidden.shape[1]), layout.to_columns(values, hidden.shape[1])
+
+
+def _mask_over(
+    hidden: Float[Tensor, "batch seq dim"],
+    store: SkipCacheLayer | None,
+    kwargs: dict[str, Any],
+    past: int,
+    run: Bool[Tensor, "batch seq"] | None = None,
+) -> Shaped[Tensor, "batch 1 seq keys"]:
+    """The mask of all tokens over the keys that exist, when some do not. Those of `run` False see only themselves."""
+    batch, tokens = hidden.shape[:2]
+    query = torch.arange(past, past + tokens, device=hidden.device).expand(batch, -1)
+    key, alive = query, run
+    if store is not None:
+        held = store.slots(batch, hidden.device)
+        key = torch.cat([held, query], dim=1)
+        alive = torch.cat([torch.ones_like(held, dtype=torch.bool), run], dim=1) if run is not None else None
+    return visible_keys(kwargs.get("attention_mask"), query, key, past, alive)

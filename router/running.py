@@ -1,0 +1,150 @@
+"""How a call reaches the layers of a gated model, and how a caller changes what it says for a stretch of code.
+
+A pre-hook on the top model builds one `Call` per forward and adds it to the keyword arguments, which
+transformers hands down to every decoder layer. What a caller wants for a stretch of code (another threshold, masked
+execution, a trace) is a context variable that the pre-hook reads: `with running(mode="masked"): ...`.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Int
+from torch import Tensor, nn
+
+from .cache import SkipCache
+from .call import KWARG, Call, Mode, Policy, Step, Trace
+from .config import Granularity, KVPolicy, RouterConfig, Unit, check_choice
+from .errors import InputError
+from .modality import token_modality
+from .policies import Gated
+
+
+@dataclass(frozen=True)
+class _Running:
+    policy: Policy | None = None
+    budget: float | str | None = None
+    mode: Mode | None = None
+    kv: KVPolicy | None = None
+    unit: Unit | None = None
+    granularity: Granularity | None = None
+    prompt: Bool[Tensor, "batch seq"] | None = None
+    trace: Trace | None = None
+
+    def __post_init__(self) -> None:
+        for name, kind in (("mode", Mode), ("kv", KVPolicy), ("unit", Unit), ("granularity", Granularity)):
+            if getattr(self, name) is not None:
+                check_choice(name, getattr(self, name), kind)
+
+
+_running: ContextVar[_Running] = ContextVar("skipit_running", default=_Running())  # noqa: B039 - frozen
+
+
+@contextmanager
+def running(**options: Any) -> Iterator[None]:
+    """Run gated models differently within a `with` block; options not named keep their outer value.
+
+    Args:
+        **options: `policy` (instead of the gates), `budget` (a calibrated operating point), `mode` ("masked",
+            "gathered", or "dense": as if nothing were attached), `kv` ("retain", "evict"), `unit` ("block",
+            "attention", "mlp"), `granularity` ("token", "sequence"), `prompt` (bool [batch, seq]: where answers are
+            part of the input, as in training, the tokens that may decide for their row), `trace` (a `Trace` that
+            receives every step).
+
+    Example:
+        >>> with running(mode="dense"):
+        ...     pass  # model.generate(...) runs every layer for every token
+    """
+    token = _running.set(replace(_running.get(), **options))
+    try:
+        yield
+    finally:
+        _running.reset(token)
+
+
+class Router:
+    """The pre-hook of a gated model: turns the arguments of a forward call into a `Call` for its layers."""
+
+    def __init__(self, config: RouterConfig, num_layers: int, image_layers: frozenset[int] = frozenset()) -> None:
+        self.config = config
+        self.num_layers = num_layers
+        self.image_layers = image_layers
+
+    def __call__(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        """Add the call to `kwargs`; see `torch.nn.Module.register_forward_pre_hook`."""
+        options = _running.get()
+        mode = options.mode or ("masked" if model.training else "gathered")
+        if mode == "dense":
+            return args, kwargs
+        if mode == "gathered" and _wants_attention_weights(model, kwargs):
+            mode = "masked"  # the weights of every token, which gathered execution does not compute
+        if args:
+            kwargs = {**dict(zip(("input_ids", "pixel_values"), args, strict=False)), **kwargs}
+        cache = self._cache(model, kwargs)
+        if cache is not None:
+            kwargs = {**kwargs, "past_key_values": cache}
+        past = cache.get_seq_length() if cache is not None else 0
+        modality, real, position = self._tokens(model, kwargs, past)
+        kv, unit = options.kv or self.config.kv, options.unit or self.config.unit
+        step = None
+        if options.trace is not None:
+            step = Step(modality, real, past, kv, unit, layers=self.num_layers)
+            options.trace.steps.append(step)
+        call = Call(
+            policy=options.policy or Gated(self.config.threshold_at(options.budget)),
+            kv=kv,
+            unit=unit,
+            granularity=options.granularity or self.config.granularity,
+            mode=mode,
+            modality=modality,
+            real=real,
+            prompt=real if options.prompt is None else real & options.prompt.to(real.device),
+            position=position,
+            past=past,
+            tokens=int(real.sum()),
+            cache=cache,
+            step=step,
+        )
+        return (), {**kwargs, KWARG: call}
+
+    def _cache(self, model: nn.Module, kwargs: dict[str, Any]) -> SkipCache | None:
+        cache = kwargs.get("past_key_values")
+        if cache is None:
+            use_cache = kwargs.get("use_cache")
+            if use_cache is None:
+                use_cache = model.config.get_text_config().use_cache  # type: ignore[union-attr, operator]
+            return SkipCache(self.num_layers, self.image_layers) if use_cache else None
+        if isinstance(cache, SkipCache):
+            return cache
+        return SkipCache.from_dynamic(cache, self.num_layers, self.image_layers)
+
+    @staticmethod
+    def _tokens(
+        model: nn.Module, kwargs: dict[str, Any], past: int
+    ) -> tuple[Int[Tensor, "batch seq"], Bool[Tensor, "batch seq"], Int[Tensor, "batch seq"]]:
+        """The modality of the call's tokens, which are real, and their positions."""
+        ids, embeds = kwargs.get("input_ids"), kwargs.get("inputs_embeds")
+        like = ids if ids is not None else embeds
+        if like is None:
+            raise InputError("a gated model needs `input_ids` or `inputs_embeds`; got neither.")
+        batch, length = like.shape[:2]
+        modality = token_modality(model.config, ids, kwargs.get("mm_token_type_ids"), length)
+        mask = kwargs.get("attention_mask")
+        if isinstance(mask, Tensor) and mask.dim() == 2:
+            seen = mask.bool().to(modality.device)
+            position = seen.cumsum(-1)[:, -length:] - 1
+            real = seen[:, -length:]
+        else:
+            real = torch.ones(batch, length, dtype=torch.bool, device=modality.device)
+            position = torch.arange(past, past + length, device=modality.device).expand(batch, -1)
+        return modality, real, position
+
+
+def _wants_attention_weights(model: nn.Module, kwargs: dict[str, Any]) -> bool:
+    wanted = kwargs.get("output_attentions")
+    if wanted is None:
+        wanted = getattr(model.config.get_text_config(), "output_attentions", False)  # type: ignore[union-attr, operator]
+    return bool(wanted)

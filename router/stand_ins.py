@@ -1,0 +1,127 @@
+"""What stands in for a cache while a layer's own code runs: keys and values then go where they belong.
+
+An attention hands its new keys and values to `past_key_values.update` and attends to what that returns. So whoever
+answers in the cache's place can take them, have them ready, or put them into rows, without code for any family.
+"""
+
+from collections import defaultdict
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from .attention import Layout
+from .cache import KeysAndValues, SkipCacheLayer
+from .errors import UnsupportedModelError
+from .projections import only
+
+
+class _Captured(Exception):
+    """Carries keys and values out of a layer that is left before its attention is computed."""
+
+    def __init__(
+        self, keys: Float[Tensor, "batch heads seq head_dim"], values: Float[Tensor, "batch heads seq value_dim"]
+    ) -> None:
+        super().__init__()
+        self.keys, self.values = keys, values
+
+
+class _Capture:
+    """Takes the keys and values a layer is about to store, and leaves the layer."""
+
+    def update(
+        self,
+        keys: Float[Tensor, "batch heads seq head_dim"],
+        values: Float[Tensor, "batch heads seq value_dim"],
+        *args: Any,
+        **kwargs: Any,
+    ) -> None:
+        raise _Captured(keys, values)
+
+
+def capture(
+    forward: Callable[..., Any], hidden: Float[Tensor, "batch seq dim"], kwargs: dict[str, Any]
+) -> KeysAndValues:
+    """The keys and values that a module is about to store, without its attention or MLP.
+
+    The module itself computes them, up to the point where it would store them.
+
+    Raises:
+        UnsupportedModelError: it never does.
+    """
+    try:
+        with only("keys and values"):
+            forward(hidden, **{**kwargs, "past_key_values": _Capture()})
+    except _Captured as captured:
+        return captured.keys, captured.values
+    owner = type(forward.__self__).__name__  # type: ignore[attr-defined]
+    raise UnsupportedModelError(
+        f"`{owner}` does not store its keys and values through `past_key_values.update`, so `retain` cannot have them "
+        "without the rest of it. Use kv='evict'."
+    )
+
+
+class Ready:
+    """Has the keys and values of all tokens already; those of the tokens that run are not read."""
+
+    def __init__(
+        self, keys: Float[Tensor, "batch heads keys head_dim"], values: Float[Tensor, "batch heads keys value_dim"]
+    ) -> None:
+        self.keys, self.values = keys, values
+
+    def update(
+        self,
+        keys: Float[Tensor, "1 heads tokens head_dim"],
+        values: Float[Tensor, "1 heads tokens value_dim"],
+        *args: Any,
+        **kwargs: Any,
+    ) -> KeysAndValues:
+        """Give what is there."""
+        return self.keys, self.values
+
+
+class HeldImages:
+    """Lets a layer read the keys and values of images that it has already."""
+
+    def __init__(self, store: SkipCacheLayer) -> None:
+        self.layers: dict[int, SkipCacheLayer] = defaultdict(lambda: store)  # only one layer will ask
+
+
+class Packed:
+    """Puts the keys and values of packed tokens, the only ones a layer will have, into rows."""
+
+    def __init__(self, store: SkipCacheLayer | None, layout: Layout, past: int, tokens: int) -> None:
+        self.store, self.layout, self.past, self.tokens = store, layout, past, tokens
+
+    def update(
+        self,
+        keys: Float[Tensor, "1 heads tokens head_dim"],
+        values: Float[Tensor, "1 heads tokens value_dim"],
+        *args: Any,
+        **kwargs: Any,
+    ) -> KeysAndValues:
+        """Store them where there is a store; give all that there are."""
+        keys, values = self.layout.to_rows(keys), self.layout.to_rows(values)
+        if self.store is None:
+            return keys, values
+        return self.store.append(keys, values, self.layout.index(self.past), self.tokens)
+
+
+class Marked:
+    """Stores the keys and values of every token, and marks those that skip as absent."""
+
+    def __init__(self, store: SkipCacheLayer, past: int, run: Bool[Tensor, "batch seq"]) -> None:
+        self.store, self.past, self.run = store, past, run
+
+    def update(
+        self,
+        keys: Float[Tensor, "batch heads seq head_dim"],
+        values: Float[Tensor, "batch heads seq value_dim"],
+        *args: Any,
+        **kwargs: Any,
+    ) -> KeysAndValues:
+        """Store them, and give all that there are."""
+        index = torch.arange(self.past, self.past + self.run.shape[1], device=self.run.device)
+        return self.store.append(keys, values, index.masked_fill(~self.run, -1), keys.shape[-2])
