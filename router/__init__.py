@@ -1,4 +1,20 @@
-"""Gates inside a model: attaching them, deciding with them, and executing only what they let run."""
+"""Gates inside a model: attaching them, deciding with them, and executing only what they let run.
+
+One hidden state's way through a gated layer, in the order to read it:
+
+1. `call.py`: what the layers know during a call, and what is decided and recorded in it. `running.py` builds one per
+   forward of the model, before any layer runs.
+2. `layer.py`: the states enter a layer, which asks the call's policy and has itself, or a part, executed.
+3. `gates.py`: a linear score per token.
+4. `policies.py`: the score against a threshold, or a fixed table: which tokens run.
+5. `execute.py`: masked, gathered or dense; the layer's own `forward` is called here.
+6. `stand_ins.py`: what that `forward` meets in the cache's place.
+7. `attention.py`: packed tokens become rows again for attention alone.
+8. `cache.py`: where keys and values stay, with the index of the token each belongs to.
+
+Beside it stand `modality.py` (the two kinds of tokens), `projections.py` (what nobody reads is not computed),
+`eviction.py` (how gates learn what their eviction costs others) and `subclass.py` (how a live module gets all this).
+"""
 
 from .attach import attach, detach, find_router, gate_state, gated_layers, set_gates
 from .cache import SkipCache

@@ -24,9 +24,9 @@ torch.set_num_threads(1)
 
 def run(model, folder, **options):
     code = type(router_of(model)).__module__.rpartition(".")[0]
-    trace = importlib.import_module(f"{code}.trace").Trace()
+    trace = importlib.import_module(f"{code}.call").Trace()
     settings = {"max_new_tokens": 5, "do_sample": False} if "generation_config" not in options else {}
-    with importlib.import_module(f"{code}.call").running(trace=trace):
+    with importlib.import_module(f"{code}.running").running(trace=trace):
         tokens = model.generate(**load_file(folder / "inputs.safetensors"), **settings, **options)
     return {"tokens": tokens.tolist(), "ran": [int(step.run.sum()) for step in trace.steps]}
 

@@ -59,7 +59,8 @@ def test_any_history(history: list[list[list[bool]]], data: st.DataObject) -> No
         if kind == "append":
             kept = [[seen + i for i in range(tokens) if block[i][row]] for row in range(2)]
             width = max(map(len, kept))
-            fill(layer, torch.tensor([row + [-1] * (width - len(row)) for row in kept]).view(2, width), tokens)
+            index = torch.tensor([row + [-1] * (width - len(row)) for row in kept], dtype=torch.long)
+            fill(layer, index.view(2, width), tokens)
         elif kind == "whole":
             kept = [list(range(seen, seen + tokens))] * 2
             index = torch.tensor(kept)
