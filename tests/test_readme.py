@@ -1,5 +1,6 @@
-"""What the README says about the repository is true."""
+"""What the README, CONTRIBUTING.md and the pages in docs/ say about the repository is true."""
 
+import pkgutil
 import re
 import shlex
 import subprocess
@@ -11,43 +12,102 @@ from skipit.cli.main import RUNS
 from skipit.cli.options import build_parser
 
 ROOT = Path(__file__).parents[1]
-README = (ROOT / "README.md").read_text(encoding="utf-8")
-FOLDERS = ("src/skipit", "router", "theory", "train", "train/zero", "train/reference", "eval", "eval/report", "scripts")
+PAGES = {
+    path.relative_to(ROOT).as_posix(): path.read_text(encoding="utf-8")
+    for path in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md")))
+}
+README = PAGES["README.md"]
+FOLDERS = ("router", "theory", "train", "eval", "src/skipit", "scripts", "scripts/studies", "tests", "docs")
+FENCED = re.compile(r"^```\w*\n(.*?)^```", flags=re.DOTALL | re.MULTILINE)
+ROOTS = "|".join(sorted({folder.split("/")[0] for folder in FOLDERS}))
+# A folder, a file with a suffix, or a script: `train/loss` is none of them.
+FILE = re.compile(rf"(?:(?:{ROOTS})/[\w./-]*(?:\.\w+|/)|(?:scripts|\.ci)/\w+)(?![\w/])")
+EVERY_PAGE = pytest.mark.parametrize("page", PAGES)
 
 
-def test_every_file_has_its_line_in_the_tree() -> None:
-    tree = README.split("## Files", 1)[1].split("```", 2)[1]
-    listed: dict[str, set[str]] = {}
-    folder = ""
-    for line in tree.strip("\n").splitlines():
-        if not line.startswith(" "):
-            folder = line.split()[0].rstrip("/")
-        else:
-            listed.setdefault(folder, set()).add(line.split()[0])
-    for folder in FOLDERS:
-        files = {
-            path.name
-            for path in (ROOT / folder).iterdir()
-            if path.is_file() and path.name not in ("__init__.py", "py.typed")
-        }
-        assert listed[folder] == files, folder
+def code(text: str) -> list[str]:
+    """The lines of a page that are typed: those of fenced blocks, and indented ones."""
+    blocks = FENCED.findall(text)
+    return [line for block in blocks for line in block.splitlines()] + re.findall(
+        r"^ {4}(\S.*)", FENCED.sub("", text), flags=re.MULTILINE
+    )
 
 
-def test_every_line_of_the_tree_says_something() -> None:
-    tree = README.split("## Files", 1)[1].split("```", 2)[1]
-    assert all(len(line.split()) > 2 for line in tree.strip("\n").splitlines() if line.startswith(" "))
+def quoted(text: str) -> list[str]:
+    """What a page has in backticks, outside of fenced blocks."""
+    return re.findall(r"`([^`\n]+)`", FENCED.sub("", text))
 
 
-@pytest.mark.parametrize("command", re.findall(r"^(skipit [^#\n]+)", README, flags=re.MULTILINE))
+def anchors(page: Path) -> set[str]:
+    """The names of a page's headings, as links have them."""
+    headings = re.findall(r"^#+ (.*)", page.read_text(encoding="utf-8"), flags=re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def found(pattern: str) -> list[str]:
+    """Everything on all pages that is typed and matches, once."""
+    return sorted({hit for text in PAGES.values() for line in code(text) for hit in re.findall(pattern, line)})
+
+
+def test_the_readme_is_short() -> None:
+    assert len(README.splitlines()) <= 200
+
+
+def test_every_folder_has_its_line() -> None:
+    lines = README.split("## Folders", 1)[1].split("```", 2)[1].strip("\n").splitlines()
+    assert [line.split()[0] for line in lines] == [f"{folder}/" for folder in FOLDERS]
+    assert all(len(line.split()) > 4 for line in lines)
+    tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=False).stdout.split()
+    roots = {name.split("/")[0] for name in tracked if "/" in name and not name.startswith(".")}
+    assert roots <= set(ROOTS.split("|"))
+
+
+@pytest.mark.parametrize("command", found(r"^(skipit [^#]+)"))
 def test_commands_parse(command: str) -> None:
-    build_parser(RUNS).parse_args(shlex.split(command)[1:])
+    build_parser(RUNS).parse_args(shlex.split(command.replace("SEED", "0"))[1:])
 
 
-@pytest.mark.parametrize("script", re.findall(r"^(scripts/\w+)", README, flags=re.MULTILINE))
+@pytest.mark.parametrize("script", found(r"^(?:scripts|\.ci)/\w+(?![\w/])"))
 def test_scripts_exist_and_are_valid_bash(script: str) -> None:
     subprocess.run(["bash", "-n", ROOT / script], check=True)
 
 
-@pytest.mark.parametrize("target", sorted(set(re.findall(r"\]\(([^)#:]+)\)", README))))
-def test_links_lead_somewhere(target: str) -> None:
-    assert (ROOT / target).exists()
+@EVERY_PAGE
+def test_studies_exist(page: str) -> None:
+    for study in re.findall(r"scripts/study ([a-z][a-z-]*)", PAGES[page]):
+        path = ROOT / "scripts" / "studies" / study.replace("-", "_")
+        assert path.with_suffix(".py").is_file() or (path / "__init__.py").is_file(), study
+
+
+@EVERY_PAGE
+def test_links_lead_somewhere(page: str) -> None:
+    text = re.sub(r"`[^`\n]*`", "", FENCED.sub("", PAGES[page]))  # formulas have brackets, too
+    for target, anchor in re.findall(r"\]\((?!http)([^)#\s]*)#?([^)\s]*)\)", text):
+        path = (ROOT / page).parent / target if target else ROOT / page
+        assert path.exists(), target
+        assert not anchor or anchor in anchors(path), f"{target}#{anchor}"
+
+
+@EVERY_PAGE
+def test_files_exist(page: str) -> None:
+    for name in quoted(PAGES[page]):
+        if path := FILE.match(name):
+            assert (ROOT / path[0]).exists(), name
+        elif bare := re.match(r"\w+\.py(?!\w)", name):
+            assert any(any((ROOT / folder).rglob(bare[0])) for folder in FOLDERS), name
+        if function := re.fullmatch(r"(\S+\.py): (\w+)", name):
+            assert f"def {function[2]}(" in (ROOT / function[1]).read_text(encoding="utf-8"), name
+
+
+@EVERY_PAGE
+def test_python_names_exist(page: str) -> None:
+    for text in (*quoted(PAGES[page]), *code(PAGES[page])):
+        for name in re.findall(r"(?<![\w./-])(?:skipit|studies)(?:\.[A-Za-z_]\w*)+", text):
+            pkgutil.resolve_name(name)
+
+
+def test_the_families_are_those_of_their_page() -> None:
+    names = re.findall(r"^\| ([^|,\s]+)[^|]*\(`[\w.-]+`\) \|", PAGES["docs/families.md"], flags=re.MULTILINE)
+    assert len(names) == 15
+    assert "Fifteen families" in README
+    assert all(name in README for name in names)
