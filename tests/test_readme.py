@@ -111,3 +111,13 @@ def test_the_families_are_those_of_their_page() -> None:
     assert len(names) == 15
     assert "Fifteen families" in README
     assert all(name in README for name in names)
+
+
+def test_the_theory_names_its_code() -> None:
+    files = (path for folder in ("theory", "eval", "tests/theory") for path in (ROOT / folder).rglob("*.py"))
+    defined = set(
+        re.findall(r"^ *(?:def|class) (\w+)", "\n".join(path.read_text(encoding="utf-8") for path in files), re.M)
+    )
+    names = {name for name in quoted(PAGES["docs/theory.md"]) if re.fullmatch(r"[a-z0-9]+(_[a-z0-9]+)+", name)}
+    assert len(names) > 20
+    assert names <= defined
