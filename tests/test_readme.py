@@ -19,6 +19,7 @@ PAGES = {
 README = PAGES["README.md"]
 FOLDERS = ("router", "theory", "train", "eval", "src/skipit", "scripts", "scripts/studies", "tests", "docs")
 FENCED = re.compile(r"^```\w*\n(.*?)^```", flags=re.DOTALL | re.MULTILINE)
+FORMULA = re.compile(r"\$`.*?`\$", flags=re.DOTALL)
 ROOTS = "|".join(sorted({folder.split("/")[0] for folder in FOLDERS}))
 # A folder, a file with a suffix, or a script: `train/loss` is none of them.
 FILE = re.compile(rf"(?:(?:{ROOTS})/[\w./-]*(?:\.\w+|/)|(?:scripts|\.ci)/\w+)(?![\w/])")
@@ -34,8 +35,8 @@ def code(text: str) -> list[str]:
 
 
 def quoted(text: str) -> list[str]:
-    """What a page has in backticks, outside of fenced blocks."""
-    return re.findall(r"`([^`\n]+)`", FENCED.sub("", text))
+    """What a page has in backticks, outside of fenced blocks and formulas."""
+    return re.findall(r"`([^`\n]+)`", FORMULA.sub("", FENCED.sub("", text)))
 
 
 def anchors(page: Path) -> set[str]:
@@ -81,7 +82,7 @@ def test_studies_exist(page: str) -> None:
 
 @EVERY_PAGE
 def test_links_lead_somewhere(page: str) -> None:
-    text = re.sub(r"`[^`\n]*`", "", FENCED.sub("", PAGES[page]))  # formulas have brackets, too
+    text = FORMULA.sub("", FENCED.sub("", PAGES[page]))  # formulas have brackets, too
     for target, anchor in re.findall(r"\]\((?!http)([^)#\s]*)#?([^)\s]*)\)", text):
         path = (ROOT / page).parent / target if target else ROOT / page
         assert path.exists(), target
