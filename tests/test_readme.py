@@ -3,12 +3,15 @@
 import re
 import shlex
 import subprocess
+from argparse import ArgumentParser
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from skipit.cli.main import RUNS
 from skipit.cli.options import build_parser
+from studies.__main__ import main as run_study
 
 ROOT = Path(__file__).parents[1]
 PAGES = {
@@ -133,3 +136,24 @@ def test_the_theory_names_its_code() -> None:
     names = {name for name in quoted(PAGES["docs/theory.md"]) if re.fullmatch(r"[a-z0-9]+(_[a-z0-9]+)+", name)}
     assert len(names) > 20
     assert names <= defined
+
+
+def typed_studies() -> list[str]:
+    """Every study on the pages as it is typed, with its options: on a line of its own, or in a sentence."""
+    texts = [FENCED.sub("", text) for text in PAGES.values()]
+    inline = [" ".join(hit.split()) for text in texts for hit in re.findall(r"`(scripts/study [a-z][^`]*)`", text)]
+    return sorted({*found(r"^scripts/study [a-z][^#]*"), *inline})
+
+
+@pytest.mark.parametrize("command", typed_studies())
+def test_studies_parse(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    parse = ArgumentParser.parse_args
+
+    def parse_only(*given: Any, **named: Any) -> None:
+        parse(*given, **named)
+        raise InterruptedError
+
+    monkeypatch.setattr(ArgumentParser, "parse_args", parse_only)
+    monkeypatch.setattr("sys.argv", ["study"])
+    with pytest.raises(InterruptedError):
+        run_study(shlex.split(command)[1:])
