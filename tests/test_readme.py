@@ -49,7 +49,7 @@ def anchors(page: Path) -> set[str]:
 
 def found(pattern: str) -> list[str]:
     """Everything on all pages that is typed and matches, once."""
-    return sorted({hit for text in PAGES.values() for line in code(text) for hit in re.findall(pattern, line)})
+    return sorted({hit.strip() for text in PAGES.values() for line in code(text) for hit in re.findall(pattern, line)})
 
 
 def module_of(name: str) -> tuple[Path, list[str]]:
