@@ -14,7 +14,10 @@ from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
 from .errors import UnsupportedModelError
 
-KeysAndValues = tuple[Float[Tensor, "batch heads keys head_dim"], Float[Tensor, "batch heads keys value_dim"]]
+# Those of some tokens, and those of all that a layer holds, in rows.
+Keys = Float[Tensor, "batch heads tokens head_dim"]
+Values = Float[Tensor, "batch heads tokens value_dim"]
+KeysAndValues = tuple[Float[Tensor, "rows heads slots head_dim"], Float[Tensor, "rows heads slots value_dim"]]
 SPARE = 32  # tokens of room that a layer makes when it is extended: so many decoding steps without a copy
 
 
@@ -40,11 +43,7 @@ class SkipCacheLayer(DynamicLayer):
         self._room_for_values: Float[Tensor, "batch heads room value_dim"] | None = None
 
     def append(
-        self,
-        keys: Float[Tensor, "batch heads slots head_dim"],
-        values: Float[Tensor, "batch heads slots value_dim"],
-        index: Int[Tensor, "batch slots"] | None,
-        tokens: int,
+        self, keys: Keys, values: Values, index: Int[Tensor, "batch tokens"] | None, tokens: int
     ) -> KeysAndValues:
         """Add slots for the next `tokens` tokens, of which some may be missing.
 
@@ -68,13 +67,7 @@ class SkipCacheLayer(DynamicLayer):
         self.values, self._room_for_values = _extend(self.values, self._room_for_values, values)
         return self.keys, self.values
 
-    def update(
-        self,
-        key_states: Float[Tensor, "batch heads tokens head_dim"],
-        value_states: Float[Tensor, "batch heads tokens value_dim"],
-        *args: Any,
-        **kwargs: Any,
-    ) -> KeysAndValues:
+    def update(self, key_states: Keys, value_states: Values, *args: Any, **kwargs: Any) -> KeysAndValues:
         """Add tokens all of which run; see `transformers.Cache`."""
         return self.append(key_states, value_states, None, key_states.shape[-2])
 

@@ -30,6 +30,7 @@ from .projections import only
 from .stand_ins import HeldImages, Marked, Packed, Ready, capture
 
 Forward = Callable[..., Any]
+States = Float[Tensor, "batch seq dim"]
 
 
 @dataclass(frozen=True)
@@ -54,13 +55,7 @@ class Execution:
         return Layout.of(self.decision.run & self.call.real)
 
 
-def execute(
-    forward: Forward,
-    hidden: Float[Tensor, "batch seq dim"],
-    skipped: Float[Tensor, "batch seq dim"],
-    execution: Execution,
-    kwargs: dict[str, Any],
-) -> Any:
+def execute(forward: Forward, hidden: States, skipped: States, execution: Execution, kwargs: dict[str, Any]) -> Any:
     """Run a module that has attention inside for some tokens.
 
     Args:
@@ -80,12 +75,7 @@ def execute(
     return gathered(forward, hidden, skipped, execution, kwargs)
 
 
-def execute_tokenwise(
-    forward: Forward,
-    hidden: Float[Tensor, "batch seq dim"],
-    skipped: Float[Tensor, "batch seq dim"],
-    execution: Execution,
-) -> Any:
+def execute_tokenwise(forward: Forward, hidden: States, skipped: States, execution: Execution) -> Any:
     """Run a module that works token by token for some tokens; see `execute`."""
     if execution.call.mode == "masked":
         return _select(skipped, forward(hidden), execution.decision)
@@ -97,9 +87,7 @@ def execute_tokenwise(
     return _unpack(skipped, forward(layout.pack(hidden)), layout)
 
 
-def dense(
-    forward: Forward, hidden: Float[Tensor, "batch seq dim"], execution: Execution, kwargs: dict[str, Any]
-) -> Any:
+def dense(forward: Forward, hidden: States, execution: Execution, kwargs: dict[str, Any]) -> Any:
     """Run a module for every token; only keys that earlier calls evicted may be missing."""
     store = execution.store
     if store is not None and store.index is not None:
@@ -107,13 +95,7 @@ def dense(
     return forward(hidden, **kwargs)
 
 
-def masked(
-    forward: Forward,
-    hidden: Float[Tensor, "batch seq dim"],
-    skipped: Float[Tensor, "batch seq dim"],
-    execution: Execution,
-    kwargs: dict[str, Any],
-) -> Any:
+def masked(forward: Forward, hidden: States, skipped: States, execution: Execution, kwargs: dict[str, Any]) -> Any:
     """Run a module for every token and select; under `evict` nobody but itself sees a token that skips."""
     decision, call, store = execution.decision, execution.call, execution.store
     run, weight = decision.run, decision.straight_through()
@@ -127,13 +109,7 @@ def masked(
     return _select(skipped, forward(hidden, **kwargs), decision)
 
 
-def gathered(
-    forward: Forward,
-    hidden: Float[Tensor, "batch seq dim"],
-    skipped: Float[Tensor, "batch seq dim"],
-    execution: Execution,
-    kwargs: dict[str, Any],
-) -> Any:
+def gathered(forward: Forward, hidden: States, skipped: States, execution: Execution, kwargs: dict[str, Any]) -> Any:
     """Run a module for the tokens that run alone, packed; under `retain` keys and values are made for all."""
     call, store, layout = execution.call, execution.store, execution.layout
     tokens, device = hidden.shape[1], hidden.device
@@ -168,11 +144,7 @@ def gathered(
 
 
 def gathered_over_images(
-    forward: Forward,
-    hidden: Float[Tensor, "batch seq dim"],
-    skipped: Float[Tensor, "batch seq dim"],
-    execution: Execution,
-    kwargs: dict[str, Any],
+    forward: Forward, hidden: States, skipped: States, execution: Execution, kwargs: dict[str, Any]
 ) -> Any:
     """Run a module that attends to images, which are not in the sequence, for the tokens that run alone.
 
@@ -200,18 +172,18 @@ def gathered_over_images(
     return _unpack(skipped, forward(layout.pack(hidden), **packed), layout)
 
 
-def states_of(output: Any) -> Float[Tensor, "batch seq dim"]:
+def states_of(output: Any) -> States:
     """The states in what a module returned."""
     states: Tensor = output[0] if isinstance(output, tuple) else output
     return states
 
 
-def with_states(output: Any, states: Float[Tensor, "batch seq dim"]) -> Any:
+def with_states(output: Any, states: States) -> Any:
     """What a module returned, with other states."""
     return (states, *output[1:]) if isinstance(output, tuple) else states
 
 
-def _select(skipped: Float[Tensor, "batch seq dim"], output: Any, decision: Decision) -> Any:
+def _select(skipped: States, output: Any, decision: Decision) -> Any:
     """A module's output where a token runs, else `skipped`; straight-through when there is a gradient."""
     states, weight = states_of(output), decision.straight_through()
     if weight is None:
@@ -220,7 +192,7 @@ def _select(skipped: Float[Tensor, "batch seq dim"], output: Any, decision: Deci
     return with_states(output, gate * states + (1 - gate) * skipped)
 
 
-def _unpack(skipped: Float[Tensor, "batch seq dim"], output: Any, layout: Layout) -> Any:
+def _unpack(skipped: States, output: Any, layout: Layout) -> Any:
     """A module's output for packed tokens, each at its place, and `skipped` for the others."""
     return with_states(output, layout.unpack(states_of(output), skipped))
 
@@ -235,9 +207,7 @@ def _pack(kwargs: dict[str, Any], layout: Layout) -> dict[str, Any]:
     return packed
 
 
-def _keys_and_values(
-    forward: Forward, hidden: Float[Tensor, "batch seq dim"], call: Call, kwargs: dict[str, Any]
-) -> KeysAndValues:
+def _keys_and_values(forward: Forward, hidden: States, call: Call, kwargs: dict[str, Any]) -> KeysAndValues:
     """Keys and values of all tokens, without attention or MLP; zeros at padding."""
     layout = call.padded
     if layout is None:
@@ -248,7 +218,7 @@ def _keys_and_values(
 
 
 def _mask_over(
-    hidden: Float[Tensor, "batch seq dim"],
+    hidden: States,
     store: SkipCacheLayer | None,
     kwargs: dict[str, Any],
     past: int,

@@ -13,7 +13,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from .attention import Layout
-from .cache import KeysAndValues, SkipCacheLayer
+from .cache import Keys, KeysAndValues, SkipCacheLayer, Values
 from .errors import UnsupportedModelError
 from .projections import only
 
@@ -21,9 +21,7 @@ from .projections import only
 class _Captured(Exception):
     """Carries keys and values out of a layer that is left before its attention is computed."""
 
-    def __init__(
-        self, keys: Float[Tensor, "batch heads seq head_dim"], values: Float[Tensor, "batch heads seq value_dim"]
-    ) -> None:
+    def __init__(self, keys: Keys, values: Values) -> None:
         super().__init__()
         self.keys, self.values = keys, values
 
@@ -31,13 +29,7 @@ class _Captured(Exception):
 class _Capture:
     """Takes the keys and values a layer is about to store, and leaves the layer."""
 
-    def update(
-        self,
-        keys: Float[Tensor, "batch heads seq head_dim"],
-        values: Float[Tensor, "batch heads seq value_dim"],
-        *args: Any,
-        **kwargs: Any,
-    ) -> None:
+    def update(self, keys: Keys, values: Values, *args: Any, **kwargs: Any) -> None:
         raise _Captured(keys, values)
 
 
@@ -66,18 +58,10 @@ def capture(
 class Ready:
     """Has the keys and values of all tokens already; those of the tokens that run are not read."""
 
-    def __init__(
-        self, keys: Float[Tensor, "batch heads keys head_dim"], values: Float[Tensor, "batch heads keys value_dim"]
-    ) -> None:
+    def __init__(self, keys: Keys, values: Values) -> None:
         self.keys, self.values = keys, values
 
-    def update(
-        self,
-        keys: Float[Tensor, "1 heads tokens head_dim"],
-        values: Float[Tensor, "1 heads tokens value_dim"],
-        *args: Any,
-        **kwargs: Any,
-    ) -> KeysAndValues:
+    def update(self, keys: Keys, values: Values, *args: Any, **kwargs: Any) -> KeysAndValues:
         """Give what is there."""
         return self.keys, self.values
 
@@ -95,13 +79,7 @@ class Packed:
     def __init__(self, store: SkipCacheLayer | None, layout: Layout, past: int, tokens: int) -> None:
         self.store, self.layout, self.past, self.tokens = store, layout, past, tokens
 
-    def update(
-        self,
-        keys: Float[Tensor, "1 heads tokens head_dim"],
-        values: Float[Tensor, "1 heads tokens value_dim"],
-        *args: Any,
-        **kwargs: Any,
-    ) -> KeysAndValues:
+    def update(self, keys: Keys, values: Values, *args: Any, **kwargs: Any) -> KeysAndValues:
         """Store them where there is a store; give all that there are."""
         keys, values = self.layout.to_rows(keys), self.layout.to_rows(values)
         if self.store is None:
@@ -115,13 +93,7 @@ class Marked:
     def __init__(self, store: SkipCacheLayer, past: int, run: Bool[Tensor, "batch seq"]) -> None:
         self.store, self.past, self.run = store, past, run
 
-    def update(
-        self,
-        keys: Float[Tensor, "batch heads seq head_dim"],
-        values: Float[Tensor, "batch heads seq value_dim"],
-        *args: Any,
-        **kwargs: Any,
-    ) -> KeysAndValues:
+    def update(self, keys: Keys, values: Values, *args: Any, **kwargs: Any) -> KeysAndValues:
         """Store them, and give all that there are."""
         index = torch.arange(self.past, self.past + self.run.shape[1], device=self.run.device)
         return self.store.append(keys, values, index.masked_fill(~self.run, -1), keys.shape[-2])

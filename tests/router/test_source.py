@@ -1,4 +1,4 @@
-"""How the engine reads: a hidden state passes eight files, none import each other, tensors in signatures have shapes."""
+"""How the engine reads: a hidden state passes eight files, none import each other, tensors have shapes."""
 
 import ast
 from graphlib import TopologicalSorter
