@@ -10,7 +10,7 @@ from typing import Any
 from skipit.eval.claims.tracking import Tracking, track
 from skipit.eval.measure.latency import Latency, Subject, time_models
 from skipit.eval.measure.runner import Outcome, run_dataset
-from skipit.eval.metrics.scores import agreement
+from skipit.eval.metrics import agreement
 from skipit.router import find_router
 from skipit.theory.cost import CostModel
 from skipit.theory.plan import skip_set

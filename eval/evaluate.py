@@ -12,7 +12,7 @@ from skipit.eval.claims.experiments import controlled_skipping, depth_examples, 
 from skipit.eval.claims.tracking import track
 from skipit.eval.measure.hardware import hardware
 from skipit.eval.measure.runner import Outcome, right_answer, run_dataset
-from skipit.eval.metrics.scores import exact_match_scores
+from skipit.eval.metrics.answers import exact_match_scores
 from skipit.eval.report.sweeps import load_baselines, load_transfer
 from skipit.eval.report.whole import report
 from skipit.eval.statistics import paired_difference

@@ -17,9 +17,8 @@ from scipy.stats import spearmanr
 from torch import Tensor, nn
 
 from skipit.eval.measure.controlled import RowEffects, kl_interval, row_effects
-from skipit.eval.metrics.scores import MODALITIES
 from skipit.eval.statistics import USUAL, Interval, Resampling, plain, row_interval
-from skipit.router import InputError
+from skipit.router import MODALITIES, InputError
 from skipit.router.config import KVPolicy
 from skipit.theory.cost import CostModel
 

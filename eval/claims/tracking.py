@@ -15,8 +15,8 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy.stats import permutation_test, rankdata
 
-from skipit.eval.metrics.scores import MODALITIES
 from skipit.eval.statistics import USUAL, Resampling, plain
+from skipit.router import MODALITIES
 
 Scope = Literal["text", "vision", "all"]
 Given = Literal["depth", "depth_curve", "depth_modality"]

@@ -11,7 +11,7 @@ import torch
 from scipy.stats import binom
 from torch import Tensor
 
-from skipit.eval.metrics.scores import speed_up
+from skipit.eval.metrics.compute import speed_up
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from skipit.eval.metrics.scores import exact_match_scores
+from skipit.eval.metrics.answers import exact_match_scores
 from skipit.router import InputError, Step
 from skipit.router.call import NO_IMAGES, ImageStates
 from skipit.router.config import KVPolicy, Unit

@@ -7,8 +7,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from skipit.eval.metrics.classes import SkipRate
-from skipit.eval.metrics.scores import exact_match_scores, mean_by_group
+from skipit.eval.metrics import SkipRate
+from skipit.eval.metrics.answers import exact_match_scores, mean_by_group
 from skipit.router import InputError, Step, Trace, running
 from skipit.router.config import KVPolicy
 from skipit.theory.cost import CostModel, trace_compute

@@ -4,11 +4,12 @@
 batches and ranks add up at a fixed size, and a reliability diagram can be drawn from it.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
+from torchmetrics import Metric
 
 
 class CalibrationBins(NamedTuple):
@@ -91,3 +92,43 @@ def expected_calibration_error(
         0.2625
     """
     return calibration_bins(confidence, correct, bins).error().item()
+
+
+class ExpectedCalibrationError(Metric):
+    """Mean distance of confidence and accuracy; see `expected_calibration_error`.
+
+    Args:
+        bins: Number of equal bins of confidence.
+        kwargs: Options of `torchmetrics.Metric`.
+
+    Example:
+        >>> metric = ExpectedCalibrationError()
+        >>> metric.update(torch.tensor([0.9, 0.8]), torch.tensor([True, True]))
+        >>> round(metric.compute().item(), 4)
+        0.15
+    """
+
+    is_differentiable = False
+    higher_is_better = False
+    full_state_update = False
+
+    number: Tensor
+    confidence: Tensor
+    correct: Tensor
+
+    def __init__(self, bins: int = 10, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        empty = calibration_bins(torch.zeros(0), torch.zeros(0, dtype=torch.bool), bins)
+        for name, state in empty._asdict().items():
+            self.add_state(name, state, dist_reduce_fx="sum")
+
+    def update(self, confidence: Float[Tensor, " answers"], correct: Bool[Tensor, " answers"]) -> None:
+        """Add the confidence in each answer, and whether it is right."""
+        added = calibration_bins(confidence, correct, len(self.number))
+        self.number += added.number.to(self.number.device)
+        self.confidence += added.confidence.to(self.confidence.device)
+        self.correct += added.correct.to(self.correct.device)
+
+    def compute(self) -> Float[Tensor, ""]:
+        """The error, float64 in [0, 1]; NaN before the first answer."""
+        return CalibrationBins(self.number, self.confidence, self.correct).error()

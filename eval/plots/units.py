@@ -13,7 +13,7 @@ from matplotlib.ticker import MaxNLocator, NullFormatter
 from numpy.typing import ArrayLike, NDArray
 from scipy.stats import spearmanr
 
-from skipit.eval.metrics.scores import MODALITIES
+from skipit.router import MODALITIES
 
 from .style import MARKERS, MODALITY_COLOURS, VALUES, hatch, ink, plain, save
 

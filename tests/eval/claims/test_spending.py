@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from skipit.eval.claims.spending import ASKED, Spending, asked_cells, measure_spending
-from skipit.eval.metrics.scores import agreement
+from skipit.eval.metrics import agreement
 from skipit.eval.statistics import Resampling
 from skipit.router import Decision, attach, token_modality
 from skipit.train.data.collate import Collator

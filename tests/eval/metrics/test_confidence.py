@@ -7,7 +7,7 @@ import pytest
 import torch
 from torchmetrics.functional.classification import binary_calibration_error
 
-from skipit.eval.metrics.classes import ExpectedCalibrationError
+from skipit.eval.metrics import ExpectedCalibrationError
 from skipit.eval.metrics.confidence import calibration_bins, expected_calibration_error
 
 
