@@ -13,11 +13,10 @@ from typing import Any
 
 import torch
 from jaxtyping import Bool, Float
-from scipy.stats import spearmanr
 from torch import Tensor, nn
 
 from skipit.eval.measure.controlled import RowEffects, kl_interval, row_effects
-from skipit.eval.statistics import USUAL, Interval, Resampling, plain, row_interval
+from skipit.eval.statistics import USUAL, Interval, Resampling, plain, row_interval, spearman
 from skipit.router import MODALITIES, InputError
 from skipit.router.config import KVPolicy
 from skipit.theory.cost import CostModel
@@ -145,13 +144,6 @@ class GrowingSets:
     prediction: Mapping[str, SetPrediction]
     resampling: Resampling
 
-    def for_plot(self) -> dict[str, list[tuple[float, float, float]]]:
-        """Share of FLOPs, accuracy and KL of every set, as `draw_growing_sets` takes them."""
-        return {
-            name: [(point.compute, point.accuracy.value, point.kl.value) for point in curve]
-            for name, curve in self.curves.items()
-        }
-
     def to_json(self) -> dict[str, Any]:
         """Everything as a JSON-ready dictionary."""
         return {
@@ -247,13 +239,10 @@ def _point(
 
 def _prediction(predicted: list[float], measured: list[float]) -> SetPrediction:
     pairs = [(p, m) for p, m in zip(predicted, measured, strict=True) if math.isfinite(p)]
-    if len(pairs) < 2 or any(len(set(column)) < 2 for column in zip(*pairs, strict=True)):
-        spearman = math.nan
-    else:
-        spearman = float(spearmanr(*zip(*pairs, strict=True)).statistic)
     ratios = [m / p for p, m in pairs if p > 0]
     below = sum(m <= p for p, m in pairs) / len(pairs) if pairs else math.nan
-    return SetPrediction(spearman, statistics.median(ratios) if ratios else math.nan, below, len(pairs))
+    median = statistics.median(ratios) if ratios else math.nan
+    return SetPrediction(spearman(predicted, measured), median, below, len(pairs))
 
 
 def _key(plan: Tensor) -> bytes:

@@ -13,11 +13,10 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from jaxtyping import Float
-from scipy.stats import spearmanr
 from torch import Tensor, nn
 
 from skipit.eval.measure.controlled import RowEffects, row_effects
-from skipit.eval.statistics import USUAL, Floats, Interval, Resampling, or_none, row_interval
+from skipit.eval.statistics import USUAL, Floats, Interval, Resampling, or_none, row_interval, spearman
 from skipit.router import VISION
 from skipit.router.config import KVPolicy
 from skipit.theory.cost import CostModel
@@ -169,7 +168,7 @@ def measure_quadrants(
             {name: [found[s] for s in several] for name, several in sets[notion].items()},
             sets[notion],
             everything,
-            _correlation(redundancy[notion], attention),
+            spearman(redundancy[notion], attention),
             resampling,
         )
         for notion in redundancy
@@ -272,10 +271,3 @@ def _without(layers: Sequence[int], number: int) -> Tensor:
     plan = torch.ones(number, 2, dtype=torch.bool)
     plan[list(layers), VISION] = False
     return plan
-
-
-def _correlation(redundancy: Tensor, attention: Tensor) -> float:
-    there = (redundancy.isfinite() & attention.isfinite()).numpy()
-    x, y = redundancy.numpy()[there], attention.numpy()[there]
-    constant = len(set(x.tolist())) < 2 or len(set(y.tolist())) < 2
-    return math.nan if constant else float(spearmanr(x, y).statistic)
