@@ -16,8 +16,8 @@ from skipit.eval.statistics import Floats, Resampling, bootstrap, centred_ranks,
 from skipit.router import FixedUnits, find_router, running, token_modality
 from skipit.router.config import KVPolicy
 from skipit.theory.accumulate import prox
+from skipit.theory.answers import teacher_forced
 from skipit.theory.bounds import combine_damages
-from skipit.theory.labels import predicts_answer
 
 SCOPES = ("text", "vision", "all")
 DISTANCES = (0.001, 0.01, 0.1)
@@ -107,11 +107,9 @@ def layer_contribution(model: nn.Module, batches: Iterable[dict[str, Tensor]]) -
     """
     layers = find_router(model)[1].num_layers
     total, rows = torch.zeros(layers, dtype=torch.float64), 0
-    device = next(model.parameters()).device
-    for batch in batches:
-        inputs = {key: value.to(device) for key, value in batch.items() if key != "labels"}
-        last = predicts_answer(batch["labels"]).float().argmax(-1).to(device)
-        index = torch.arange(len(last), device=device)
+    for batch in teacher_forced(model, batches):
+        inputs, last = batch.inputs, batch.answer.float().argmax(-1)
+        index = torch.arange(len(last), device=last.device)
         vision = token_modality(model.config, inputs["input_ids"], inputs.get("mm_token_type_ids")).bool().any(-1)
         rows += int(vision.sum())
         with running(mode="dense"):
