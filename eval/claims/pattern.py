@@ -22,6 +22,7 @@ from skipit.eval.statistics import USUAL, Interval, Resampling, or_none, row_int
 from skipit.router import VISION, InputError
 from skipit.theory.modes import redundant_and_unattended, span_of
 from skipit.theory.profile import Profile
+from skipit.train.display import note
 
 Floats = NDArray[np.float64]
 Verdict = Literal["found", "not found"]
@@ -222,6 +223,17 @@ def find_pattern(
         stretch(slice(None, None, -1)),
         rows,
     )
+
+
+def outer_layers(profile: Profile, rates: ArrayLike) -> dict[str, Any] | None:
+    """Late entry and early exit of vision tokens as JSON has them; None where there are too few layers or images."""
+    try:
+        if not bool(profile.tables["var_text"].isfinite().any()):
+            raise InputError("the profile was measured on rows without images.")
+        return find_pattern(profile, rates).to_json()
+    except InputError as error:
+        note(f"late entry and early exit are left out: {error}")
+        return None
 
 
 def _checked(rates: ArrayLike, layers: int) -> tuple[Floats, int]:
