@@ -150,7 +150,7 @@ def _values(bench: _Bench, result: Comparison) -> tuple[dict[str, Any], list[Any
                 dense.recorded, gated.recorded, bench.dense, bench.processor, rows, costs, progress=advance
             )
         rates = spending.skip_rates.numpy()
-        values |= {"adaptivity": spending.adaptivity.to_json(), "calibration": spending.calibration.to_json()}
+        values |= {"adaptivity": spending.adaptivity.to_json(), "calibration": spending.confidence.to_json()}
         if profile is not None:
             skips = torch.from_numpy(theory_skips(profile, gated, config.kv))
             values["alignment"] = align(gated.recorded.records, skips).to_json()
@@ -186,22 +186,22 @@ def _further(bench: _Bench, name: str, path: Path, dense: Outcome, kinds: Sequen
     rows: Any = Rows(bench.rows)
     with progress(name[:10], len(rows)) as advance:
         outcome = run_dataset(model, processor, rows, collate, costs, kv, progress=advance)
-    found: dict[str, Any] = {
+    router: dict[str, Any] = {
         "name": name,
         "checkpoint": str(path),
         "init": checkpoint_record(path).get("init"),
         **outcome.to_json(),
     }
     same = [a == b for a, b in zip(outcome.answers, dense.answers, strict=True)]
-    found["same_answer"] = sum(same) / len(same)
-    found["difference"] = _differences(dense, outcome, kinds)
-    found["tracking"] = None
+    router["same_answer"] = sum(same) / len(same)
+    router["difference"] = _differences(dense, outcome, kinds)
+    router["tracking"] = None
     if bench.profile is not None:
         tables, skips = theory_tables(bench.profile, kv), theory_skips(bench.profile, outcome, kv)
-        found["tracking"] = track(outcome.skip_rate.numpy(), tables, skips).to_json()
-    found["made"] = f"also-{len(bench.made) + 1}"
-    bench.made[found["made"]] = made_checkpoint(path, f"router {name!r}")
-    return found
+        router["tracking"] = track(outcome.skip_rate.numpy(), tables, skips).to_json()
+    router["made"] = f"also-{len(bench.made) + 1}"
+    bench.made[router["made"]] = made_checkpoint(path, f"router {name!r}")
+    return router
 
 
 def _check_further(path: Path, checkpoint: Path) -> None:
@@ -268,4 +268,4 @@ def made_profile(path: Path, profile: Profile) -> dict[str, Any]:
 def made_sweeps(sweeps: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
     """Studies that were read, not measured."""
     note = "Read from its folder, not measured again."
-    return {name: {"title": SWEEPS[name], **found["made_by"], "note": note} for name, found in sweeps.items()}
+    return {name: {"title": SWEEPS[name], **sweep["made_by"], "note": note} for name, sweep in sweeps.items()}

@@ -59,7 +59,7 @@ class Interval:
         return plain(asdict(self))
 
 
-NOTHING = Interval(math.nan, math.nan, math.nan)
+UNDEFINED = Interval(math.nan, math.nan, math.nan)
 
 
 def row_interval(values: ArrayLike, statistic: Statistic | None = None, resampling: Resampling = USUAL) -> Interval:
@@ -97,7 +97,7 @@ def row_interval(values: ArrayLike, statistic: Statistic | None = None, resampli
         )
     rows = len(table)
     if rows == 0:
-        return NOTHING
+        return UNDEFINED
     of_means = (lambda means: means[..., 0]) if statistic is None else statistic
     with np.errstate(invalid="ignore", divide="ignore"):
         value = float(of_means(table.mean(axis=0)))
@@ -237,8 +237,8 @@ def proportion(share: float, rows: int, confidence: float = 0.95) -> Interval:
         raise ValueError(
             f"`share` is {share} of {rows} rows, expected one in [0, 1] of at least one row. Pass a share."
         )
-    found = binomtest(round(share * rows), rows).proportion_ci(confidence, method="wilson")
-    return Interval(share, float(found.low), float(found.high))
+    wilson = binomtest(round(share * rows), rows).proportion_ci(confidence, method="wilson")
+    return Interval(share, float(wilson.low), float(wilson.high))
 
 
 def or_none(value: Any) -> Any:

@@ -43,18 +43,18 @@ def controlled_skipping(
     read = [{name: value.to(device) for name, value in batch.items()} for batch in read]
     damage, cost, costs = unit_damage(profile, kv), unit_cost(profile, kv), CostModel.of(dense)
     layers = len(damage)
-    found: dict[str, Any] = {}
+    measured: dict[str, Any] = {}
     attach(dense, RouterConfig(kv=kv))
     try:
         with progress("units", (2 * layers + 1) * len(read)) as advance:
-            found["units"] = measure_units(dense, read, damage, kv, progress=advance).to_json()
+            measured["units"] = measure_units(dense, read, damage, kv, progress=advance).to_json()
         # At most 24 sets per order, however deep the model is.
         step = max(1, layers // 12)
         orders = unit_orders(damage, cost)
         plans = [plan for order in orders.values() for plan in growing_plans(order, layers, step)]
         with progress("sets", len({tuple(plan.flatten().tolist()) for plan in plans}) * len(read)) as advance:
             growing = measure_growing(dense, read, damage, cost, kv, costs=costs, step=step, progress=advance)
-        found["growing"] = growing.to_json()
+        measured["growing"] = growing.to_json()
         try:
             redundancy, attention, saved = vision_tables(profile, kv)
             cells = [equal_sets(split_quadrants(of, attention), saved, DRAWS) for of in redundancy.values()]
@@ -63,9 +63,9 @@ def controlled_skipping(
                 by_notion = measure_quadrants(
                     dense, read, redundancy, attention, saved, kv, costs=costs, draws=DRAWS, progress=advance
                 )
-            found["quadrants"] = {notion: of.to_json() for notion, of in by_notion.items()}
+            measured["quadrants"] = {notion: of.to_json() for notion, of in by_notion.items()}
         except InputError as error:  # a shallow model, or rows without images: the other experiments stand
             note(f"the 2x2 experiment is left out: {error}")
     finally:
         detach(dense)
-    return found
+    return measured

@@ -151,7 +151,7 @@ class GrowingSets:
             "scope": self.scope,
             "rows": self.rows,
             "curves": {name: [point.to_json() for point in curve] for name, curve in self.curves.items()},
-            "prediction": {name: found.to_json() for name, found in self.prediction.items()},
+            "prediction": {name: prediction.to_json() for name, prediction in self.prediction.items()},
             "resampling": asdict(self.resampling),
         }
 
@@ -209,11 +209,11 @@ def measure_growing(
     orders = unit_orders(damage, cost, scope)
     plans = {name: growing_plans(order, len(damage), step) for name, order in orders.items()}
     different = {_key(plan): plan for curve in plans.values() for plan in curve}
-    found = row_effects(model, batches, list(different.values()), kv, costs=costs, progress=progress)
+    effects = row_effects(model, batches, list(different.values()), kv, costs=costs, progress=progress)
     predicted = set_damages(damage, list(different.values()))
     points = {
         key: _point(effect, different[key], (float(predicted["sum"][at]), float(predicted["aligned"][at])), resampling)
-        for at, (key, effect) in enumerate(zip(different, found, strict=True))
+        for at, (key, effect) in enumerate(zip(different, effects, strict=True))
     }
     curves: dict[str, tuple[SetPoint, ...]] = {}
     for name, order in orders.items():
@@ -222,13 +222,13 @@ def measure_growing(
             SetPoint(end, tuple(unit_name(unit) for unit in order[start:end]), *points[_key(plan)])
             for start, end, plan in zip([0, *ends], ends, plans[name], strict=False)
         )
-    measured = [effect.mean().kl for effect in found]
+    measured = [effect.mean().kl for effect in effects]
     used = [at for at, plan in enumerate(different.values()) if not bool(plan.all())]
     prediction = {
         rule: _prediction([float(values[at]) for at in used], [measured[at] for at in used])
         for rule, values in predicted.items()
     }
-    return GrowingSets(kv, scope, len(found[0].right), curves, prediction, resampling)
+    return GrowingSets(kv, scope, len(effects[0].right), curves, prediction, resampling)
 
 
 def _point(

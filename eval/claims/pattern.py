@@ -202,9 +202,9 @@ def find_pattern(
         def length(means: Floats) -> Floats:
             return np.asarray((means[..., way] >= most).cumprod(-1).sum(-1), np.float64)
 
-        found, skipped = row_interval(by_row, length, resampling), int((mean >= most).sum())
-        n = int(found.value)
-        return Stretch(found, math.comb(layers - n, skipped - n) / math.comb(layers, skipped))
+        interval, skipped = row_interval(by_row, length, resampling), int((mean >= most).sum())
+        n = int(interval.value)
+        return Stretch(interval, math.comb(layers - n, skipped - n) / math.comb(layers, skipped))
 
     return Pattern(
         eps,
@@ -276,5 +276,5 @@ def _stretches(first: int, last: int, layers: int) -> dict[str, Verdict]:
     }
 
 
-def _verdict(found: bool) -> Verdict:
-    return "found" if found else "not found"
+def _verdict(shown: bool) -> Verdict:
+    return "found" if shown else "not found"

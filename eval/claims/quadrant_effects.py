@@ -97,14 +97,14 @@ class Quadrants:
         """Is each condition alone worth something? By "redundancy" and "attention", and by figure; as `verdict`."""
         effects = {"redundancy": self.redundancy_effect, "attention": self.attention_effect}
         return {
-            name: {figure: _verdict(found[figure], better) for figure, better in BETTER.items()}
-            for name, found in effects.items()
+            name: {figure: _verdict(effect[figure], better) for figure, better in BETTER.items()}
+            for name, effect in effects.items()
         }
 
     def to_json(self) -> dict[str, Any]:
         """Everything as a JSON-ready dictionary, None for NaN."""
         effects = {
-            name: {figure: found.to_json() for figure, found in getattr(self, name).items()}
+            name: {figure: interval.to_json() for figure, interval in getattr(self, name).items()}
             for name in ("redundancy_effect", "attention_effect", "interaction", "margin")
         }
         return {
@@ -159,13 +159,13 @@ def measure_quadrants(
     chosen = dict.fromkeys(s for cells in sets.values() for several in cells.values() for s in several)
     plans = [_without(layers, len(attention)) for layers in [(), *chosen]]
     everything, *measured = row_effects(model, batches, plans, kv, costs=costs, progress=progress)
-    found = dict(zip(chosen, measured, strict=True))
+    effects = dict(zip(chosen, measured, strict=True))
     return {
         notion: _result(
             notion,
             kv,
             quadrants[notion],
-            {name: [found[s] for s in several] for name, several in sets[notion].items()},
+            {name: [effects[s] for s in several] for name, several in sets[notion].items()},
             sets[notion],
             everything,
             spearman(redundancy[notion], attention),

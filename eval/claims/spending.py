@@ -23,7 +23,7 @@ from skipit.train.data.collate import Collator, batches
 from skipit.train.reference.digits import cell_patches
 
 from .adaptivity import Adaptivity, measure_adaptivity
-from .confidence import CalibrationChange, compare_calibration
+from .confidence import ReliabilityChange, compare_confidence
 from .pattern import row_skip_rates
 
 ASKED = "cells asked about"
@@ -35,12 +35,12 @@ class Spending:
 
     Attributes:
         adaptivity: executed FLOPs by group, difficulty and kind of token.
-        calibration: of the gated model's confidence beside the dense one's.
+        confidence: how well the gated model's matches its accuracy, beside the dense one's.
         skip_rates: share of each row's vision tokens that skip each layer, as `find_pattern` takes it; NaN without.
     """
 
     adaptivity: Adaptivity
-    calibration: CalibrationChange
+    confidence: ReliabilityChange
     skip_rates: Float[Tensor, "rows layers"]
 
 
@@ -97,8 +97,8 @@ def measure_spending(
         difficulty={f"dense {name}": values.numpy() for name, values in hard.items()},
         resampling=resampling,
     )
-    calibration = compare_calibration(dense, gated, resampling=resampling)
-    return Spending(adaptivity, calibration, row_skip_rates(gated.records))
+    confidence = compare_confidence(dense, gated, resampling=resampling)
+    return Spending(adaptivity, confidence, row_skip_rates(gated.records))
 
 
 def asked_cells(config: Any) -> Kinds:

@@ -195,8 +195,8 @@ def spearman(
     units = _Units.of(skip_rate, table, scope)
     if given is not None and given not in CONFOUNDERS:
         raise ValueError(f"`given` is {given!r}, expected one of {list(CONFOUNDERS)} or None. Choose what to remove.")
-    if reason := units.why_not(FEWEST_UNITS + (CONFOUNDERS[given] if given else 0)):
-        return units.nothing(reason)
+    if reason := units.missing(FEWEST_UNITS + (CONFOUNDERS[given] if given else 0)):
+        return units.undefined(reason)
     everything = np.arange(units.count)
 
     def residuals(values: Floats, index: Orders) -> Floats:
@@ -205,7 +205,7 @@ def spearman(
     rates, values = residuals(units.rates, everything), residuals(units.values, everything)
     for name, residual in (("`skip_rate`", rates), ("`table`", values)):
         if np.linalg.norm(residual) < ROUNDING:
-            return units.nothing(f"{name} is a function of {given} alone")
+            return units.undefined(f"{name} is a function of {given} alone")
     return units.estimate(
         resampled=lambda index: correlation(residuals(units.rates, index), residuals(units.values, index)),
         reordered=lambda order: correlation(rates, _residual(values[order], units.confounder(given, everything))),
@@ -246,8 +246,8 @@ def auroc(
             "Threshold the table first."
         )
     units = _Units.of(skip_rate, labels, scope)
-    if reason := units.why_not(FEWEST_UNITS, second="theory_set"):
-        return units.nothing(reason)
+    if reason := units.missing(FEWEST_UNITS, second="theory_set"):
+        return units.undefined(reason)
 
     def separation(rates: Floats, members: Floats) -> Floats:
         inside = members.sum(axis=-1)
@@ -296,11 +296,11 @@ def overlap(
     units = _Units.of(skip_rate, table, scope)
     if k is not None and k < 1:
         raise ValueError(f"`k` is {k}, expected a positive number of units. Leave it out to use the router's own.")
-    if reason := units.why_not(FEWEST_UNITS):
-        return units.nothing(reason)
+    if reason := units.missing(FEWEST_UNITS):
+        return units.undefined(reason)
     size = max(1, min(round(units.rates.sum()), units.count - 1)) if k is None else k
     if size >= units.count:
-        return units.nothing(f"k = {size} of {units.count} units leaves nothing to choose")
+        return units.undefined(f"k = {size} of {units.count} units leaves nothing to choose")
 
     def shared(rates: Floats, values: Floats) -> Floats:
         ours, theirs = _membership(rates, size), _membership(-values, size)
@@ -351,7 +351,7 @@ class _Units:
     def count(self) -> int:
         return len(self.rates)
 
-    def why_not(self, needed: int, second: str = "table") -> str:
+    def missing(self, needed: int, second: str = "table") -> str:
         """Why there is no estimate; empty if there is one."""
         if self.count < needed:
             return f"{self.count} units have a value, at least {needed} are needed"
@@ -360,7 +360,7 @@ class _Units:
                 return f"`{name}` is {values[0]:g} for all {self.count} units"
         return ""
 
-    def nothing(self, reason: str) -> Estimate:
+    def undefined(self, reason: str) -> Estimate:
         nan = math.nan
         return Estimate(nan, nan, nan, nan, nan, False, nan, self.count, reason)
 

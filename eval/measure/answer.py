@@ -121,18 +121,18 @@ def depth_examples(
     Returns:
         What the report shows of each, and the images.
     """
-    found: list[dict[str, Any]] = []
+    examples: list[dict[str, Any]] = []
     pictures: list[Any] = []
     kinds = set()
     for number_of_row, row in enumerate(rows):
         images, kind = list(row.get("images") or ()), str(row.get("kind", number_of_row))
         prompt = _text(row["prompt"])
-        if len(found) == number or not images or kind in kinds or prompt is None:
+        if len(examples) == number or not images or kind in kinds or prompt is None:
             continue
         kinds.add(kind)
         reply = answer(model, processor, images, prompt, budget=budget)
         wanted = right_answer(row, number_of_row)
-        found.append(
+        examples.append(
             {
                 "prompt": prompt,
                 "answer": reply.text,
@@ -146,7 +146,7 @@ def depth_examples(
             }
         )
         pictures.append(images[0])
-    return found, pictures
+    return examples, pictures
 
 
 def _text(prompt: Any) -> str | None:

@@ -65,11 +65,11 @@ class Certificate:
         """What is certified, in a sentence."""
         if self.chosen is None:
             return "nothing is certified."
-        found = self.chosen
+        chosen = self.chosen
         return (
-            f"at threshold {found.threshold:.3f} {found.compute:.1%} of the dense decoder's FLOPs; "
-            f"{found.disagreements} of {self.rows} answers differ from the dense model's. With confidence "
-            f"{self.confidence:g} at most {self.risk:g} of new answers do (p = {found.p_value:.2g})."
+            f"at threshold {chosen.threshold:.3f} {chosen.compute:.1%} of the dense decoder's FLOPs; "
+            f"{chosen.disagreements} of {self.rows} answers differ from the dense model's. With confidence "
+            f"{self.confidence:g} at most {self.risk:g} of new answers do (p = {chosen.p_value:.2g})."
         )
 
 
@@ -173,10 +173,10 @@ def certify_thresholds(
     chosen = None
     for threshold in grid:
         answers, compute = greedy_answers(model, rows, collate, policy=Gated(threshold), mode="gathered", **settings)
-        disagrees.append([found != right for found, right in zip(answers, wanted, strict=True)])
-        found = certify(torch.tensor(disagrees), risk, confidence)
-        trials.append(Trial(threshold, sum(disagrees[-1]), float(found.p_values[-1]), compute))
-        if found.index != len(trials) - 1:
+        disagrees.append([ours != right for ours, right in zip(answers, wanted, strict=True)])
+        certified = certify(torch.tensor(disagrees), risk, confidence)
+        trials.append(Trial(threshold, sum(disagrees[-1]), float(certified.p_values[-1]), compute))
+        if certified.index != len(trials) - 1:
             break  # in a fixed sequence nothing passes after a failure, so nothing more needs to be measured
         chosen = trials[-1]
     return Certificate(risk, confidence, len(rows), tuple(trials), chosen)

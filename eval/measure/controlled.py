@@ -74,7 +74,7 @@ def effects(
     progress: Callable[[int], None] = lambda done: None,
 ) -> list[Effect]:
     """Measure fixed plans (True runs) against the full model, all on the same rows; see `row_effects`."""
-    return [found.mean() for found in row_effects(model, batches, plans, kv, progress=progress)]
+    return [effect.mean() for effect in row_effects(model, batches, plans, kv, progress=progress)]
 
 
 @torch.no_grad()

@@ -34,8 +34,8 @@ def load_baselines(folder: Path) -> dict[str, Any]:
                 f"{path}: entry {number} has no {', '.join(lacking)}. Run `scripts/study peers` again."
             )
         if wrong := [key for key in needed if not _plain(key, entry[key])]:
-            found = entry[wrong[0]]
-            raise CheckpointError(f"{path}: entry {number}: `{wrong[0]}`: got {found!r}, expected {_kind(wrong[0])}.")
+            value = entry[wrong[0]]
+            raise CheckpointError(f"{path}: entry {number}: `{wrong[0]}`: got {value!r}, expected {_kind(wrong[0])}.")
     return {"entries": entries, "made_by": values.get("made_by") or {}}
 
 

@@ -73,9 +73,9 @@ def test_rows_are_grouped_by_question_and_by_answers(spent: tuple[Spending, Reco
     same = agreement(dense.answers, gated.answers)
     assert sum(c.rows for level, c in groups["beside dense"].items() if level == "the same") == round(same * SIZE)
     assert set(found.adaptivity.difficulty) == {"dense loss", "dense entropy"}
-    assert found.calibration.rows == SIZE
-    assert found.calibration.gated.accuracy.value == gated.right.double().mean()
-    json.dumps({"a": found.adaptivity.to_json(), "c": found.calibration.to_json()}, allow_nan=False)
+    assert found.confidence.rows == SIZE
+    assert found.confidence.gated.accuracy.value == gated.right.double().mean()
+    json.dumps({"a": found.adaptivity.to_json(), "c": found.confidence.to_json()}, allow_nan=False)
 
 
 def test_skip_rates_are_those_of_vision_by_row_and_layer(spent: tuple[Spending, Recorded, Recorded]) -> None:
