@@ -206,7 +206,7 @@ def _given(routers: Sequence[Mapping[str, Any]]) -> tuple[str, str]:
         known = [estimate for estimate in estimates if estimate["value"] is not None]
         if not known:
             continue
-        stays = sum(_shown(found) and found["value"] < 0 for found in known)
+        stays = sum(_shown(one) and one["value"] < 0 for one in known)
         word = "it stays" if stays == len(known) else "not shown"
         if 0 < stays < len(known):
             word = f"it stays in {stays} of {len(known)} routers"
