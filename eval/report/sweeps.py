@@ -91,7 +91,8 @@ def _summary(folder: Path, key: str, study: str) -> tuple[Path, dict[str, Any]]:
     values = load_json(path)
     if key not in values:
         raise InputError(
-            f"{path}: no `{key}`; found: {', '.join(values)}. Give a folder that `scripts/study {study} --out DIR` made."
+            f"{path}: no `{key}`; found: {', '.join(values)}. "
+            f"Give a folder that `scripts/study {study} --out DIR` made."
         )
     return path, values
 
