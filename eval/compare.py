@@ -9,8 +9,9 @@ from typing import Any
 
 from skipit.eval.claims.tracking import Tracking, track
 from skipit.eval.measure.latency import Latency, Subject, time_models
+from skipit.eval.measure.recorded import Kinds
 from skipit.eval.measure.runner import Outcome, run_dataset
-from skipit.eval.metrics.scores import agreement
+from skipit.eval.metrics import agreement
 from skipit.router import find_router
 from skipit.theory.cost import CostModel
 from skipit.theory.plan import skip_set
@@ -125,6 +126,7 @@ def compare(
     batch_size: int = 32,
     repeats: int = 15,
     contexts: Mapping[str, Callable[[], AbstractContextManager[Any]]] | None = None,
+    kinds: Kinds | None = None,
     progress: Callable[[int], None] = lambda rows: None,
 ) -> Comparison:
     """Answer the same rows with an untouched dense model and with gated ones.
@@ -138,6 +140,7 @@ def compare(
         batch_size: rows per call of `generate`.
         repeats: of the timing.
         contexts: what a gated model runs in, such as `lambda: running(budget=0.5)`.
+        kinds: of tokens that are recorded of gated models, for `measure_spending`.
         progress: called with the number of rows of each finished batch.
 
     Raises:
@@ -157,7 +160,7 @@ def compare(
         subjects[name] = Subject(model, contexts[name]) if name in contexts else Subject(model)
         with subjects[name].context():
             outcomes[name] = run_dataset(
-                model, processor, rows, collate, costs, kv, batch_size=batch_size, progress=progress
+                model, processor, rows, collate, costs, kv, kinds=kinds, batch_size=batch_size, progress=progress
             )
         if profile is not None:
             skip_rate = outcomes[name].skip_rate.numpy()

@@ -8,11 +8,13 @@ from typing import Any
 import torch
 
 from skipit.eval.claims.alignment import align
-from skipit.eval.claims.experiments import controlled_skipping, depth_examples, outer_layers, spending_by_input
+from skipit.eval.claims.controlled_skipping import controlled_skipping
+from skipit.eval.claims.pattern import outer_layers
+from skipit.eval.claims.spending import asked_cells, measure_spending
 from skipit.eval.claims.tracking import track
-from skipit.eval.measure.hardware import hardware
-from skipit.eval.measure.runner import Outcome, right_answer, run_dataset
-from skipit.eval.metrics.scores import exact_match_scores
+from skipit.eval.measure.answer import depth_examples
+from skipit.eval.measure.latency import hardware
+from skipit.eval.measure.runner import Outcome, run_dataset
 from skipit.eval.report.sweeps import load_baselines, load_transfer
 from skipit.eval.report.whole import report
 from skipit.eval.statistics import paired_difference
@@ -53,8 +55,7 @@ class Request:
         also: further routers by name, made from the same base; names may repeat.
         baselines: folder of `scripts/study peers`.
         transfer: folder of `scripts/study transfer`.
-        controlled_samples: rows of controlled skipping; 0 leaves it out, and spending by input and calibration, for
-            which all rows are answered once more.
+        controlled_samples: rows of controlled skipping; 0 leaves it out, and spending by input and calibration.
     """
 
     checkpoint: Path
@@ -107,7 +108,16 @@ def evaluate(request: Request, out: Path, overwrite: bool = False) -> Comparison
         check_profile(measured, request.checkpoint, dense)
     bench = _Bench(request, model, processor, dense, rows, measured)
     with progress("eval", 2 * len(rows)) as advance:
-        result = compare(dense, {"gated": model}, processor, rows, measured, repeats=request.repeats, progress=advance)
+        result = compare(
+            dense,
+            {"gated": model},
+            processor,
+            rows,
+            measured,
+            repeats=request.repeats,
+            kinds=asked_cells(model.config) if request.controlled_samples else None,
+            progress=advance,
+        )
     values, pictures = _values(bench, result)
     made = {"eval": made_now(request.seed), "checkpoint": made_checkpoint(request.checkpoint, "the checkpoint")}
     if request.profile is not None and measured is not None:
@@ -125,20 +135,25 @@ def _values(bench: _Bench, result: Comparison) -> tuple[dict[str, Any], list[Any
     request, profile = bench.request, bench.profile
     config = find_router(bench.model)[1].config
     values: dict[str, Any] = result.to_json()
-    right = {name: _right(outcome, bench.rows) for name, outcome in result.outcomes.items()}
+    dense, gated = result.outcomes["dense"], result.outcomes["gated"]
     kinds = [str(row.get("kind", "all")) for row in Rows(bench.rows)]
-    values["gated"]["difference"] = _differences(right["dense"], right["gated"], kinds)
-    values["also"] = [_further(bench, name, path, right["dense"], kinds, result) for name, path in request.also]
+    values["gated"]["difference"] = _differences(dense, gated, kinds)
+    values["also"] = [_further(bench, name, path, dense, kinds) for name, path in request.also]
     if profile is not None:
         values["theory"] = {name: table.tolist() for name, table in theory_tables(profile, config.kv).items()}
-    rates: Any = result.outcomes["gated"].skip_rate[:, 1].numpy()
+    rates: Any = gated.skip_rate[:, 1].numpy()
     if request.controlled_samples:
-        spending = spending_by_input(bench.dense, bench.model, bench.processor, Rows(bench.rows))
+        rows: Any = Rows(bench.rows)
+        costs = CostModel.of(bench.model)
+        with progress("spending", len(rows)) as advance:
+            spending = measure_spending(
+                dense.recorded, gated.recorded, bench.dense, bench.processor, rows, costs, progress=advance
+            )
         rates = spending.skip_rates.numpy()
-        values |= {"adaptivity": spending.adaptivity.to_json(), "calibration": spending.calibration.to_json()}
+        values |= {"adaptivity": spending.adaptivity.to_json(), "calibration": spending.confidence.to_json()}
         if profile is not None:
-            skips = torch.from_numpy(theory_skips(profile, result.outcomes["gated"], config.kv))
-            values["alignment"] = align(spending.gated.records, skips).to_json()
+            skips = torch.from_numpy(theory_skips(profile, gated, config.kv))
+            values["alignment"] = align(gated.recorded.records, skips).to_json()
     if profile is not None and (pattern := outer_layers(profile, rates)) is not None:
         values["pattern"] = pattern
     few = Rows(bench.rows.select(range(min(request.controlled_samples, len(bench.rows)))))
@@ -162,9 +177,7 @@ def _values(bench: _Bench, result: Comparison) -> tuple[dict[str, Any], list[Any
     return values, pictures
 
 
-def _further(
-    bench: _Bench, name: str, path: Path, dense_right: Sequence[bool], kinds: Sequence[str], result: Comparison
-) -> dict[str, Any]:
+def _further(bench: _Bench, name: str, path: Path, dense: Outcome, kinds: Sequence[str]) -> dict[str, Any]:
     """A further router on the same rows: loaded, measured and let go, so that never more than one more is in memory."""
     with loading(f"loading {name}"):
         model, processor = load(path, bench.request.base if _is_adapter(path) else None)
@@ -173,22 +186,22 @@ def _further(
     rows: Any = Rows(bench.rows)
     with progress(name[:10], len(rows)) as advance:
         outcome = run_dataset(model, processor, rows, collate, costs, kv, progress=advance)
-    found: dict[str, Any] = {
+    router: dict[str, Any] = {
         "name": name,
         "checkpoint": str(path),
         "init": checkpoint_record(path).get("init"),
         **outcome.to_json(),
     }
-    same = [a == b for a, b in zip(outcome.answers, result.outcomes["dense"].answers, strict=True)]
-    found["same_answer"] = sum(same) / len(same)
-    found["difference"] = _differences(dense_right, _right(outcome, bench.rows), kinds)
-    found["tracking"] = None
+    same = [a == b for a, b in zip(outcome.answers, dense.answers, strict=True)]
+    router["same_answer"] = sum(same) / len(same)
+    router["difference"] = _differences(dense, outcome, kinds)
+    router["tracking"] = None
     if bench.profile is not None:
         tables, skips = theory_tables(bench.profile, kv), theory_skips(bench.profile, outcome, kv)
-        found["tracking"] = track(outcome.skip_rate.numpy(), tables, skips).to_json()
-    found["made"] = f"also-{len(bench.made) + 1}"
-    bench.made[found["made"]] = made_checkpoint(path, f"router {name!r}")
-    return found
+        router["tracking"] = track(outcome.skip_rate.numpy(), tables, skips).to_json()
+    router["made"] = f"also-{len(bench.made) + 1}"
+    bench.made[router["made"]] = made_checkpoint(path, f"router {name!r}")
+    return router
 
 
 def _check_further(path: Path, checkpoint: Path) -> None:
@@ -203,13 +216,9 @@ def _check_further(path: Path, checkpoint: Path) -> None:
         )
 
 
-def _right(outcome: Outcome, rows: Any) -> list[bool]:
-    wanted = [right_answer(row, number) for number, row in enumerate(Rows(rows))]
-    return [bool(score) for score in exact_match_scores(outcome.answers, wanted)]
-
-
-def _differences(first: Sequence[bool], second: Sequence[bool], kinds: Sequence[str]) -> dict[str, Any]:
-    """Of all rows and of every kind."""
+def _differences(dense: Outcome, other: Outcome, kinds: Sequence[str]) -> dict[str, Any]:
+    """Of the accuracy over all rows, and of every kind."""
+    first, second = dense.recorded.right.tolist(), other.recorded.right.tolist()
     by_kind = {}
     for kind in dict.fromkeys(kinds):
         here = [number for number, of in enumerate(kinds) if of == kind]
@@ -259,4 +268,4 @@ def made_profile(path: Path, profile: Profile) -> dict[str, Any]:
 def made_sweeps(sweeps: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
     """Studies that were read, not measured."""
     note = "Read from its folder, not measured again."
-    return {name: {"title": SWEEPS[name], **found["made_by"], "note": note} for name, found in sweeps.items()}
+    return {name: {"title": SWEEPS[name], **sweep["made_by"], "note": note} for name, sweep in sweeps.items()}

@@ -1,7 +1,6 @@
 """Operating points of a gated checkpoint: a threshold for a budget, or one whose risk is certified."""
 
 import hashlib
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -160,23 +159,17 @@ def store_point(
         records[name] = {**record, "made_by": provenance()}
     try:
         if records or path.exists():
-            _replace(path, records)
+            save_json(path, records)
         provenance_path = folder / PROVENANCE_FILE
         made = load_json(provenance_path) if provenance_path.is_file() else {}
         shares = {**shares_of(made), **({} if share is None else {name: share})}
         if made:
-            _replace(provenance_path, {**made, "calibrated_shares": shares})
+            save_json(provenance_path, {**made, "calibrated_shares": shares})
         changed = with_operating_point(config, name, threshold)
-        _replace(folder / ROUTER_FILE, changed.to_dict())
+        save_json(folder / ROUTER_FILE, changed.to_dict())
         update_points(folder, changed, shares, records)
     except OSError as error:
         raise CheckpointError(f"{folder} cannot be written: {error}") from error
-
-
-def _replace(path: Path, values: dict[str, Any]) -> None:
-    new = path.with_name(f".{path.name}.new")
-    save_json(new, values)
-    os.replace(new, path)
 
 
 def _refusal(certificate: Certificate) -> str:

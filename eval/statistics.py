@@ -1,4 +1,4 @@
-"""Statistics of rows: bootstrap intervals, accuracies with theirs, and differences on the same rows with theirs.
+"""Statistics of rows and units: bootstrap intervals, accuracies, differences on the same rows, rank correlation.
 
 How far might a figure of a data set be from that of other rows of the same kind?
 """
@@ -10,13 +10,15 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from scipy.stats import binomtest, norm
+from scipy.stats import binomtest, norm, rankdata
 
 from skipit.router.errors import InputError
 
 Floats = NDArray[np.float64]
 Statistic = Callable[[Floats], Floats]
-_BATCH = 500  # resamples at a time, so that memory stays small
+BATCH = 500  # resamples at a time, so that memory stays small
+# Ranks are at least a half apart: a vector of ranks this short is zero but for rounding.
+ROUNDING = 1e-6
 
 
 @dataclass(frozen=True)
@@ -57,7 +59,7 @@ class Interval:
         return plain(asdict(self))
 
 
-NOTHING = Interval(math.nan, math.nan, math.nan)
+UNDEFINED = Interval(math.nan, math.nan, math.nan)
 
 
 def row_interval(values: ArrayLike, statistic: Statistic | None = None, resampling: Resampling = USUAL) -> Interval:
@@ -95,23 +97,62 @@ def row_interval(values: ArrayLike, statistic: Statistic | None = None, resampli
         )
     rows = len(table)
     if rows == 0:
-        return NOTHING
+        return UNDEFINED
     of_means = (lambda means: means[..., 0]) if statistic is None else statistic
     with np.errstate(invalid="ignore", divide="ignore"):
         value = float(of_means(table.mean(axis=0)))
         if rows < 2 or math.isnan(value):
             return Interval(value, math.nan, math.nan)
-        rng = np.random.default_rng(resampling.seed)
-        drawn = []
-        for start in range(0, resampling.resamples, _BATCH):
-            size = min(_BATCH, resampling.resamples - start)
-            times = rng.multinomial(rows, np.full(rows, 1 / rows), size=size)
-            drawn.append(of_means(times @ table / rows))
-    found = np.concatenate(drawn)
-    found = found[~np.isnan(found)]
+        rng, alike = np.random.default_rng(resampling.seed), np.full(rows, 1 / rows)
+        low, high = bootstrap(lambda size: of_means(rng.multinomial(rows, alike, size=size) @ table / rows), resampling)
+    return Interval(value, low, high)
+
+
+def bootstrap(draw: Callable[[int], Floats], resampling: Resampling = USUAL) -> tuple[float, float]:
+    """The percentile interval of a statistic over resamples (Efron 1979).
+
+    Args:
+        draw: the statistic of as many new resamples as it is asked for. A NaN says nothing about the interval, such as
+            the correlation of a resample that holds one value only, and does not count.
+        resampling: Confidence level and number of resamples.
+
+    Returns:
+        Both ends; NaN where no resample has a value.
+    """
+    starts = range(0, resampling.resamples, BATCH)
+    drawn = np.concatenate([draw(min(BATCH, resampling.resamples - start)) for start in starts])
+    drawn = drawn[~np.isnan(drawn)]
     tails = (1 - resampling.confidence) / 2, (1 + resampling.confidence) / 2
-    low, high = np.quantile(found, tails) if found.size else (math.nan, math.nan)
-    return Interval(value, float(low), float(high))
+    low, high = np.quantile(drawn, tails) if drawn.size else (math.nan, math.nan)
+    return float(low), float(high)
+
+
+def spearman(first: ArrayLike, second: ArrayLike) -> float:
+    """Spearman's rank correlation of the pairs in which both values are finite; NaN where it does not exist.
+
+    Example:
+        >>> spearman([1.0, 2.0, 3.0, 4.0], [0.1, 0.2, 0.4, 0.3])
+        0.8
+        >>> spearman([1.0, 1.0, 1.0], [0.1, 0.2, 0.4])
+        nan
+    """
+    x, y = np.asarray(first, dtype=np.float64), np.asarray(second, dtype=np.float64)
+    both = np.isfinite(x) & np.isfinite(y)
+    return float(correlation(centred_ranks(x[both]), centred_ranks(y[both])))
+
+
+def centred_ranks(values: ArrayLike) -> Floats:
+    """Ranks along the last axis minus their mean; equal values share theirs."""
+    ranks = rankdata(values, axis=-1)
+    return np.asarray(ranks - (ranks.shape[-1] + 1) / 2)
+
+
+def correlation(first: Floats, second: Floats) -> Floats:
+    """The cosine along the last axis of two centred vectors, such as ranks; NaN where one is constant."""
+    scale, other = np.linalg.norm(first, axis=-1), np.linalg.norm(second, axis=-1)
+    defined = (scale > ROUNDING) & (other > ROUNDING)
+    cosine = (first * second).sum(axis=-1) / np.where(defined, scale * other, 1.0)
+    return np.where(defined, np.clip(cosine, -1.0, 1.0), math.nan)
 
 
 @dataclass(frozen=True)
@@ -196,8 +237,8 @@ def proportion(share: float, rows: int, confidence: float = 0.95) -> Interval:
         raise ValueError(
             f"`share` is {share} of {rows} rows, expected one in [0, 1] of at least one row. Pass a share."
         )
-    found = binomtest(round(share * rows), rows).proportion_ci(confidence, method="wilson")
-    return Interval(share, float(found.low), float(found.high))
+    wilson = binomtest(round(share * rows), rows).proportion_ci(confidence, method="wilson")
+    return Interval(share, float(wilson.low), float(wilson.high))
 
 
 def or_none(value: Any) -> Any:

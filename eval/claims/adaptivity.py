@@ -16,17 +16,13 @@ import numpy as np
 import torch
 from jaxtyping import Float
 from numpy.typing import ArrayLike, NDArray
-from scipy.stats import bootstrap, mannwhitneyu, permutation_test, rankdata
+from scipy.stats import mannwhitneyu, permutation_test, rankdata
 from torch import Tensor
 
 from skipit.eval.measure.recorded import STRATA, Record
-from skipit.eval.statistics import USUAL, Resampling, plain
+from skipit.eval.statistics import BATCH, USUAL, Floats, Resampling, bootstrap, correlation, plain
 from skipit.router import InputError
 from skipit.theory.cost import CostModel
-
-_BATCH = 500  # resamples at a time, so that memory stays small
-
-Floats = NDArray[np.float64]
 
 
 @dataclass(frozen=True)
@@ -122,31 +118,6 @@ class Adaptivity:
         numbers = {name: getattr(self, name) for name in ("rows", "share", "spread", "spread_control")}
         parts = {name: nested(getattr(self, name)) for name in ("groups", "difficulty", "within", "tokens")}
         return {**plain(numbers), **parts, "resampling": asdict(self.resampling)}
-
-    def table(self) -> str:
-        """Everything in Markdown; shares, differences and spreads in points of a hundred of the dense FLOPs."""
-        lines = [
-            f"{self.rows} rows, {self.share:.1%} of the dense FLOPs; excess over rows ± {100 * self.spread:.2f} "
-            f"points, ± {100 * self.spread_control:.2f} with shuffled decisions.",
-            "",
-            "| | rows | share | rest | excess, points | p | effect | shuffled |",
-            "|---|---:|---:|---:|---|---:|---:|---:|",
-        ]
-        named = [(f"{factor}: {level}", c) for factor, levels in self.groups.items() for level, c in levels.items()]
-        for name, c in [*named, *((f"token: {kind}", c) for kind, c in self.tokens.items())]:
-            interval = f"{100 * c.difference:+.2f} [{100 * c.low:+.2f}, {100 * c.high:+.2f}]"
-            lines.append(
-                f"| {name} | {c.rows} | {c.share:.1%} | {c.rest:.1%} | {interval} | {c.p:.4f} | {c.effect:+.2f} "
-                f"| {100 * c.control:+.2f} |"
-            )
-        lines += ["", "| Spearman of excess with | rows | value | p | shuffled |", "|---|---:|---|---:|---:|"]
-        both = [(name, a) for name, a in self.difficulty.items()]
-        both += [(f"{name}, within {factor}", a) for name, by in self.within.items() for factor, a in by.items()]
-        for name, a in both:
-            lines.append(
-                f"| {name} | {a.rows} | {a.value:+.2f} [{a.low:+.2f}, {a.high:+.2f}] | {a.p:.4f} | {a.control:+.2f} |"
-            )
-        return "\n".join(lines)
 
 
 def measure_adaptivity(
@@ -269,7 +240,9 @@ def _contrast(mine: _Rows, chance: _Rows, labels: Sequence[str], level: str, res
     members, others = mine.excess[inside], mine.excess[~inside]
     if min(len(members), len(others)) < 2:
         return Contrast(share, rest, nan, nan, nan, nan, nan, float(control), len(members))
-    low, high, p = _uncertainty((members, others), "independent", resampling)
+    rng = np.random.default_rng(resampling.seed)
+    low, high = bootstrap(lambda size: _drawn(members, size, rng) - _drawn(others, size, rng), resampling)
+    p = _p_value((members, others), _difference, "independent", resampling)
     wins = mannwhitneyu(members, others).statistic / (len(members) * len(others))
     value = float(_difference(members, others))
     return Contrast(share, rest, value, low, high, p, float(2 * wins - 1), float(control), len(members))
@@ -283,7 +256,9 @@ def _token_contrast(mine: _Rows, chance: _Rows, name: str, resampling: Resamplin
     kind, rest = (values[here, 1] / values[here, 2] for values in (inside, outside))
     share, other = (float(values[here, 0].sum() / values[here, 2].sum()) for values in (inside, outside))
     control = _difference(*(values[here, 1] / values[here, 2] for values in chance.kinds[name]))
-    low, high, p = _uncertainty((kind, rest), "samples", resampling)
+    rng = np.random.default_rng(resampling.seed)
+    low, high = bootstrap(lambda size: _drawn(kind - rest, size, rng), resampling)
+    p = _p_value((kind, rest), _difference, "samples", resampling)
     effect = float(np.sign(kind - rest).mean())
     return Contrast(share, other, float(_difference(kind, rest)), low, high, p, effect, float(control), int(here.sum()))
 
@@ -294,70 +269,51 @@ def _associate(
     if len(excess) < 4:
         return Association(nan, nan, nan, nan, nan, len(excess))
     codes = np.zeros(len(excess), np.int64) if labels is None else np.unique(labels, return_inverse=True)[1]
-    spent, by_chance, harder = (_centred(rankdata(values), codes) for values in (excess, chance, hard))
+    spent, by_chance, harder = (_centred(values, codes) for values in (excess, chance, hard))
     control = float(_cosine(by_chance, harder))
-    data = (spent, harder)
-    low, high = _interval(data, _correlation, resampling, paired=True)
+    rng = np.random.default_rng(resampling.seed)
+
+    def draw(size: int) -> Floats:
+        index = rng.integers(len(spent), size=(size, len(spent)))
+        return _cosine(*(values[index] - values[index].mean(-1, keepdims=True) for values in (spent, harder)))
+
+    low, high = bootstrap(draw, resampling)
+    p = _p_value((spent,), lambda values, axis=-1: _cosine(values, harder), "pairings", resampling)
+    return Association(float(_cosine(spent, harder)), low, high, p, control, len(excess))
+
+
+def _p_value(data: tuple[Floats, ...], statistic: Any, kind: str, resampling: Resampling) -> float:
+    """Two-sided, from random permutations of a kind that `scipy.stats.permutation_test` knows."""
     test = permutation_test(
-        (spent,),
-        lambda a, axis=-1: _cosine(a, harder),
-        permutation_type="pairings",
-        n_resamples=resampling.resamples,
-        batch=_BATCH,
-        vectorized=True,
-        rng=resampling.seed,
-    )
-    return Association(float(test.statistic), low, high, float(test.pvalue), control, len(excess))
-
-
-def _uncertainty(data: tuple[Floats, Floats], kind: str, resampling: Resampling) -> tuple[float, float, float]:
-    """Bootstrap interval over rows and permutation p-value of a difference of means."""
-    low, high = _interval(data, _difference, resampling, paired=kind == "samples")
-    test = permutation_test(
-        data,
-        _difference,
-        permutation_type=kind,
-        n_resamples=resampling.resamples,
-        batch=_BATCH,
-        vectorized=True,
-        rng=resampling.seed,
-    )
-    return low, high, float(test.pvalue)
-
-
-def _interval(data: tuple[Floats, ...], statistic: Any, resampling: Resampling, *, paired: bool) -> tuple[float, float]:
-    found = bootstrap(
         data,
         statistic,
+        permutation_type=kind,
         n_resamples=resampling.resamples,
-        batch=_BATCH,
+        batch=BATCH,
         vectorized=True,
-        paired=paired,
-        confidence_level=resampling.confidence,
-        method="percentile",
         rng=resampling.seed,
-    ).confidence_interval
-    return float(found.low), float(found.high)
+    )
+    return float(test.pvalue)
+
+
+def _drawn(values: Floats, size: int, rng: np.random.Generator) -> Floats:
+    """Means of resamples."""
+    return np.asarray(values[rng.integers(len(values), size=(size, len(values)))].mean(-1))
 
 
 def _difference(first: Floats, second: Floats, axis: int = -1) -> Floats:
     return first.mean(axis=axis) - second.mean(axis=axis)
 
 
-def _centred(ranks: Floats, codes: NDArray[np.int64]) -> Floats:
+def _centred(values: Floats, codes: NDArray[np.int64]) -> Floats:
     """Ranks without their level's mean."""
-    means = np.bincount(codes, ranks) / np.bincount(codes)
-    return np.asarray(ranks - means[codes])
-
-
-def _correlation(first: Floats, second: Floats, axis: int = -1) -> Floats:
-    return _cosine(*(values - values.mean(axis=axis, keepdims=True) for values in (first, second)))
+    ranks = rankdata(values)
+    return np.asarray(ranks - (np.bincount(codes, ranks) / np.bincount(codes))[codes])
 
 
 def _cosine(first: Floats, second: Floats) -> Floats:
     """Of centred values along the last axis; 0 where one has no spread: nothing depends on anything then."""
-    scale = np.linalg.norm(first, axis=-1) * np.linalg.norm(second, axis=-1)
-    return np.where(scale > 1e-9, (first * second).sum(axis=-1) / np.maximum(scale, 1e-9), 0.0)
+    return np.nan_to_num(correlation(first, second))
 
 
 def _check(rows: int, groups: Mapping[str, Sequence[str]], hard: Mapping[str, Floats]) -> None:

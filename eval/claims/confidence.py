@@ -10,7 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from skipit.eval.measure.recorded import Recorded
-from skipit.eval.metrics.confidence import calibration_bins
+from skipit.eval.metrics.confidence import confidence_bins
 from skipit.eval.statistics import USUAL, Floats, Interval, Resampling, or_none, row_interval
 from skipit.router import InputError
 
@@ -19,7 +19,7 @@ Verdict = Literal["worse", "better", "no difference shown"]
 
 
 @dataclass(frozen=True)
-class Calibrated:
+class Reliability:
     """How one model's confidence matches its accuracy.
 
     Attributes:
@@ -45,7 +45,7 @@ class Calibrated:
 
 
 @dataclass(frozen=True)
-class CalibrationChange:
+class ReliabilityChange:
     """Calibration of a gated model beside that of the dense one.
 
     Attributes:
@@ -60,8 +60,8 @@ class CalibrationChange:
 
     kind: Kind
     rows: int
-    dense: Calibrated
-    gated: Calibrated
+    dense: Reliability
+    gated: Reliability
     error_change: Interval
     brier_change: Interval
     resampling: Resampling
@@ -85,9 +85,9 @@ class CalibrationChange:
         }
 
 
-def compare_calibration(
+def compare_confidence(
     dense: Recorded, gated: Recorded, kind: Kind = "product", bins: int = 10, resampling: Resampling = USUAL
-) -> CalibrationChange:
+) -> ReliabilityChange:
     """Compare how two models' confidence in their greedy answers matches how often these are right.
 
     Args:
@@ -117,11 +117,11 @@ def compare_calibration(
             both, lambda means: figure(means[..., width:][..., of]) - figure(means[..., :width][..., of]), resampling
         )
 
-    return CalibrationChange(
+    return ReliabilityChange(
         kind,
         len(dense.right),
-        _calibrated(tables[0], bins, resampling),
-        _calibrated(tables[1], bins, resampling),
+        _reliability(tables[0], bins, resampling),
+        _reliability(tables[1], bins, resampling),
         change(slice(3, None), _error),
         change(slice(2, 3), lambda means: means[..., 0]),
         resampling,
@@ -144,11 +144,11 @@ def _error(means: Floats) -> Floats:
     return np.asarray(np.abs(means).sum(-1))
 
 
-def _calibrated(table: Floats, bins: int, resampling: Resampling) -> Calibrated:
-    sums = calibration_bins(torch.from_numpy(table[:, 1]), torch.from_numpy(table[:, 0]).bool(), bins)
+def _reliability(table: Floats, bins: int, resampling: Resampling) -> Reliability:
+    sums = confidence_bins(torch.from_numpy(table[:, 1]), torch.from_numpy(table[:, 0]).bool(), bins)
     shown = []
     for number, confidence, right in zip(*(column.tolist() for column in sums), strict=True):
         shown.append((number, confidence / number, right / number) if number else (0, math.nan, math.nan))
     figures = [row_interval(table[:, at], None, resampling) for at in range(3)]
     error = row_interval(table[:, 3:], _error, resampling)
-    return Calibrated(figures[0], figures[1], error, figures[2], tuple(shown))
+    return Reliability(figures[0], figures[1], error, figures[2], tuple(shown))

@@ -13,13 +13,11 @@ from typing import Any
 
 import torch
 from jaxtyping import Bool, Float
-from scipy.stats import spearmanr
 from torch import Tensor, nn
 
 from skipit.eval.measure.controlled import RowEffects, kl_interval, row_effects
-from skipit.eval.metrics.scores import MODALITIES
-from skipit.eval.statistics import USUAL, Interval, Resampling, plain, row_interval
-from skipit.router import InputError
+from skipit.eval.statistics import USUAL, Interval, Resampling, plain, row_interval, spearman
+from skipit.router import MODALITIES, InputError
 from skipit.router.config import KVPolicy
 from skipit.theory.cost import CostModel
 
@@ -146,13 +144,6 @@ class GrowingSets:
     prediction: Mapping[str, SetPrediction]
     resampling: Resampling
 
-    def for_plot(self) -> dict[str, list[tuple[float, float, float]]]:
-        """Share of FLOPs, accuracy and KL of every set, as `draw_growing_sets` takes them."""
-        return {
-            name: [(point.compute, point.accuracy.value, point.kl.value) for point in curve]
-            for name, curve in self.curves.items()
-        }
-
     def to_json(self) -> dict[str, Any]:
         """Everything as a JSON-ready dictionary."""
         return {
@@ -160,7 +151,7 @@ class GrowingSets:
             "scope": self.scope,
             "rows": self.rows,
             "curves": {name: [point.to_json() for point in curve] for name, curve in self.curves.items()},
-            "prediction": {name: found.to_json() for name, found in self.prediction.items()},
+            "prediction": {name: prediction.to_json() for name, prediction in self.prediction.items()},
             "resampling": asdict(self.resampling),
         }
 
@@ -218,11 +209,11 @@ def measure_growing(
     orders = unit_orders(damage, cost, scope)
     plans = {name: growing_plans(order, len(damage), step) for name, order in orders.items()}
     different = {_key(plan): plan for curve in plans.values() for plan in curve}
-    found = row_effects(model, batches, list(different.values()), kv, costs=costs, progress=progress)
+    effects = row_effects(model, batches, list(different.values()), kv, costs=costs, progress=progress)
     predicted = set_damages(damage, list(different.values()))
     points = {
         key: _point(effect, different[key], (float(predicted["sum"][at]), float(predicted["aligned"][at])), resampling)
-        for at, (key, effect) in enumerate(zip(different, found, strict=True))
+        for at, (key, effect) in enumerate(zip(different, effects, strict=True))
     }
     curves: dict[str, tuple[SetPoint, ...]] = {}
     for name, order in orders.items():
@@ -231,13 +222,13 @@ def measure_growing(
             SetPoint(end, tuple(unit_name(unit) for unit in order[start:end]), *points[_key(plan)])
             for start, end, plan in zip([0, *ends], ends, plans[name], strict=False)
         )
-    measured = [effect.mean().kl for effect in found]
+    measured = [effect.mean().kl for effect in effects]
     used = [at for at, plan in enumerate(different.values()) if not bool(plan.all())]
     prediction = {
         rule: _prediction([float(values[at]) for at in used], [measured[at] for at in used])
         for rule, values in predicted.items()
     }
-    return GrowingSets(kv, scope, len(found[0].right), curves, prediction, resampling)
+    return GrowingSets(kv, scope, len(effects[0].right), curves, prediction, resampling)
 
 
 def _point(
@@ -248,13 +239,10 @@ def _point(
 
 def _prediction(predicted: list[float], measured: list[float]) -> SetPrediction:
     pairs = [(p, m) for p, m in zip(predicted, measured, strict=True) if math.isfinite(p)]
-    if len(pairs) < 2 or any(len(set(column)) < 2 for column in zip(*pairs, strict=True)):
-        spearman = math.nan
-    else:
-        spearman = float(spearmanr(*zip(*pairs, strict=True)).statistic)
     ratios = [m / p for p, m in pairs if p > 0]
     below = sum(m <= p for p, m in pairs) / len(pairs) if pairs else math.nan
-    return SetPrediction(spearman, statistics.median(ratios) if ratios else math.nan, below, len(pairs))
+    median = statistics.median(ratios) if ratios else math.nan
+    return SetPrediction(spearman(predicted, measured), median, below, len(pairs))
 
 
 def _key(plan: Tensor) -> bytes:

@@ -22,6 +22,7 @@ from skipit.eval.statistics import USUAL, Interval, Resampling, or_none, row_int
 from skipit.router import VISION, InputError
 from skipit.theory.modes import redundant_and_unattended, span_of
 from skipit.theory.profile import Profile
+from skipit.train.display import note
 
 Floats = NDArray[np.float64]
 Verdict = Literal["found", "not found"]
@@ -201,9 +202,9 @@ def find_pattern(
         def length(means: Floats) -> Floats:
             return np.asarray((means[..., way] >= most).cumprod(-1).sum(-1), np.float64)
 
-        found, skipped = row_interval(by_row, length, resampling), int((mean >= most).sum())
-        n = int(found.value)
-        return Stretch(found, math.comb(layers - n, skipped - n) / math.comb(layers, skipped))
+        interval, skipped = row_interval(by_row, length, resampling), int((mean >= most).sum())
+        n = int(interval.value)
+        return Stretch(interval, math.comb(layers - n, skipped - n) / math.comb(layers, skipped))
 
     return Pattern(
         eps,
@@ -222,6 +223,17 @@ def find_pattern(
         stretch(slice(None, None, -1)),
         rows,
     )
+
+
+def outer_layers(profile: Profile, rates: ArrayLike) -> dict[str, Any] | None:
+    """Late entry and early exit of vision tokens as JSON has them; None where there are too few layers or images."""
+    try:
+        if not bool(profile.tables["var_text"].isfinite().any()):
+            raise InputError("the profile was measured on rows without images.")
+        return find_pattern(profile, rates).to_json()
+    except InputError as error:
+        note(f"late entry and early exit are left out: {error}")
+        return None
 
 
 def _checked(rates: ArrayLike, layers: int) -> tuple[Floats, int]:
@@ -264,5 +276,5 @@ def _stretches(first: int, last: int, layers: int) -> dict[str, Verdict]:
     }
 
 
-def _verdict(found: bool) -> Verdict:
-    return "found" if found else "not found"
+def _verdict(shown: bool) -> Verdict:
+    return "found" if shown else "not found"

@@ -5,24 +5,24 @@ A unit is one (layer, modality). Tables are [layers, 2], columns text and vision
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
 
 import numpy as np
 import torch
 from jaxtyping import Bool, Float
-from numpy.typing import ArrayLike, NDArray
-from scipy.stats import spearmanr
+from numpy.typing import ArrayLike
 from torch import Tensor, nn
 
+from skipit.eval.statistics import Floats, Resampling, bootstrap, centred_ranks, correlation, spearman
 from skipit.router import FixedUnits, find_router, running, token_modality
 from skipit.router.config import KVPolicy
 from skipit.theory.accumulate import prox
+from skipit.theory.answers import teacher_forced
 from skipit.theory.bounds import combine_damages
-from skipit.theory.labels import predicts_answer
 
 SCOPES = ("text", "vision", "all")
 DISTANCES = (0.001, 0.01, 0.1)
 FEWEST = 3
+FEW = Resampling(resamples=2000)
 
 
 @dataclass(frozen=True)
@@ -39,9 +39,7 @@ class RankCorrelation:
         return asdict(self)
 
 
-def rank_correlation(
-    predicted: ArrayLike, measured: ArrayLike, *, confidence: float = 0.95, resamples: int = 2000, seed: int = 0
-) -> RankCorrelation:
+def rank_correlation(predicted: ArrayLike, measured: ArrayLike, resampling: Resampling = FEW) -> RankCorrelation:
     """Compare a prediction with its measurement over the units where both have a value.
 
     The interval comes from resampling units. Rows are another source of error, which it does not see.
@@ -55,19 +53,21 @@ def rank_correlation(
     x, y = x[there], y[there]
     if len(x) < FEWEST:
         return RankCorrelation(np.nan, np.nan, np.nan, len(x))
-    generator = np.random.default_rng(seed)
-    drawn = [_spearman(x[index], y[index]) for index in generator.integers(0, len(x), (resamples, len(x)))]
-    drawn = [value for value in drawn if not np.isnan(value)] or [np.nan]
-    low, high = np.quantile(drawn, [(1 - confidence) / 2, (1 + confidence) / 2])
-    return RankCorrelation(round(_spearman(x, y), 6), float(low), float(high), len(x))
+    rng = np.random.default_rng(resampling.seed)
+
+    def draw(size: int) -> Floats:
+        index = rng.integers(len(x), size=(size, len(x)))
+        return correlation(centred_ranks(x[index]), centred_ranks(y[index]))
+
+    return RankCorrelation(round(spearman(x, y), 6), *bootstrap(draw, resampling), len(x))
 
 
-def by_scope(predicted: ArrayLike, measured: ArrayLike, **options: Any) -> dict[str, RankCorrelation]:
+def by_scope(predicted: ArrayLike, measured: ArrayLike) -> dict[str, RankCorrelation]:
     """The rank correlation over text units, vision units and all."""
     x, y = np.asarray(predicted, dtype=np.float64), np.asarray(measured, dtype=np.float64)
     columns = {"text": x[:, 0], "vision": x[:, 1], "all": x}
     truth = {"text": y[:, 0], "vision": y[:, 1], "all": y}
-    return {scope: rank_correlation(columns[scope], truth[scope], **options) for scope in SCOPES}
+    return {scope: rank_correlation(columns[scope], truth[scope]) for scope in SCOPES}
 
 
 def predictors(tables: Mapping[str, Tensor], kv: KVPolicy) -> dict[str, Float[Tensor, "layers modality"]]:
@@ -107,11 +107,9 @@ def layer_contribution(model: nn.Module, batches: Iterable[dict[str, Tensor]]) -
     """
     layers = find_router(model)[1].num_layers
     total, rows = torch.zeros(layers, dtype=torch.float64), 0
-    device = next(model.parameters()).device
-    for batch in batches:
-        inputs = {key: value.to(device) for key, value in batch.items() if key != "labels"}
-        last = predicts_answer(batch["labels"]).float().argmax(-1).to(device)
-        index = torch.arange(len(last), device=device)
+    for batch in teacher_forced(model, batches):
+        inputs, last = batch.inputs, batch.answer.float().argmax(-1)
+        index = torch.arange(len(last), device=last.device)
         vision = token_modality(model.config, inputs["input_ids"], inputs.get("mm_token_type_ids")).bool().any(-1)
         rows += int(vision.sum())
         with running(mode="dense"):
@@ -159,9 +157,3 @@ def _skipping(units: list[int], like: Tensor) -> Tensor:
     plan = torch.ones(like.numel(), dtype=torch.bool)
     plan[units] = False
     return plan.view(like.shape)
-
-
-def _spearman(x: NDArray[np.float64], y: NDArray[np.float64]) -> float:
-    if (x == x[0]).all() or (y == y[0]).all():
-        return float("nan")
-    return float(spearmanr(x, y).statistic)

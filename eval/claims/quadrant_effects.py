@@ -13,11 +13,10 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from jaxtyping import Float
-from scipy.stats import spearmanr
 from torch import Tensor, nn
 
 from skipit.eval.measure.controlled import RowEffects, row_effects
-from skipit.eval.statistics import USUAL, Floats, Interval, Resampling, or_none, row_interval
+from skipit.eval.statistics import USUAL, Floats, Interval, Resampling, or_none, row_interval, spearman
 from skipit.router import VISION
 from skipit.router.config import KVPolicy
 from skipit.theory.cost import CostModel
@@ -98,14 +97,14 @@ class Quadrants:
         """Is each condition alone worth something? By "redundancy" and "attention", and by figure; as `verdict`."""
         effects = {"redundancy": self.redundancy_effect, "attention": self.attention_effect}
         return {
-            name: {figure: _verdict(found[figure], better) for figure, better in BETTER.items()}
-            for name, found in effects.items()
+            name: {figure: _verdict(effect[figure], better) for figure, better in BETTER.items()}
+            for name, effect in effects.items()
         }
 
     def to_json(self) -> dict[str, Any]:
         """Everything as a JSON-ready dictionary, None for NaN."""
         effects = {
-            name: {figure: found.to_json() for figure, found in getattr(self, name).items()}
+            name: {figure: interval.to_json() for figure, interval in getattr(self, name).items()}
             for name in ("redundancy_effect", "attention_effect", "interaction", "margin")
         }
         return {
@@ -160,16 +159,16 @@ def measure_quadrants(
     chosen = dict.fromkeys(s for cells in sets.values() for several in cells.values() for s in several)
     plans = [_without(layers, len(attention)) for layers in [(), *chosen]]
     everything, *measured = row_effects(model, batches, plans, kv, costs=costs, progress=progress)
-    found = dict(zip(chosen, measured, strict=True))
+    effects = dict(zip(chosen, measured, strict=True))
     return {
         notion: _result(
             notion,
             kv,
             quadrants[notion],
-            {name: [found[s] for s in several] for name, several in sets[notion].items()},
+            {name: [effects[s] for s in several] for name, several in sets[notion].items()},
             sets[notion],
             everything,
-            _correlation(redundancy[notion], attention),
+            spearman(redundancy[notion], attention),
             resampling,
         )
         for notion in redundancy
@@ -272,10 +271,3 @@ def _without(layers: Sequence[int], number: int) -> Tensor:
     plan = torch.ones(number, 2, dtype=torch.bool)
     plan[list(layers), VISION] = False
     return plan
-
-
-def _correlation(redundancy: Tensor, attention: Tensor) -> float:
-    there = (redundancy.isfinite() & attention.isfinite()).numpy()
-    x, y = redundancy.numpy()[there], attention.numpy()[there]
-    constant = len(set(x.tolist())) < 2 or len(set(y.tolist())) < 2
-    return math.nan if constant else float(spearmanr(x, y).statistic)

@@ -113,13 +113,13 @@ def equal_sets(
     rng = np.random.default_rng(seed)
     sets: dict[str, tuple[tuple[int, ...], ...]] = {}
     for name, layers in quadrants.items():
-        found: dict[tuple[int, ...], None] = {}
+        different: dict[tuple[int, ...], None] = {}
         for _ in range(_TRIES * draws if layers else 0):
-            found[_fill(rng.permutation(layers).tolist(), saved, common)] = None
-            if len(found) == draws:
+            different[_fill(rng.permutation(layers).tolist(), saved, common)] = None
+            if len(different) == draws:
                 break
         # A layer that costs more than all of the smallest quadrant fits into no set.
-        sets[name] = tuple(chosen for chosen in found if chosen)
+        sets[name] = tuple(chosen for chosen in different if chosen)
     return sets
 
 

@@ -43,7 +43,7 @@ class UnitEffects:
             name: [[or_none(value) for value in row] for row in getattr(self, name).tolist()]
             for name in ("predicted", "measured", "accuracy")
         }
-        correlation = {scope: plain(found.to_json()) for scope, found in self.correlation.items()}
+        correlation = {scope: plain(rank.to_json()) for scope, rank in self.correlation.items()}
         numbers = {"kv": self.kv, "rows": self.rows, "dense_accuracy": self.dense_accuracy}
         return {**numbers, **tables, "correlation": correlation}
 
@@ -69,8 +69,8 @@ def measure_units(
         InputError: there is no row.
     """
     alone = one_unit_skipped(model)
-    everything, *found = row_effects(model, batches, [torch.ones_like(alone[0]), *alone], kv, progress=progress)
-    effects = [effect.mean() for effect in found]
+    everything, *skipping = row_effects(model, batches, [torch.ones_like(alone[0]), *alone], kv, progress=progress)
+    effects = [effect.mean() for effect in skipping]
     absent = damage.isnan()  # to skip a unit without tokens changes nothing, and says nothing
 
     def table(values: list[float]) -> Tensor:

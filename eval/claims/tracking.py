@@ -15,8 +15,8 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy.stats import permutation_test, rankdata
 
-from skipit.eval.metrics.scores import MODALITIES
-from skipit.eval.statistics import USUAL, Resampling, plain
+from skipit.eval.statistics import ROUNDING, USUAL, Floats, Resampling, bootstrap, correlation, plain
+from skipit.router import MODALITIES
 
 Scope = Literal["text", "vision", "all"]
 Given = Literal["depth", "depth_curve", "depth_modality"]
@@ -27,10 +27,7 @@ CONFOUNDERS: dict[Given, int] = {"depth": 1, "depth_curve": 2, "depth_modality":
 FEWEST_UNITS = 4
 # Up to 8! = 40,320 orders are tried one by one: the p-value is then exact.
 MOST_UNITS_EXACT = 8
-# Ranks are at least a half apart: a vector of ranks this short is zero but for rounding.
-ROUNDING = 1e-6
 
-Floats = NDArray[np.float64]
 Orders = NDArray[np.int64]
 Statistic = Callable[[Orders], Floats]
 
@@ -198,8 +195,8 @@ def spearman(
     units = _Units.of(skip_rate, table, scope)
     if given is not None and given not in CONFOUNDERS:
         raise ValueError(f"`given` is {given!r}, expected one of {list(CONFOUNDERS)} or None. Choose what to remove.")
-    if reason := units.why_not(FEWEST_UNITS + (CONFOUNDERS[given] if given else 0)):
-        return units.nothing(reason)
+    if reason := units.missing(FEWEST_UNITS + (CONFOUNDERS[given] if given else 0)):
+        return units.undefined(reason)
     everything = np.arange(units.count)
 
     def residuals(values: Floats, index: Orders) -> Floats:
@@ -208,10 +205,10 @@ def spearman(
     rates, values = residuals(units.rates, everything), residuals(units.values, everything)
     for name, residual in (("`skip_rate`", rates), ("`table`", values)):
         if np.linalg.norm(residual) < ROUNDING:
-            return units.nothing(f"{name} is a function of {given} alone")
+            return units.undefined(f"{name} is a function of {given} alone")
     return units.estimate(
-        resampled=lambda index: _correlation(residuals(units.rates, index), residuals(units.values, index)),
-        reordered=lambda order: _correlation(rates, _residual(values[order], units.confounder(given, everything))),
+        resampled=lambda index: correlation(residuals(units.rates, index), residuals(units.values, index)),
+        reordered=lambda order: correlation(rates, _residual(values[order], units.confounder(given, everything))),
         resampling=resampling,
     )
 
@@ -249,8 +246,8 @@ def auroc(
             "Threshold the table first."
         )
     units = _Units.of(skip_rate, labels, scope)
-    if reason := units.why_not(FEWEST_UNITS, second="theory_set"):
-        return units.nothing(reason)
+    if reason := units.missing(FEWEST_UNITS, second="theory_set"):
+        return units.undefined(reason)
 
     def separation(rates: Floats, members: Floats) -> Floats:
         inside = members.sum(axis=-1)
@@ -299,11 +296,11 @@ def overlap(
     units = _Units.of(skip_rate, table, scope)
     if k is not None and k < 1:
         raise ValueError(f"`k` is {k}, expected a positive number of units. Leave it out to use the router's own.")
-    if reason := units.why_not(FEWEST_UNITS):
-        return units.nothing(reason)
+    if reason := units.missing(FEWEST_UNITS):
+        return units.undefined(reason)
     size = max(1, min(round(units.rates.sum()), units.count - 1)) if k is None else k
     if size >= units.count:
-        return units.nothing(f"k = {size} of {units.count} units leaves nothing to choose")
+        return units.undefined(f"k = {size} of {units.count} units leaves nothing to choose")
 
     def shared(rates: Floats, values: Floats) -> Floats:
         ours, theirs = _membership(rates, size), _membership(-values, size)
@@ -354,7 +351,7 @@ class _Units:
     def count(self) -> int:
         return len(self.rates)
 
-    def why_not(self, needed: int, second: str = "table") -> str:
+    def missing(self, needed: int, second: str = "table") -> str:
         """Why there is no estimate; empty if there is one."""
         if self.count < needed:
             return f"{self.count} units have a value, at least {needed} are needed"
@@ -363,7 +360,7 @@ class _Units:
                 return f"`{name}` is {values[0]:g} for all {self.count} units"
         return ""
 
-    def nothing(self, reason: str) -> Estimate:
+    def undefined(self, reason: str) -> Estimate:
         nan = math.nan
         return Estimate(nan, nan, nan, nan, nan, False, nan, self.count, reason)
 
@@ -383,12 +380,7 @@ class _Units:
         Both statistics take indices of units, since a unit's rate, value, layer and modality stay together.
         """
         rng = np.random.default_rng(resampling.seed)
-        # A resample that holds one value only has no correlation. It says nothing about the interval, but would make
-        # that of `scipy.stats.bootstrap` NaN.
-        draws = resampled(rng.integers(self.count, size=(resampling.resamples, self.count)))
-        draws = draws[~np.isnan(draws)]
-        tails = (1 - resampling.confidence) / 2, (1 + resampling.confidence) / 2
-        low, high = np.quantile(draws, tails) if draws.size else (math.nan, math.nan)
+        low, high = bootstrap(lambda size: resampled(rng.integers(self.count, size=(size, self.count))), resampling)
         exact = self.count <= MOST_UNITS_EXACT
         test = permutation_test(
             (np.arange(self.count),),
@@ -405,7 +397,7 @@ class _Units:
             shifted = reordered(self.shifts)
             # Two-sided as distance from the middle; the margin makes values equal that are equal but for rounding.
             p_shift = float((abs(shifted - shifted.mean()) >= abs(value - shifted.mean()) - 1e-12).mean())
-        return Estimate(value, float(low), float(high), chance, float(test.pvalue), exact, p_shift, self.count)
+        return Estimate(value, low, high, chance, float(test.pvalue), exact, p_shift, self.count)
 
 
 def _shifts(layers: int, columns: int) -> Orders:
@@ -434,11 +426,3 @@ def _residual(values: Floats, confounders: list[Floats]) -> Floats:
         direction = np.where(length > ROUNDING, direction, 0.0) / np.maximum(length, ROUNDING)
         rest = rest - (rest * direction).sum(axis=-1, keepdims=True) * direction
     return rest
-
-
-def _correlation(first: Floats, second: Floats) -> Floats:
-    """The cosine along the last axis of two centered vectors; NaN if nothing is left of one."""
-    scale, other = np.linalg.norm(first, axis=-1), np.linalg.norm(second, axis=-1)
-    defined = (scale > ROUNDING) & (other > ROUNDING)
-    cosine = (first * second).sum(axis=-1) / np.where(defined, scale * other, 1.0)
-    return np.where(defined, np.clip(cosine, -1.0, 1.0), math.nan)

@@ -1,4 +1,4 @@
-"""One question about some images, answered by a gated model, with what it executed."""
+"""A question about some images, answered by a gated model, with what it executed; and examples of a data set."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,7 +8,10 @@ from typing import Any
 from skipit.router import InputError, running
 from skipit.train.data.collate import Collator, Row
 
+from .runner import right_answer
 from .traced import generate
+
+EXAMPLES = 3
 
 
 def open_images(paths: list[Path]) -> list[Any]:
@@ -108,3 +111,51 @@ def answer(
         return Reply(prompt, reply, None, None, images)
     depth = answer_depth(trace.trace.steps, ids[0], processor.tokenizer, images=len(images))
     return Reply(prompt, reply, trace.share, depth, images)
+
+
+def depth_examples(
+    model: Any, processor: Any, rows: Any, budget: float | str | None, number: int = EXAMPLES
+) -> tuple[list[dict[str, Any]], list[Any]]:
+    """Answers of a gated model to a few rows of different kinds, with the depth of every patch and word.
+
+    Returns:
+        What the report shows of each, and the images.
+    """
+    examples: list[dict[str, Any]] = []
+    pictures: list[Any] = []
+    kinds = set()
+    for number_of_row, row in enumerate(rows):
+        images, kind = list(row.get("images") or ()), str(row.get("kind", number_of_row))
+        prompt = _text(row["prompt"])
+        if len(examples) == number or not images or kind in kinds or prompt is None:
+            continue
+        kinds.add(kind)
+        reply = answer(model, processor, images, prompt, budget=budget)
+        wanted = right_answer(row, number_of_row)
+        examples.append(
+            {
+                "prompt": prompt,
+                "answer": reply.text,
+                "wanted": wanted,
+                "right": reply.text == wanted,
+                "compute": reply.compute,
+                "patches": reply.depth.patches.tolist(),
+                "tokens": [shorten(token, 40) for token in reply.depth.tokens],
+                "token_depth": list(reply.depth.token_depth),
+                "layers": reply.depth.layers,
+            }
+        )
+        pictures.append(images[0])
+    return examples, pictures
+
+
+def _text(prompt: Any) -> str | None:
+    """The question of a row of one turn; None for a longer conversation, which cannot be asked again as one prompt."""
+    if isinstance(prompt, str):
+        return prompt
+    if len(prompt) != 1:
+        return None
+    content = prompt[0]["content"]
+    if isinstance(content, str):
+        return content
+    return "\n".join(part["text"] for part in content if part.get("text")) or None

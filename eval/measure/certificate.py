@@ -5,22 +5,21 @@ would find the same disagreements only where generation is a plain arg max: a ch
 suppressed tokens would not be seen.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from skipit.router import Decision, Gated, Trace, find_router, running
+from skipit.router import Decision, Gated, find_router, running
 from skipit.router.call import Call
 from skipit.router.gates import TokenGate
 from skipit.theory.cost import CostModel, trace_compute
 from skipit.theory.risk import certify, check_rows
 
-from .runner import leave_out_finished
-
-Collate = Callable[[Sequence[Mapping[str, Any]]], dict[str, Tensor]]
+from .recorded import Row
+from .runner import Collate, answer_batches, prompt_batches
 
 
 @dataclass(frozen=True)
@@ -66,11 +65,11 @@ class Certificate:
         """What is certified, in a sentence."""
         if self.chosen is None:
             return "nothing is certified."
-        found = self.chosen
+        chosen = self.chosen
         return (
-            f"at threshold {found.threshold:.3f} {found.compute:.1%} of the dense decoder's FLOPs; "
-            f"{found.disagreements} of {self.rows} answers differ from the dense model's. With confidence "
-            f"{self.confidence:g} at most {self.risk:g} of new answers do (p = {found.p_value:.2g})."
+            f"at threshold {chosen.threshold:.3f} {chosen.compute:.1%} of the dense decoder's FLOPs; "
+            f"{chosen.disagreements} of {self.rows} answers differ from the dense model's. With confidence "
+            f"{self.confidence:g} at most {self.risk:g} of new answers do (p = {chosen.p_value:.2g})."
         )
 
 
@@ -87,19 +86,18 @@ class _Recorder:
 
 
 @torch.no_grad()
-def gate_logits(model: nn.Module, rows: Sequence[Mapping[str, Any]], collate: Collate, batch_size: int = 16) -> Tensor:
+def gate_logits(model: nn.Module, rows: Sequence[Row], collate: Collate, batch_size: int = 16) -> Tensor:
     """The logits with which a model's gates score the tokens of some prompts when every token runs, in one vector."""
     recorder = _Recorder()
-    for inputs in _batches(model, rows, collate, batch_size):
+    for _, inputs in prompt_batches(model, rows, collate, batch_size):
         with running(policy=recorder, mode="gathered", trace=None):
             model(**inputs, use_cache=False)
     return torch.cat(recorder.logits) if recorder.logits else torch.zeros(0)
 
 
-@torch.no_grad()
 def greedy_answers(
     model: Any,
-    rows: Sequence[Mapping[str, Any]],
+    rows: Sequence[Row],
     collate: Collate,
     *,
     batch_size: int = 16,
@@ -126,23 +124,18 @@ def greedy_answers(
     costs = CostModel.of(model, config.layers)
     answers: list[list[int]] = []
     executed = dense = 0.0
-    for inputs in _batches(model, rows, collate, batch_size):
-        trace = Trace()
-        with running(**{**options, "trace": trace}):
-            generated = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
-        new, end = generated[:, inputs["input_ids"].shape[1] :], model.generation_config.eos_token_id
-        answers += [_until_end(tokens, end) for tokens in new.tolist()]
-        if trace.steps:
-            leave_out_finished(trace.steps, new, end)
-            compute = trace_compute(costs, trace.steps)
+    for batch in answer_batches(model, rows, collate, batch_size=batch_size, max_new_tokens=max_new_tokens, **options):
+        answers += [tokens[own].tolist() for tokens, own in zip(batch.new, batch.answer, strict=True)]
+        if batch.steps:
+            compute = trace_compute(costs, batch.steps)
             executed, dense = executed + float(compute.executed.sum()), dense + float(compute.dense.sum())
-        progress(len(new))
+        progress(len(batch.rows))
     return answers, executed / dense if dense else 1.0
 
 
 def certify_thresholds(
     model: Any,
-    rows: Sequence[Mapping[str, Any]],
+    rows: Sequence[Row],
     collate: Collate,
     *,
     grid: Sequence[float],
@@ -180,23 +173,10 @@ def certify_thresholds(
     chosen = None
     for threshold in grid:
         answers, compute = greedy_answers(model, rows, collate, policy=Gated(threshold), mode="gathered", **settings)
-        disagrees.append([found != right for found, right in zip(answers, wanted, strict=True)])
-        found = certify(torch.tensor(disagrees), risk, confidence)
-        trials.append(Trial(threshold, sum(disagrees[-1]), float(found.p_values[-1]), compute))
-        if found.index != len(trials) - 1:
+        disagrees.append([ours != right for ours, right in zip(answers, wanted, strict=True)])
+        certified = certify(torch.tensor(disagrees), risk, confidence)
+        trials.append(Trial(threshold, sum(disagrees[-1]), float(certified.p_values[-1]), compute))
+        if certified.index != len(trials) - 1:
             break  # in a fixed sequence nothing passes after a failure, so nothing more needs to be measured
         chosen = trials[-1]
     return Certificate(risk, confidence, len(rows), tuple(trials), chosen)
-
-
-def _batches(model: nn.Module, rows: Sequence[Mapping[str, Any]], collate: Collate, batch_size: int) -> Any:
-    device = next(model.parameters()).device
-    for start in range(0, len(rows), batch_size):
-        chunk = [rows[i] for i in range(start, min(start + batch_size, len(rows)))]
-        yield {name: value.to(device) for name, value in collate(chunk).items()}
-
-
-def _until_end(tokens: list[int], end: int | list[int] | None) -> list[int]:
-    """The answer with its end token; what a batch appends while other rows go on is no part of it."""
-    ends = {end} if isinstance(end, int) else set(end or ())
-    return tokens[: next((i + 1 for i, token in enumerate(tokens) if token in ends), len(tokens))]

@@ -10,10 +10,10 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from skipit.eval.statistics import USUAL, Interval, Resampling, row_interval
-from skipit.router import FixedUnits, InputError, Trace, find_router, running
+from skipit.router import FixedUnits, Trace, find_router, running
 from skipit.router.config import KVPolicy
+from skipit.theory.answers import TeacherForced, teacher_forced
 from skipit.theory.cost import CostModel, trace_flops
-from skipit.theory.labels import IGNORE
 
 
 class Effect(NamedTuple):
@@ -74,7 +74,7 @@ def effects(
     progress: Callable[[int], None] = lambda done: None,
 ) -> list[Effect]:
     """Measure fixed plans (True runs) against the full model, all on the same rows; see `row_effects`."""
-    return [found.mean() for found in row_effects(model, batches, plans, kv, progress=progress)]
+    return [effect.mean() for effect in row_effects(model, batches, plans, kv, progress=progress)]
 
 
 @torch.no_grad()
@@ -104,27 +104,19 @@ def row_effects(
         InputError: there is no row.
     """
     rows: list[list[Tensor]] = [[] for _ in plans]
-    device = next(model.parameters()).device
-    seen = 0
-    for batch in batches:
-        inputs = {key: value.to(device) for key, value in batch.items() if key != "labels"}
-        labels = batch["labels"][:, 1:].to(device)
-        chosen = labels != IGNORE
-        seen += len(labels)
+    for batch in teacher_forced(model, batches):
         with running(mode="dense"):
-            full = _answers(model, inputs, chosen)
+            full = batch.logits(model).log_softmax(-1)
         for index, plan in enumerate(plans):
             trace = Trace()
             with running(policy=FixedUnits(plan), kv=kv, mode="gathered", trace=trace):
-                skipping = _answers(model, inputs, chosen)
-            measured = _of_rows(full, skipping, labels, chosen)
-            flops = torch.full((2, len(labels)), torch.nan, dtype=torch.float64)
+                skipping = batch.logits(model).log_softmax(-1)
+            measured = _of_rows(full, skipping, batch)
+            flops = torch.full((2, len(batch.answer)), torch.nan, dtype=torch.float64)
             if costs is not None:
                 flops = torch.stack([values[0].sum((0, 2)).cpu() for values in trace_flops(costs, trace.steps)])
             rows[index].append(torch.cat([measured, flops]))
             progress(1)
-    if seen == 0:
-        raise InputError("`batches`: got no row, expected at least one batch with labels. A generator is read once.")
     return [RowEffects(*torch.cat(parts, dim=1)) for parts in rows]
 
 
@@ -135,26 +127,21 @@ def kl_interval(effect: RowEffects, resampling: Resampling = USUAL) -> Interval:
     )
 
 
-def _of_rows(full: Tensor, skipping: Tensor, labels: Tensor, chosen: Tensor) -> Float[Tensor, "figures rows"]:
+def _of_rows(full: Tensor, skipping: Tensor, batch: TeacherForced) -> Float[Tensor, "figures rows"]:
     """`kl`, `loss`, `same`, `tokens` and `right` of every row, from log-probabilities of the answers' tokens."""
-    found, row = skipping.argmax(-1), chosen.nonzero()[:, 0]
+    predicted = skipping.argmax(-1)
     figures = torch.stack(
         [
             F.kl_div(skipping, full, reduction="none", log_target=True).sum(-1),
-            (full - skipping).gather(-1, labels[chosen][:, None])[:, 0],
-            (found == full.argmax(-1)).float(),
+            (full - skipping).gather(-1, batch.wanted[:, None])[:, 0],
+            (predicted == full.argmax(-1)).float(),
             torch.ones_like(full[:, 0]),
-            (found == labels[chosen]).float(),
+            (predicted == batch.wanted).float(),
         ]
-    ).double()
-    sums = figures.new_zeros(len(figures), len(labels)).index_add(1, row, figures)
+    )
+    sums = batch.row_sums(figures.double())
     sums[4] = (sums[4] == sums[3]).double()
     return sums.cpu()
-
-
-def _answers(model: nn.Module, inputs: dict[str, Tensor], chosen: Tensor) -> Float[Tensor, "answers vocabulary"]:
-    logits = model(**inputs, use_cache=False).logits
-    return torch.log_softmax(logits[:, :-1][chosen].float(), dim=-1)
 
 
 def one_unit_skipped(model: nn.Module) -> list[Bool[Tensor, "layers modality"]]:

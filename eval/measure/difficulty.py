@@ -8,7 +8,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from skipit.router import InputError, running
-from skipit.theory.labels import IGNORE
+from skipit.theory.answers import teacher_forced
 
 
 @torch.no_grad()
@@ -28,24 +28,17 @@ def row_difficulty(model: Any, batches: Iterable[dict[str, Tensor]]) -> dict[str
     """
     losses: list[Tensor] = []
     entropies: list[Tensor] = []
-    device = next(model.parameters()).device
-    for batch in batches:
-        inputs = {key: value.to(device) for key, value in batch.items() if key != "labels"}
-        labels = batch["labels"][:, 1:].to(device)
-        chosen = labels != IGNORE
-        tokens = chosen.sum(-1)
+    for batch in teacher_forced(model, batches):
+        tokens = batch.answer.sum(-1)
         if not bool((tokens > 0).all()):
             empty = int((tokens == 0).nonzero()[0])
             raise InputError(
                 f"`batches`: row {empty} of a batch has no label, expected an answer. Give it a completion."
             )
         with running(mode="dense"):
-            logits = model(**inputs, use_cache=False).logits[:, :-1][chosen].float()
-        log_p, row = logits.log_softmax(-1).double(), chosen.nonzero()[:, 0]
-        loss = -log_p.gather(-1, labels[chosen][:, None])[:, 0]
+            log_p = batch.logits(model).log_softmax(-1).double()
+        loss = -log_p.gather(-1, batch.wanted[:, None])[:, 0]
         entropy = -(log_p.exp() * log_p).sum(-1)
-        for found, values in ((losses, loss), (entropies, entropy)):
-            found.append((values.new_zeros(len(labels)).index_add(0, row, values) / tokens).cpu())
-    if not losses:
-        raise InputError("`batches`: got no row, expected at least one batch with labels. A generator is read once.")
+        losses.append((batch.row_sums(loss) / tokens).cpu())
+        entropies.append((batch.row_sums(entropy) / tokens).cpu())
     return {"loss": torch.cat(losses), "entropy": torch.cat(entropies)}

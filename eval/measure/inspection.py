@@ -107,7 +107,7 @@ def inspect_model(source: str, layers: str | None = None) -> Inspection:
     layers = layers or (router.layers if router else None)
     config = _config(source, folder)
     model = _on_meta(source, config)
-    path, decoder, found = find_decoder(model, layers)
+    path, decoder, decoder_layers = find_decoder(model, layers)
     refused = _refused(model, layers)
     try:
         costs = CostModel.of(model, layers).layers
@@ -128,7 +128,7 @@ def inspect_model(source: str, layers: str | None = None) -> Inspection:
             cost.kv_bytes,
             cost.image,
         )
-        for kind, layer, cost in zip(layer_kinds(decoder.config), found, costs, strict=True)
+        for kind, layer, cost in zip(layer_kinds(decoder.config), decoder_layers, costs, strict=True)
     )
     return Inspection(
         source,
@@ -185,13 +185,13 @@ def _attention(model: Any) -> dict[str, bool]:
 
 def _vision_tokens(config: Any) -> dict[str, int]:
     """Placeholders by name; several families give each two names."""
-    found: dict[str, int] = {}
+    tokens: dict[str, int] = {}
     for name in PLACEHOLDERS:
         value = getattr(config, name, None)
         twin = name.replace("_index", "_id")
-        if isinstance(value, int) and found.get(twin) != value:
-            found[name] = value
-    return found
+        if isinstance(value, int) and tokens.get(twin) != value:
+            tokens[name] = value
+    return tokens
 
 
 def _refused(model: Any, layers: str | None) -> str | None:
@@ -203,31 +203,36 @@ def _refused(model: Any, layers: str | None) -> str | None:
     return None
 
 
-def inspection_table(found: Inspection) -> Group:
+def inspection_table(inspection: Inspection) -> Group:
     """What was found, to read: one line per stretch of equal layers, and what the columns mean."""
     about = Table.grid(padding=(0, 2))
-    whole = found.to_json()["totals"]
-    vision = ", ".join(f"{name} {value}" for name, value in found.vision_tokens.items()) or "none in the configuration"
-    attention = ", ".join(f"{name}" + ("" if yes else " (not with gates)") for name, yes in found.attention.items())
+    whole = inspection.to_json()["totals"]
+    vision = (
+        ", ".join(f"{name} {value}" for name, value in inspection.vision_tokens.items()) or "none in the configuration"
+    )
+    attention = ", ".join(
+        f"{name}" + ("" if yes else " (not with gates)") for name, yes in inspection.attention.items()
+    )
     lines = {
-        "model": f"{found.name} ({found.model_type}), {found.parameters:,} parameters in {found.dtype}",
-        "decoder": f"{found.decoder}, {len(found.layers)} layers",
+        "model": f"{inspection.name} ({inspection.model_type}), {inspection.parameters:,} parameters in "
+        f"{inspection.dtype}",
+        "decoder": f"{inspection.decoder}, {len(inspection.layers)} layers",
         "modalities": f"text; vision: {vision}",
         "attention": attention,
         "gates": f"{whole['gate_parameters']:,} parameters, one gate per layer, in fp32",
         "per token": f"{_short(whole['flops_per_token'])} FLOPs in linear maps, {whole['kv_bytes']:,} bytes of K/V",
-        "supported": _SUPPORTED if found.refused is None else f"no: {found.refused}",
+        "supported": _SUPPORTED if inspection.refused is None else f"no: {inspection.refused}",
     }
-    if found.router is not None:
-        points = ", ".join(found.router["operating_points"]) or "none"
-        lines["router"] = f"a gated checkpoint: K/V policy {found.router['kv']}, operating points: {points}"
+    if inspection.router is not None:
+        points = ", ".join(inspection.router["operating_points"]) or "none"
+        lines["router"] = f"a gated checkpoint: K/V policy {inspection.router['kv']}, operating points: {points}"
     for name, text in lines.items():
         about.add_row(name, text)
     table = Table("layers", "kind", "class", "FLOPs/token", "FLOPs/key", "if skipped", "K/V bytes", "gate parameters")
     for column in table.columns[3:]:
         column.justify = "right"
     first = 0
-    for layer, equal in groupby(found.layers):
+    for layer, equal in groupby(inspection.layers):
         last = first + len(list(equal)) - 1
         table.add_row(
             str(first) if first == last else f"{first}-{last}",
@@ -240,20 +245,20 @@ def inspection_table(found: Inspection) -> Group:
             f"{layer.gate_parameters:,}",
         )
         first = last + 1
-    return Group(about, table, "\n".join(_legend(found)))
+    return Group(about, table, "\n".join(_legend(inspection)))
 
 
 _SUPPORTED = "yes, by its structure: a block, its attention or its MLP is skipped, keys and values retained or evicted"
 
 
-def _legend(found: Inspection) -> list[str]:
+def _legend(inspection: Inspection) -> list[str]:
     lines = [
         "FLOPs/token: of one token, in the layer's linear maps; FLOPs/key: more for every key that it attends to.",
         "if skipped: FLOPs of a token that skips the layer: under `retain` for its keys and values, "
-        f"{found.share_if_skipped:.0%} of running it; under `evict` none.",
-        f"K/V bytes: of the cache, per token that has keys and values there, in {found.dtype}.",
+        f"{inspection.share_if_skipped:.0%} of running it; under `evict` none.",
+        f"K/V bytes: of the cache, per token that has keys and values there, in {inspection.dtype}.",
     ]
-    images = {layer.flops_per_image_state for layer in found.layers} - {0.0}
+    images = {layer.flops_per_image_state for layer in inspection.layers} - {0.0}
     if images:
         costs = ", ".join(map(_short, sorted(images)))
         lines.append(f"cross: keys and values are the images', once for all tokens: {costs} FLOPs per image state.")

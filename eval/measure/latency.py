@@ -1,17 +1,20 @@
-"""Wall-clock time of prefill and decoding, several models in turn in one run."""
+"""Wall-clock time of prefill and decoding, several models in turn in one run, and the hardware it was measured on."""
 
+import os
+import platform
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from scipy.stats import binom
 from torch import Tensor
 
-from skipit.eval.metrics.scores import speed_up
+from skipit.eval.metrics.compute import speed_up
 
 
 @dataclass(frozen=True)
@@ -126,3 +129,19 @@ def _now(device: torch.device) -> float:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter()
+
+
+def hardware(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
+    """In words: the GPU, if one is there, the processor, and how many threads PyTorch uses."""
+    parts = [torch.cuda.get_device_name()] if torch.cuda.is_available() else []
+    parts.append(f"{_processor(cpuinfo)}, {os.cpu_count()} cores, PyTorch threads: {torch.get_num_threads()}")
+    return ", ".join(parts)
+
+
+def _processor(cpuinfo: Path) -> str:
+    try:
+        lines = cpuinfo.read_text(encoding="utf-8").splitlines()
+    except OSError:  # not Linux
+        lines = []
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(names, "") or platform.processor() or platform.machine()

@@ -1,17 +1,22 @@
-"""Running a model over a data set as a user would, with `generate()`, and counting what it executed."""
+"""Running a model over a data set as a user would, with `generate()`: what it answers, how surely, at what cost."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from skipit.eval.metrics.classes import SkipRate
-from skipit.eval.metrics.scores import exact_match_scores, mean_by_group
+from skipit.eval.metrics import SkipRate
+from skipit.eval.metrics.answers import exact_match_scores, mean_by_group
 from skipit.router import InputError, Step, Trace, running
 from skipit.router.config import KVPolicy
 from skipit.theory.cost import CostModel, trace_compute
+
+from .recorded import Kinds, Record, Recorded, Row
+
+Collate = Callable[[Sequence[Row]], dict[str, Tensor]]
 
 
 @dataclass(frozen=True)
@@ -19,7 +24,7 @@ class Outcome:
     """What a model answered and what it executed for it.
 
     Attributes:
-        answers: generated text, one per row.
+        recorded: the answers, how sure the model was of each, and what ran token by token.
         accuracy: exact match over all rows, in [0, 1].
         by_kind: exact match per kind of question.
         compute: executed share of the dense decoder's FLOPs, prefill and decoding up to each row's end; 1 for the
@@ -28,12 +33,17 @@ class Outcome:
         skip_rate: share of a unit's tokens that skipped it [layers, modalities].
     """
 
-    answers: list[str]
+    recorded: Recorded
     accuracy: float
     by_kind: dict[str, float]
     compute: float
     compute_by_unit: Tensor
     skip_rate: Tensor
+
+    @property
+    def answers(self) -> list[str]:
+        """Answered text, one per row."""
+        return self.recorded.answers
 
     def to_json(self) -> dict[str, Any]:
         """The figures, without the answers."""
@@ -50,11 +60,12 @@ class Outcome:
 def run_dataset(
     model: Any,
     processor: Any,
-    rows: Sequence[Mapping[str, Any]],
-    collate: Callable[[Sequence[Mapping[str, Any]]], dict[str, Tensor]],
+    rows: Sequence[Row],
+    collate: Collate,
     costs: CostModel,
     kv: KVPolicy,
     *,
+    kinds: Kinds | None = None,
     batch_size: int = 32,
     max_new_tokens: int = 16,
     progress: Callable[[int], None] = lambda rows: None,
@@ -69,6 +80,7 @@ def run_dataset(
         collate: prompts only, padded on the left.
         costs: of the model's layers.
         kv: the model's K/V policy.
+        kinds: of the prompt's tokens, for `measure_adaptivity`.
         batch_size: rows per call.
         max_new_tokens: longest answer.
         progress: called with the number of rows of each finished batch.
@@ -82,27 +94,32 @@ def run_dataset(
     executed, dense = torch.zeros(layers, 2, dtype=torch.float64), torch.zeros(layers, 2, dtype=torch.float64)
     answers: list[str] = []
     wanted: list[str] = []
-    kinds: list[str] = []
-    for batch in answer_batches(
-        model, processor, rows, collate, batch_size=batch_size, max_new_tokens=max_new_tokens, **{"kv": kv, **options}
-    ):
-        answers, wanted = answers + batch.answers, wanted + batch.wanted
-        kinds += [str(row.get("kind", "all")) for row in batch.rows]
+    groups: list[str] = []
+    log_probability: list[Tensor] = []
+    tokens: list[Tensor] = []
+    records: list[Record] = []
+    settings = {"batch_size": batch_size, "max_new_tokens": max_new_tokens, "logits": True}
+    for batch in answer_batches(model, rows, collate, **{"kv": kv, **settings, **options}):
+        wanted += [right_answer(row, len(wanted) + number) for number, row in enumerate(batch.rows)]
+        answers += [text.strip() for text in processor.batch_decode(batch.new, skip_special_tokens=True)]
+        groups += [str(row.get("kind", "all")) for row in batch.rows]
+        log_probability.append(batch.log_probability().cpu())
+        tokens.append(batch.answer.sum(-1).cpu())
         if batch.steps:
             compute = trace_compute(costs, batch.steps)
             executed, dense = executed + compute.executed.cpu(), dense + compute.dense.cpu()
             for step in batch.steps:
                 rate.update(step.run.cpu(), step.modality.cpu(), step.real.cpu())
+            records.append(Record.of(batch.steps, kinds=None if kinds is None else kinds(batch.rows, batch.inputs)))
         progress(len(batch.rows))
     scores = exact_match_scores(answers, wanted)
-    ran = bool(dense.sum() > 0)
     return Outcome(
-        answers,
+        Recorded(answers, scores.bool(), torch.cat(log_probability), torch.cat(tokens), records),
         float(scores.mean()),
-        mean_by_group(scores, kinds),
-        float(executed.sum() / dense.sum()) if ran else 1.0,
-        executed / dense if ran else torch.ones(layers, 2),
-        rate.compute() if ran else torch.zeros(layers, 2),
+        mean_by_group(scores, groups),
+        float(executed.sum() / dense.sum()) if records else 1.0,
+        executed / dense if records else torch.ones(layers, 2),
+        rate.compute() if records else torch.zeros(layers, 2),
     )
 
 
@@ -112,28 +129,31 @@ class Answered(NamedTuple):
     Attributes:
         rows: of the data.
         inputs: what the model was given.
-        answers: generated text, one per row.
-        wanted: what is right.
-        new: generated tokens [batch, new], with what a batch appends to a row that has ended.
+        new: generated tokens, with what a batch appends to a row that has ended.
+        answer: those of each row up to its end, with it.
         logits: of the generated tokens, [batch, vocabulary] for each, if they were asked for.
-        steps: what ran, prefill first; none for a dense run.
+        steps: what ran, prefill first, each row up to its end; none for a dense run.
     """
 
-    rows: list[Mapping[str, Any]]
+    rows: list[Row]
     inputs: dict[str, Tensor]
-    answers: list[str]
-    wanted: list[str]
-    new: Tensor
+    new: Int[Tensor, "batch new"]
+    answer: Bool[Tensor, "batch new"]
     logits: tuple[Tensor, ...]
     steps: list[Step]
+
+    def log_probability(self) -> Float[Tensor, " batch"]:
+        """The log of the probability that each row's very answer would be drawn, fp64, in nats."""
+        log_p = [logits.float().log_softmax(-1) for logits in self.logits]
+        chosen = torch.stack([step.gather(-1, self.new[:, at, None])[:, 0] for at, step in enumerate(log_p)], -1)
+        return (chosen.double() * self.answer).sum(-1)
 
 
 @torch.no_grad()
 def answer_batches(
     model: Any,
-    processor: Any,
-    rows: Sequence[Mapping[str, Any]],
-    collate: Callable[[Sequence[Mapping[str, Any]]], dict[str, Tensor]],
+    rows: Sequence[Row],
+    collate: Collate,
     *,
     batch_size: int,
     max_new_tokens: int,
@@ -143,23 +163,38 @@ def answer_batches(
     """Answer rows greedily, batch by batch; see `run_dataset`.
 
     Raises:
-        InputError: there are no rows, or a row has no answer; the message names it.
+        InputError: there are no rows.
     """
     if len(rows) == 0:
         raise InputError("the data set is empty; expected at least one row.")
-    device = next(model.parameters()).device
     wishes = {"max_new_tokens": max_new_tokens, "do_sample": False, "output_logits": logits}
-    for start in range(0, len(rows), batch_size):
-        chunk = [rows[i] for i in range(start, min(start + batch_size, len(rows)))]
-        wanted = [right_answer(row, start + i) for i, row in enumerate(chunk)]
-        inputs = {key: value.to(device) for key, value in collate(chunk).items()}
+    for chunk, inputs in prompt_batches(model, rows, collate, batch_size):
         trace = Trace()
         with running(**{**options, "trace": trace}):
             made = model.generate(**inputs, **wishes, return_dict_in_generate=True)
-        new = made.sequences[:, inputs["input_ids"].shape[1] :]
-        answers = [text.strip() for text in processor.batch_decode(new, skip_special_tokens=True)]
-        leave_out_finished(trace.steps, new, model.generation_config.eos_token_id)
-        yield Answered(chunk, inputs, answers, wanted, new, made.logits or (), trace.steps)
+        new, end = made.sequences[:, inputs["input_ids"].shape[1] :], model.generation_config.eos_token_id
+        leave_out_finished(trace.steps, new, end)
+        kept = made.logits or ()
+        del made  # holds the cache, which is not to stay beside that of the next batch
+        yield Answered(chunk, inputs, new, until_end(new, end), kept, trace.steps)
+
+
+def prompt_batches(
+    model: Any, rows: Sequence[Row], collate: Collate, batch_size: int
+) -> Iterator[tuple[list[Row], dict[str, Tensor]]]:
+    """Consecutive rows, and what the model is given for them, on its device."""
+    device = next(model.parameters()).device
+    for start in range(0, len(rows), batch_size):
+        chunk = [rows[i] for i in range(start, min(start + batch_size, len(rows)))]
+        yield chunk, {key: value.to(device) for key, value in collate(chunk).items()}
+
+
+def until_end(new: Int[Tensor, "batch new"], end: int | list[int] | None) -> Bool[Tensor, "batch new"]:
+    """Tokens of the answer with its end; what a batch appends while other rows go on is no part of it."""
+    if end is None:
+        return torch.ones_like(new, dtype=torch.bool)
+    ends = torch.isin(new, torch.tensor(end, device=new.device)).long()
+    return (ends.cumsum(-1) - ends) == 0
 
 
 def leave_out_finished(steps: list[Step], new: Tensor, end: int | list[int] | None) -> None:
@@ -171,7 +206,7 @@ def leave_out_finished(steps: list[Step], new: Tensor, end: int | list[int] | No
         step.real = step.real & ~done[:, None]
 
 
-def right_answer(row: Mapping[str, Any], number: int) -> str:
+def right_answer(row: Row, number: int) -> str:
     """A row's `answer`, or else the text of its `completion`.
 
     Raises:
@@ -187,3 +222,11 @@ def right_answer(row: Mapping[str, Any], number: int) -> str:
     parts = [turn["content"] for turn in completion]
     texts = [part if isinstance(part, str) else "".join(p.get("text") or "" for p in part) for part in parts]
     return "\n".join(texts).strip()
+
+
+def completed(row: Row, number: int) -> Row:
+    """A row with its completion, which is its answer if it has none."""
+    if row.get("completion") is not None:
+        return row
+    said = [{"type": "text", "text": right_answer(row, number)}]
+    return {**row, "completion": [{"role": "assistant", "content": said}]}

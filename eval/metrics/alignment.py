@@ -1,10 +1,12 @@
 """How far single decisions to skip agree with the set of units that the theory would skip."""
 
+from typing import Any
+
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from .scores import skip_counts
+from .compute import SkipCounts, skip_counts
 
 
 def alignment_of_counts(
@@ -88,3 +90,31 @@ def skip_alignment(
         0.875
     """
     return alignment_of_counts(*skip_counts(run, modality, real), theory_set, weight)
+
+
+class SkipAlignment(SkipCounts):
+    """How far decisions agree with the theory's skip set; see `alignment_of_counts`.
+
+    Args:
+        theory_set: True where the theory skips a unit, of shape [layers, 2], columns text and vision.
+        weight: Of one decision, by unit, such as the FLOPs that a skip saves; by default all count alike.
+        kwargs: Options of `torchmetrics.Metric`.
+
+    Example:
+        >>> metric = SkipAlignment(torch.tensor([[False, True]]))
+        >>> metric.update(torch.tensor([[[True, False]]]), torch.tensor([[0, 1]]), torch.tensor([[True, True]]))
+        >>> metric.compute()["agreement"].item()
+        1.0
+    """
+
+    def __init__(
+        self, theory_set: Bool[Tensor, "layers 2"], weight: Float[Tensor, "layers 2"] | None = None, **kwargs: Any
+    ) -> None:
+        super().__init__(len(theory_set), **kwargs)
+        # Raises on tables that mean nothing: at once, not after a long run.
+        alignment_of_counts(self.skipped, self.total, theory_set, weight)
+        self.theory_set, self.weight = theory_set, weight
+
+    def compute(self) -> dict[str, Tensor]:
+        """The "inside", "outside", "balanced" and "agreement", float64, NaN where there are no tokens."""
+        return alignment_of_counts(self.skipped, self.total, self.theory_set, self.weight)

@@ -4,14 +4,15 @@
 batches and ranks add up at a fixed size, and a reliability diagram can be drawn from it.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
+from torchmetrics import Metric
 
 
-class CalibrationBins(NamedTuple):
+class ConfidenceBins(NamedTuple):
     """Sums of each of n equal bins of confidence, [0, 1/n), [1/n, 2/n), ..., [1 - 1/n, 1].
 
     Attributes:
@@ -29,9 +30,9 @@ class CalibrationBins(NamedTuple):
         return (self.confidence - self.correct).abs().sum() / self.number.sum()
 
 
-def calibration_bins(
+def confidence_bins(
     confidence: Float[Tensor, " answers"], correct: Bool[Tensor, " answers"], bins: int = 10
-) -> CalibrationBins:
+) -> ConfidenceBins:
     """Add up answers by their confidence.
 
     Args:
@@ -46,7 +47,7 @@ def calibration_bins(
         ValueError: If the two differ in length, a confidence is no probability, or `bins` is below 1.
 
     Example:
-        >>> found = calibration_bins(torch.tensor([0.9, 0.8, 0.3]), torch.tensor([True, False, False]), bins=2)
+        >>> found = confidence_bins(torch.tensor([0.9, 0.8, 0.3]), torch.tensor([True, False, False]), bins=2)
         >>> found.number.tolist(), found.correct.tolist()
         ([1, 2], [0, 1])
     """
@@ -66,7 +67,7 @@ def calibration_bins(
     index = (values * bins).long().clamp(max=bins - 1)
     # Without answers, bincount forgets the type of its weights.
     sums = [torch.bincount(index, weights, bins).double() for weights in (values, correct.double())]
-    return CalibrationBins(torch.bincount(index, minlength=bins), sums[0], sums[1].long())
+    return ConfidenceBins(torch.bincount(index, minlength=bins), sums[0], sums[1].long())
 
 
 def expected_calibration_error(
@@ -90,4 +91,44 @@ def expected_calibration_error(
         >>> round(expected_calibration_error(confidence, correct), 4)
         0.2625
     """
-    return calibration_bins(confidence, correct, bins).error().item()
+    return confidence_bins(confidence, correct, bins).error().item()
+
+
+class ExpectedCalibrationError(Metric):
+    """Mean distance of confidence and accuracy; see `expected_calibration_error`.
+
+    Args:
+        bins: Number of equal bins of confidence.
+        kwargs: Options of `torchmetrics.Metric`.
+
+    Example:
+        >>> metric = ExpectedCalibrationError()
+        >>> metric.update(torch.tensor([0.9, 0.8]), torch.tensor([True, True]))
+        >>> round(metric.compute().item(), 4)
+        0.15
+    """
+
+    is_differentiable = False
+    higher_is_better = False
+    full_state_update = False
+
+    number: Tensor
+    confidence: Tensor
+    correct: Tensor
+
+    def __init__(self, bins: int = 10, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        empty = confidence_bins(torch.zeros(0), torch.zeros(0, dtype=torch.bool), bins)
+        for name, state in empty._asdict().items():
+            self.add_state(name, state, dist_reduce_fx="sum")
+
+    def update(self, confidence: Float[Tensor, " answers"], correct: Bool[Tensor, " answers"]) -> None:
+        """Add the confidence in each answer, and whether it is right."""
+        added = confidence_bins(confidence, correct, len(self.number))
+        self.number += added.number.to(self.number.device)
+        self.confidence += added.confidence.to(self.confidence.device)
+        self.correct += added.correct.to(self.correct.device)
+
+    def compute(self) -> Float[Tensor, ""]:
+        """The error, float64 in [0, 1]; NaN before the first answer."""
+        return ConfidenceBins(self.number, self.confidence, self.correct).error()

@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 from numpy.typing import ArrayLike
 
-from skipit.eval.metrics.scores import MODALITIES
+from skipit.router import MODALITIES
 
 from .style import COLOURS, MARKERS, plain, save
 

@@ -11,9 +11,9 @@ from matplotlib.colors import LogNorm, Normalize
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, NullFormatter
 from numpy.typing import ArrayLike, NDArray
-from scipy.stats import spearmanr
 
-from skipit.eval.metrics.scores import MODALITIES
+from skipit.eval.statistics import spearman
+from skipit.router import MODALITIES
 
 from .style import MARKERS, MODALITY_COLOURS, VALUES, hatch, ink, plain, save
 
@@ -205,6 +205,5 @@ def _unit_points(axes: Axes, x: Floats, y: Floats, edges: tuple[float, float], m
 
 
 def _rank_correlation(x: Floats, y: Floats) -> str:
-    if len(x) < 2 or (x == x[0]).all() or (y == y[0]).all():
-        return "undefined"
-    return f"{spearmanr(x, y).statistic:.2f}"
+    value = spearman(x, y)
+    return "undefined" if math.isnan(value) else f"{value:.2f}"

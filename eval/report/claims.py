@@ -18,18 +18,18 @@ def quadrants(values: Values) -> Part | Missing:
         return missing(values, title)
     body: list[Html] = []
     verdicts: list[Html] = []
-    for notion, found in values["quadrants"].items():
-        verdicts.append(_verdict(notion, found))
-        body += _quadrants(notion, found)
+    for notion, experiment in values["quadrants"].items():
+        verdicts.append(_verdict(notion, experiment))
+        body += _quadrants(notion, experiment)
     return Part("quadrants", title, verdicts, body, ("eval", "profile"))
 
 
-def _verdict(notion: str, found: Mapping[str, Any]) -> Html:
+def _verdict(notion: str, experiment: Mapping[str, Any]) -> Html:
     words: dict[str, Html] = {}
-    for name, verdicts in (("both", found["verdict"]), *found["conditions"].items()):
+    for name, verdicts in (("both", experiment["verdict"]), *experiment["conditions"].items()):
         for figure, verdict in verdicts.items():
             words[f"{name} {figure}"] = strong(verdict, MOODS.get(verdict, ""))
-    right = between(found["cells"][BOTH]["accuracy"], ".1f", 100)
+    right = between(experiment["cells"][BOTH]["accuracy"], ".1f", 100)
     return joined(
         [
             f"With {notion} as redundancy: that skipping vision is cheapest where it is redundant and little looked "
@@ -37,7 +37,7 @@ def _verdict(notion: str, found: Mapping[str, Any]) -> Html:
             words["both accuracy"],
             " by accuracy and ",
             words["both kl"],
-            f" by divergence ({right}% right there, {between(found['dense'], '.1f', 100)}% without skipping). "
+            f" by divergence ({right}% right there, {between(experiment['dense'], '.1f', 100)}% without skipping). "
             "Alone, by divergence: that redundancy protects is ",
             words["redundancy kl"],
             ", that little attention does is ",
@@ -47,9 +47,9 @@ def _verdict(notion: str, found: Mapping[str, Any]) -> Html:
     )
 
 
-def _quadrants(notion: str, found: Mapping[str, Any]) -> list[Html]:
+def _quadrants(notion: str, experiment: Mapping[str, Any]) -> list[Html]:
     rows: list[list[Content]] = []
-    for name, cell in found["cells"].items():
+    for name, cell in experiment["cells"].items():
         layers = ", ".join(map(str, cell["layers"])) or "none"
         rows.append(
             [
@@ -62,23 +62,23 @@ def _quadrants(notion: str, found: Mapping[str, Any]) -> list[Html]:
             ]
         )
     effects = [
-        [title, between(found[key]["accuracy"], "+.1f", 100), between(found[key]["kl"], "+.2g")]
+        [title, between(experiment[key]["accuracy"], "+.1f", 100), between(experiment[key]["kl"], "+.2g")]
         for key, title in (
             ("redundancy_effect", "redundant instead of not"),
             ("attention_effect", "little looked at instead of much"),
             ("interaction", "both together, beyond their sum"),
             ("margin", "redundant and little looked at, against the best of the others"),
         )
-        if key in found
+        if key in experiment
     ]
     head = ["vision layers that are", "layers", "FLOPs", "accuracy, % [95%]", "KL, nats [95%]", "measured"]
-    note = [paragraph(found["note"], class_="soft")] if found.get("note") else []
+    note = [paragraph(experiment["note"], class_="soft")] if experiment.get("note") else []
     return [
         heading(f"Redundancy: {notion}"),
         paragraph(
             f"Layers are split at the median of {notion} and at that of cross-attention (their rank correlation "
-            f"over layers: {number(found['correlation'], '+.2f')}); in each quadrant, vision tokens skip sets of "
-            f"layers that save equal FLOPs, on {plural(found['rows'], 'row')} (K/V policy {found['kv']})."
+            f"over layers: {number(experiment['correlation'], '+.2f')}); in each quadrant, vision tokens skip sets of "
+            f"layers that save equal FLOPs, on {plural(experiment['rows'], 'row')} (K/V policy {experiment['kv']})."
         ),
         table("The four quadrants", head, rows),
         table("What redundancy and attention change", ["", "accuracy, points [95%]", "KL, nats [95%]"], effects),
@@ -95,29 +95,33 @@ def pattern(values: Values) -> Part | Missing:
     title = "Late entry and early exit of vision tokens"
     if "pattern" not in values:
         return missing(values, title)
-    found = values["pattern"]
-    learned = {"late entry": found["learned_entry"], "early exit": found["learned_exit"]}
-    lengths = {"late entry": found["entry"], "early exit": found["exit"]}
+    measured = values["pattern"]
+    learned = {"late entry": measured["learned_entry"], "early exit": measured["learned_exit"]}
+    lengths = {"late entry": measured["entry"], "early exit": measured["exit"]}
     rows: list[list[Content]] = []
     for name in ("late entry", "early exit", "both"):
-        row: list[Content] = [name, found["theory"][name], NOTHING, found["learned"][name], NOTHING, NOTHING]
+        row: list[Content] = [name, measured["theory"][name], NOTHING, measured["learned"][name], NOTHING, NOTHING]
         if name in lengths:
             row[2], row[4] = str(lengths[name]), between(learned[name]["length"], ".0f")
             row[5] = p_value(learned[name]["p"])
         rows.append(row)
-    thirds = [[f"{name} third of the layers", between(v, ".1f", 100)] for name, v in found["thirds"].items()]
+    thirds = [[f"{name} third of the layers", between(v, ".1f", 100)] for name, v in measured["thirds"].items()]
     differences = [
-        [f"{end} third minus middle", found["outer"][f"{end} third"], between(found[key]["difference"], "+.1f", 100)]
-        + [p_value(found[key][p]) for p in ("p", "p_shift")]
+        [
+            f"{end} third minus middle",
+            measured["outer"][f"{end} third"],
+            between(measured[key]["difference"], "+.1f", 100),
+        ]
+        + [p_value(measured[key][p]) for p in ("p", "p_shift")]
         for key, end in (("early", "first"), ("late", "last"))
     ]
     body = [
         paragraph(
             "The paper reports that vision tokens are redundant early and late and that fusion happens in the "
             "middle. That is a hypothesis about each model. Theory: the longest first (late entry) or last (early "
-            f"exit) stretch of layers with geometric redundancy of at most {found['eps']:.3g} and cross-attention "
-            f"of at most {found['nu']:.3g}. Learned: the longest such stretch that at least {found['most']:.0%} of "
-            "the vision tokens skip; p is the chance of one as long if as many skipped layers lay anywhere."
+            f"exit) stretch of layers with geometric redundancy of at most {measured['eps']:.3g} and cross-attention "
+            f"of at most {measured['nu']:.3g}. Learned: the longest such stretch that at least {measured['most']:.0%} "
+            "of the vision tokens skip; p is the chance of one as long if as many skipped layers lay anywhere."
         ),
         table("Is the pattern there?", ["", "theory", "layers", "learned", "layers [95%]", "p"], rows),
         table("Share of vision tokens that skip", ["", "% [95%]"], thirds),
@@ -125,13 +129,13 @@ def pattern(values: Values) -> Part | Missing:
     ]
     words: list[Content] = []
     for name, stretch in learned.items():
-        verdict = found["learned"][name]
+        verdict = measured["learned"][name]
         words += [
             f"{name.capitalize()} of vision tokens: ",
             strong(verdict, MOODS.get(verdict, "")),
             " in what was learned",
         ]
         if verdict == "found":
-            words.append(f" ({between(stretch['length'], '.0f')} of {len(found['rates'])} layers)")
-        words.append(f", {found['theory'][name]} in the theory's tables. ")
+            words.append(f" ({between(stretch['length'], '.0f')} of {len(measured['rates'])} layers)")
+        words.append(f", {measured['theory'][name]} in the theory's tables. ")
     return Part("pattern", title, [joined(words)], body, ("eval", "profile"))

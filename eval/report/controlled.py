@@ -41,19 +41,19 @@ def missing(values: Values, title: str) -> Missing:
     return Missing(title, again(values, "--profile PROFILE", first))
 
 
-def _units(found: Mapping[str, Any]) -> list[Html]:
+def _units(units: Mapping[str, Any]) -> list[Html]:
     rows: list[list[Content]] = []
     for scope, title in SCOPES.items():
-        correlation = found["correlation"][scope]
+        correlation = units["correlation"][scope]
         rows.append([title, between(correlation), str(correlation["units"])])
     told = [
         paragraph(
-            f"The dense model answers {plural(found['rows'], 'row')} while one unit at a time is left out "
-            f"(K/V policy {found['kv']}), teacher-forced. The theory's prediction, its damage, was measured on "
+            f"The dense model answers {plural(units['rows'], 'row')} while one unit at a time is left out "
+            f"(K/V policy {units['kv']}), teacher-forced. The theory's prediction, its damage, was measured on "
             "other rows without skipping anything."
         )
     ]
-    predicted, measured = (np.array(found[k], dtype=np.float64) for k in ("predicted", "measured"))
+    predicted, measured = (np.array(units[k], dtype=np.float64) for k in ("predicted", "measured"))
     known = np.isfinite(predicted) & np.isfinite(measured)
     if (known & (predicted > 0)).any() and (known & (measured > 0)).any():
         drawn = draw_scatter(predicted, measured, (f"predicted damage: {KL}", f"measured: {KL}"), diagonal=True)
@@ -69,8 +69,8 @@ def _units(found: Mapping[str, Any]) -> list[Html]:
     return told
 
 
-def _units_verdict(found: Mapping[str, Any]) -> Html:
-    correlation = found["correlation"]["all"]
+def _units_verdict(units: Mapping[str, Any]) -> Html:
+    correlation = units["correlation"]["all"]
     words, mood = "is not shown to predict", ""
     if correlation["low"] is not None and correlation["low"] > 0:
         words, mood = "predicts", "good"
@@ -82,15 +82,15 @@ def _units_verdict(found: Mapping[str, Any]) -> Html:
             strong(words, mood),
             f" the order in which units matter: Spearman {between(correlation)} over "
             f"{plural(correlation['units'], 'unit')} with what leaving them out one by one does on "
-            f"{plural(found['rows'], 'row')}.",
+            f"{plural(units['rows'], 'row')}.",
         ]
     )
 
 
-def _growing(found: Mapping[str, Any], values: Values) -> list[Html]:
+def _growing(growing: Mapping[str, Any], values: Values) -> list[Html]:
     curves = {
         name: [(p["compute"], p["accuracy"]["value"], p["kl"]["value"]) for p in points]
-        for name, points in found["curves"].items()
+        for name, points in growing["curves"].items()
     }
     checkpoint = ("this checkpoint", values["gated"]["compute"], values["gated"]["accuracy"])
     body = [
@@ -99,7 +99,7 @@ def _growing(found: Mapping[str, Any], values: Values) -> list[Html]:
             "Accuracy and divergence as more and more units are left out, by order",
             "Whole units left out of the dense model, for all inputs alike, in the order of damage per FLOP that is "
             "saved, in the reverse order, and by depth alone. "
-            f"Curves: {plural(found['rows'], 'row')}, teacher-forced; the star: this checkpoint on all rows of this "
+            f"Curves: {plural(growing['rows'], 'row')}, teacher-forced; the star: this checkpoint on all rows of this "
             "report, generating.",
         )
     ]
@@ -108,11 +108,11 @@ def _growing(found: Mapping[str, Any], values: Values) -> list[Html]:
         [
             name,
             percent(point["compute"]),
-            between(_right(point, found), ".1f", 100),
+            between(_right(point, growing), ".1f", 100),
             between(point["kl"], ".2g"),
             str(point["skipped"]),
         ]
-        for name, points in found["curves"].items()
+        for name, points in growing["curves"].items()
         if (point := _at(points, share)) is not None
     ]
     head = ["order", "FLOPs", "accuracy, % [95%]", f"{KL} [95%]", "units left out"]
@@ -125,16 +125,16 @@ def _growing(found: Mapping[str, Any], values: Values) -> list[Html]:
             percent(p["below"]),
             str(p["sets"]),
         ]
-        for name, p in found["prediction"].items()
+        for name, p in growing["prediction"].items()
     ]
     head = ["damages of units combined as", "Spearman with KL", "median of measured / predicted", "at most it", "sets"]
     body.append(table("Does the theory predict the divergence of a set from that of its units?", head, prediction))
     return body
 
 
-def _right(point: Mapping[str, Any], found: Mapping[str, Any]) -> dict[str, Any]:
+def _right(point: Mapping[str, Any], growing: Mapping[str, Any]) -> dict[str, Any]:
     """A set's accuracy with an interval that has a width also where all rows are right."""
-    return proportion(point["accuracy"]["value"], found["rows"]).to_json()
+    return proportion(point["accuracy"]["value"], growing["rows"]).to_json()
 
 
 def _at(points: Sequence[Mapping[str, Any]], share: float) -> Mapping[str, Any] | None:
@@ -142,12 +142,12 @@ def _at(points: Sequence[Mapping[str, Any]], share: float) -> Mapping[str, Any] 
     return min(points, key=lambda point: abs(point["compute"] - share), default=None)
 
 
-def _growing_verdict(found: Mapping[str, Any], values: Values) -> Html:
+def _growing_verdict(growing: Mapping[str, Any], values: Values) -> Html:
     share = values["gated"]["compute"]
-    best, worst = (_at(found["curves"].get(name, ()), share) for name in (BEST, WORST))
+    best, worst = (_at(growing["curves"].get(name, ()), share) for name in (BEST, WORST))
     if best is None or worst is None:
         return joined(["Growing sets were not measured in both orders."])
-    right, wrong = _right(best, found), _right(worst, found)
+    right, wrong = _right(best, growing), _right(worst, growing)
     if right["low"] > wrong["high"]:
         words, mood = "better than the reverse order", "good"
     elif right["high"] < wrong["low"]:

@@ -76,8 +76,8 @@ def saving(values: Values) -> Part:
     return Part("saving", "What it saves", [_saving_verdict(values)], [told, note], ("eval", "checkpoint"))
 
 
-def _difference(found: Mapping[str, Any]) -> list[str]:
-    return [between(found, "+.1f", 100), p_value(found["p"]), f"{found['lost']}, {found['gained']}"]
+def _difference(difference: Mapping[str, Any]) -> list[str]:
+    return [between(difference, "+.1f", 100), p_value(difference["p"]), f"{difference['lost']}, {difference['gained']}"]
 
 
 def _dense(values: Values) -> str:
@@ -86,11 +86,11 @@ def _dense(values: Values) -> str:
 
 def _cost_verdict(values: Values) -> Html:
     dense, gated, settings = values["dense"], values["gated"], values["settings"]
-    found = gated["difference"]["all"]
-    if found["p"] >= LEVEL:
+    difference = gated["difference"]["all"]
+    if difference["p"] >= LEVEL:
         words = strong("no difference that these rows can show")
-        more = f"; a loss of more than {number(max(0.0, -100 * found['low']), '.1f')} points is unlikely"
-    elif found["value"] < 0:
+        more = f"; a loss of more than {number(max(0.0, -100 * difference['low']), '.1f')} points is unlikely"
+    elif difference["value"] < 0:
         words, more = strong("it costs accuracy", "bad"), ""
     else:
         words, more = strong("it is more accurate", "good"), ", which fine-tuning can do and skipping cannot"
@@ -98,9 +98,9 @@ def _cost_verdict(values: Values) -> Html:
     parts: list[Html | str] = [
         f"On {plural(dense['rows'], 'row')} of {settings['data']} ({settings['split']}) the checkpoint is right in "
         f"{percent(gated['accuracy'])}, {_dense(values)} in {percent(dense['accuracy'])}: "
-        f"{between(found, '+.1f', 100)} points, ",
+        f"{between(difference, '+.1f', 100)} points, ",
         words,
-        f" (p = {p_value(found['p'])}){more}. {percent(gated['same_answer'])} of the answers are the same.",
+        f" (p = {p_value(difference['p'])}){more}. {percent(gated['same_answer'])} of the answers are the same.",
     ]
     if worst is not None and len(gated["difference"]["kinds"]) > 1 and worst[1]["value"] < 0:
         kind, lost = worst
@@ -153,13 +153,14 @@ def _faster(estimate: Mapping[str, Any]) -> tuple[str, str]:
     return "no difference in time shown", ""
 
 
-def _calibration(found: Values) -> list[Html]:
+def _calibration(calibration: Values) -> list[Html]:
     rows = []
     for label, key in (("expected calibration error", "error"), ("Brier score", "brier")):
-        sides = [between(found[side][key], ".3f") for side in ("dense", "gated")]
-        rows.append([label, *sides, between(found[f"{key}_change"], "+.3f")])
+        sides = [between(calibration[side][key], ".3f") for side in ("dense", "gated")]
+        rows.append([label, *sides, between(calibration[f"{key}_change"], "+.3f")])
     rows.insert(
-        0, ["mean confidence", *(between(found[side]["confidence"], ".3f") for side in ("dense", "gated")), NOTHING]
+        0,
+        ["mean confidence", *(between(calibration[side]["confidence"], ".3f") for side in ("dense", "gated")), NOTHING],
     )
     return [
         table(
@@ -170,9 +171,9 @@ def _calibration(found: Values) -> list[Html]:
     ]
 
 
-def _calibration_words(found: Values) -> Html:
-    words = {"worse": ("worse calibrated", "bad"), "better": ("better calibrated", "good")}.get(found["verdict"])
-    change = f"the expected calibration error changes by {between(found['error_change'], '+.3f')}."
+def _calibration_words(calibration: Values) -> Html:
+    words = {"worse": ("worse calibrated", "bad"), "better": ("better calibrated", "good")}.get(calibration["verdict"])
+    change = f"the expected calibration error changes by {between(calibration['error_change'], '+.3f')}."
     if words is None:
         return joined(["No change of its calibration is shown: ", change])
     return joined(["It is ", strong(*words), f": {change}"])
@@ -190,6 +191,6 @@ def _also(values: Values) -> Html:
     )
 
 
-def _figures(found: Mapping[str, Any]) -> list[str]:
-    difference = between(found["difference"]["all"], "+.1f", 100)
-    return [percent(found["accuracy"]), difference, percent(found["same_answer"]), percent(found["compute"])]
+def _figures(router: Mapping[str, Any]) -> list[str]:
+    difference = between(router["difference"]["all"], "+.1f", 100)
+    return [percent(router["accuracy"]), difference, percent(router["same_answer"]), percent(router["compute"])]

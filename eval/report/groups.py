@@ -17,14 +17,14 @@ class Group(NamedTuple):
 def groups(values: Values) -> list[Group]:
     """The checkpoint first, then further routers by their names."""
     settings = values["settings"]
-    found = {"this checkpoint": Group("this checkpoint", settings.get("init") or "", [values["gated"]])}
+    by_name = {"this checkpoint": Group("this checkpoint", settings.get("init") or "", [values["gated"]])}
     for router in values.get("also", ()):
-        before = found.get(router["name"])
+        before = by_name.get(router["name"])
         routers = [*(before.routers if before else ()), router]
-        found[router["name"]] = Group(router["name"], router.get("init") or "", routers)
-    return list(found.values())
+        by_name[router["name"]] = Group(router["name"], router.get("init") or "", routers)
+    return list(by_name.values())
 
 
-def several(found: Sequence[Group]) -> bool:
+def several(compared: Sequence[Group]) -> bool:
     """Whether some of them are several routers of one name."""
-    return any(len(group.routers) > 1 for group in found)
+    return any(len(group.routers) > 1 for group in compared)

@@ -19,19 +19,21 @@ def adaptivity(values: Values) -> Part | Missing:
     title = "Does it spend more on hard inputs?"
     if "adaptivity" not in values:
         return Missing(title, again(values, "--controlled-samples 48"))
-    found = values["adaptivity"]
-    contrasts = [(f"{factor}: {level}", c) for factor, levels in found["groups"].items() for level, c in levels.items()]
-    contrasts += [(f"token: {name}", c) for name, c in found["tokens"].items()]
+    spending = values["adaptivity"]
+    contrasts = [
+        (f"{factor}: {level}", c) for factor, levels in spending["groups"].items() for level, c in levels.items()
+    ]
+    contrasts += [(f"token: {name}", c) for name, c in spending["tokens"].items()]
     shown = [(name, c) for name, c in contrasts if c["difference"] is not None]
     body = [
         paragraph(
-            f"{plural(found['rows'], 'row')}, {percent(found['share'])} of the dense FLOPs. Excess: what was "
+            f"{plural(spending['rows'], 'row')}, {percent(spending['share'])} of the dense FLOPs. Excess: what was "
             "executed minus what the same tokens would cost if each layer ran at its average rate for their kind, "
             "in points of a hundred of the dense FLOPs. A router that decides nothing by its input has none. "
             "Shuffled: the same router with its decisions shuffled over tokens and rows."
         )
     ]
-    if found["tokens"]:
+    if spending["tokens"]:
         body.append(
             paragraph(
                 "Kinds of token in the image are known only to a model whose image tokens see the question. In a "
@@ -60,11 +62,11 @@ def adaptivity(values: Values) -> Part | Missing:
     ]
     head = ["", "rows", "FLOPs", "of the rest", "excess, points [95%]", "p", "shuffled"]
     body.append(table("Groups of rows and kinds of token against the rest", head, rows))
-    links = [(name, a) for name, a in found["difficulty"].items()]
+    links = [(name, a) for name, a in spending["difficulty"].items()]
     # Kinds of question differ in difficulty: are harder rows of one kind given more?
     links += [
         (f"{name}, within kinds of question", by["question"])
-        for name, by in found["within"].items()
+        for name, by in spending["within"].items()
         if "question" in by
     ]
     if links:
@@ -73,16 +75,16 @@ def adaptivity(values: Values) -> Part | Missing:
         body.append(
             table("Rank correlation of a row's excess with its difficulty; above 0: harder rows get more", head, rows)
         )
-    return Part("adaptivity", title, [_verdict(found, shown)], body, ("eval", "checkpoint"))
+    return Part("adaptivity", title, [_verdict(spending, shown)], body, ("eval", "checkpoint"))
 
 
 def _as(contrast: Mapping[str, Any]) -> dict[str, Any]:
     return {"value": contrast["difference"], "low": contrast["low"], "high": contrast["high"]}
 
 
-def _verdict(found: Mapping[str, Any], shown: Sequence[tuple[str, Mapping[str, Any]]]) -> Html:
+def _verdict(spending: Mapping[str, Any], shown: Sequence[tuple[str, Mapping[str, Any]]]) -> Html:
     parts: list[Content] = []
-    hard = [(name, a) for name, a in found["difficulty"].items() if a["value"] is not None]
+    hard = [(name, a) for name, a in spending["difficulty"].items() if a["value"] is not None]
     if hard:
         more = [(n, a) for n, a in hard if a["p"] < LEVEL and a["value"] > 0]
         less = [(n, a) for n, a in hard if a["p"] < LEVEL and a["value"] < 0]
@@ -156,6 +158,6 @@ def depth_maps(values: Values, pictures: Sequence[Image]) -> Part | None:
 def _mean_depth(examples: Sequence[Mapping[str, Any]], key: str) -> float | None:
     depths: list[float] = []
     for example in examples:
-        found = example[key]
-        depths += [d for row in found for d in row] if key == "patches" else list(found)
+        values = example[key]
+        depths += [d for row in values for d in row] if key == "patches" else list(values)
     return sum(depths) / len(depths) if depths else None

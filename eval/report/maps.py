@@ -20,9 +20,11 @@ HEAT = {
 
 def heat_maps(values: Values) -> Part:
     """Tables of the theory beside learned skip rates."""
-    found = groups(values)
+    compared = groups(values)
     tables: dict[str, Any] = {HEAT[name]: values["theory"][name] for name in HEAT if name in values.get("theory", {})}
-    skips = {f"skip rate\n{label(group.name)}": _mean_table([r["skip_rate"] for r in group.routers]) for group in found}
+    skips = {
+        f"skip rate\n{label(group.name)}": _mean_table([r["skip_rate"] for r in group.routers]) for group in compared
+    }
     body = [
         figure(
             draw_layer_modality_heatmaps({**tables, **skips}, dict.fromkeys(skips, (0.0, 1.0))),
@@ -34,11 +36,11 @@ def heat_maps(values: Values) -> Part:
         ),
         figure(
             draw_skip_rates(
-                {label(group.name): _mean_table([r["skip_rate"] for r in group.routers]) for group in found}
+                {label(group.name): _mean_table([r["skip_rate"] for r in group.routers]) for group in compared}
             ),
             "Share of vision and text tokens that skip each layer, by router",
             "Share of tokens that skip each layer"
-            + ("; several routers of one name: their mean." if several(found) else "."),
+            + ("; several routers of one name: their mean." if several(compared) else "."),
         ),
     ]
     made = ["eval", "checkpoint", *(("profile",) if tables else ()), *(r["made"] for r in values.get("also", ()))]

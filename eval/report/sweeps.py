@@ -23,7 +23,7 @@ def load_baselines(folder: Path) -> dict[str, Any]:
         InputError: the folder holds none.
         CheckpointError: its summary is damaged.
     """
-    path, values = _summary(folder, "entries", "studies.peers")
+    path, values = _summary(folder, "entries", "peers")
     entries = values["entries"]
     if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
         raise CheckpointError(f"{path}: `entries`: got no list of objects. Run `scripts/study peers` again.")
@@ -34,8 +34,8 @@ def load_baselines(folder: Path) -> dict[str, Any]:
                 f"{path}: entry {number} has no {', '.join(lacking)}. Run `scripts/study peers` again."
             )
         if wrong := [key for key in needed if not _plain(key, entry[key])]:
-            found = entry[wrong[0]]
-            raise CheckpointError(f"{path}: entry {number}: `{wrong[0]}`: got {found!r}, expected {_kind(wrong[0])}.")
+            value = entry[wrong[0]]
+            raise CheckpointError(f"{path}: entry {number}: `{wrong[0]}`: got {value!r}, expected {_kind(wrong[0])}.")
     return {"entries": entries, "made_by": values.get("made_by") or {}}
 
 
@@ -46,7 +46,7 @@ def load_transfer(folder: Path) -> dict[str, Any]:
         InputError: the folder holds none.
         CheckpointError: its summary is damaged.
     """
-    path, values = _summary(folder, "figures", "studies.transfer")
+    path, values = _summary(folder, "figures", "transfer")
     figures, kinds = values["figures"], values.get("kinds")
     again = "Run `scripts/study transfer` again."
     if not isinstance(figures, dict) or not isinstance(kinds, list) or not all(isinstance(k, str) for k in kinds):
@@ -55,8 +55,8 @@ def load_transfer(folder: Path) -> dict[str, Any]:
         for name, systems in _object(figures.get(part)).items():
             if "dense" not in _object(systems):
                 raise CheckpointError(f"{path}: {part} {name!r} has no figures of the dense model. {again}")
-            for system, found in systems.items():
-                if bad := [key for key in SYSTEM if not isinstance(_object(found).get(key), int | float)]:
+            for system, outcome in systems.items():
+                if bad := [key for key in SYSTEM if not isinstance(_object(outcome).get(key), int | float)]:
                     raise CheckpointError(f"{path}: {part} {name!r}, {system!r}: no number {bad[0]!r}. {again}")
     _add_differences(folder, figures)
     return {"figures": figures, "kinds": kinds, "made_by": values.get("made_by") or {}}
@@ -70,13 +70,13 @@ def _add_differences(folder: Path, figures: Mapping[str, Any]) -> None:
         dense = {cell["seed"]: cell["results"] for cell in cells if cell["system"] == "dense"}
         for part, by_name in figures.items():
             for name, systems in by_name.items():
-                for system, found in systems.items():
+                for system, outcome in systems.items():
                     mine = [cell for cell in cells if cell["system"] == system and cell["seed"] in dense]
                     mine = [cell for cell in mine if name in cell["results"][part]]
                     after = [right for cell in mine for right in cell["results"][part][name]["right"]]
                     before = [right for cell in mine for right in dense[cell["seed"]][part][name]["right"]]
                     if system != "dense" and after:
-                        found["difference"] = paired_difference(before, after).to_json()
+                        outcome["difference"] = paired_difference(before, after).to_json()
     except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(
             f"{folder / 'cells'}: not what `scripts/study transfer` writes ({type(error).__name__}: {error}). "
@@ -84,14 +84,15 @@ def _add_differences(folder: Path, figures: Mapping[str, Any]) -> None:
         ) from error
 
 
-def _summary(folder: Path, key: str, module: str) -> tuple[Path, dict[str, Any]]:
+def _summary(folder: Path, key: str, study: str) -> tuple[Path, dict[str, Any]]:
     path = folder / SUMMARY
     if not path.is_file():
-        raise InputError(f"{folder}: no {SUMMARY}. Give a folder that `python -m {module} --out DIR` made.")
+        raise InputError(f"{folder}: no {SUMMARY}. Give a folder that `scripts/study {study} --out DIR` made.")
     values = load_json(path)
     if key not in values:
         raise InputError(
-            f"{path}: no `{key}`; found: {', '.join(values)}. Give a folder that `python -m {module} --out DIR` made."
+            f"{path}: no `{key}`; found: {', '.join(values)}. "
+            f"Give a folder that `scripts/study {study} --out DIR` made."
         )
     return path, values
 

@@ -23,7 +23,7 @@ def tracking(values: Values) -> Part | Missing:
     if values["gated"]["tracking"] is None:
         first = f"skipit profile {settings['base']} {settings['data']} --out PROFILE"
         return Missing(title, again(values, "--profile PROFILE", first))
-    found = groups(values)
+    compared = groups(values)
     body: list[Html] = [
         paragraph(
             "A unit is one layer and one modality. If skips follow the theory, units with ",
@@ -35,11 +35,11 @@ def tracking(values: Values) -> Part | Missing:
             strong("p_shift"),
             " against the same profile shifted or turned along depth, which is the stricter one.",
         ),
-        _intervals(found),
+        _intervals(compared),
     ]
-    for group in found:
+    for group in compared:
         body += [heading(_title(group)), _correlations(group)]
-    body += [heading("Does the router's skip set match the theory's?"), _sets(found)]
+    body += [heading("Does the router's skip set match the theory's?"), _sets(compared)]
     if alignment := values.get("alignment"):
         body.append(_decisions(alignment))
     layers = len(values["gated"]["skip_rate"])
@@ -52,7 +52,7 @@ def tracking(values: Values) -> Part | Missing:
         )
     )
     made = ("eval", "profile", "checkpoint", *(router["made"] for router in values.get("also", ())))
-    return Part("tracking", title, _verdicts(found, layers), body, made)
+    return Part("tracking", title, _verdicts(compared, layers), body, made)
 
 
 def _title(group: Group) -> str:
@@ -68,16 +68,16 @@ def _estimate(router: Mapping[str, Any], name: str, scope: str) -> Mapping[str, 
 def _cells(estimates: Sequence[Mapping[str, Any]], style: str = "+.2f") -> list[str]:
     """Value, p and p_shift of one router; of several, mean ± standard deviation and the ranges of both."""
     if len(estimates) == 1:
-        found = estimates[0]
-        if found["value"] is None:
+        estimate = estimates[0]
+        if estimate["value"] is None:
             return [NOTHING, NOTHING, NOTHING]
-        return [between(found, style), p_value(found["p"]), p_value(found["p_shift"])]
-    known = [found for found in estimates if found["value"] is not None]
+        return [between(estimate, style), p_value(estimate["p"]), p_value(estimate["p_shift"])]
+    known = [estimate for estimate in estimates if estimate["value"] is not None]
     if not known:
         return [NOTHING, NOTHING, NOTHING]
     only = "" if len(known) == len(estimates) else f" ({len(known)} of {len(estimates)})"
     return [
-        _spread([found["value"] for found in known], style) + only,
+        _spread([estimate["value"] for estimate in known], style) + only,
         *(_range(known, key) for key in ("p", "p_shift")),
     ]
 
@@ -88,10 +88,10 @@ def _spread(known: Sequence[float], style: str) -> str:
 
 
 def _range(known: Sequence[Mapping[str, Any]], key: str) -> str:
-    found = sorted(estimate[key] for estimate in known if estimate[key] is not None)
-    if not found:
+    values = sorted(estimate[key] for estimate in known if estimate[key] is not None)
+    if not values:
         return NOTHING
-    low, high = p_value(found[0]), p_value(found[-1])
+    low, high = p_value(values[0]), p_value(values[-1])
     return low if low == high else f"{low} to {high}"
 
 
@@ -104,46 +104,48 @@ def _correlations(group: Group) -> Html:
             rows.append([f"{title}, {units}", *_cells([_estimate(r, name, scope) for r in group.routers])])
             scopes = [router["tracking"]["tables"][name][scope] for router in group.routers]
             for given in scopes[0]["given"]:
-                cells = _cells([found["given"][given] for found in scopes])
+                cells = _cells([of_scope["given"][given] for of_scope in scopes])
                 rows.append([f"\N{EM SPACE}given {GIVEN.get(given, given)}", *cells])
-            rows.append(["\N{EM SPACE}overlap of the sets", *_cells([found["overlap"] for found in scopes], ".2f")])
+            rows.append(
+                ["\N{EM SPACE}overlap of the sets", *_cells([of_scope["overlap"] for of_scope in scopes], ".2f")]
+            )
     several = len(group.routers) > 1
     value = "mean ± standard deviation" if several else "value [95%]"
     return table("Spearman correlation of skip rates with", ["", value, "p", "p_shift"], rows)
 
 
-def _sets(found: Sequence[Group]) -> Html:
+def _sets(compared: Sequence[Group]) -> Html:
     rows = [
         [f"{group.name}, {units}", *_cells([r["tracking"]["theory_set"][scope] for r in group.routers], ".2f")]
-        for group in found
+        for group in compared
         for scope, units in SCOPES.items()
     ]
     return table("AUROC of skip rates for the theory's skip set; 0.5 is chance", ["", "AUROC", "p", "p_shift"], rows)
 
 
-def _decisions(found: Mapping[str, Any]) -> Html:
+def _decisions(alignment: Mapping[str, Any]) -> Html:
     rows: list[list[Content]] = [
-        ["skipped, of decisions in the theory's set", between(found["inside"], ".1f", 100)],
-        ["skipped, of those outside", between(found["outside"], ".1f", 100)],
-        ["balanced agreement; 50 for a router that does not know the set", between(found["balanced"], ".1f", 100)],
+        ["skipped, of decisions in the theory's set", between(alignment["inside"], ".1f", 100)],
+        ["skipped, of those outside", between(alignment["outside"], ".1f", 100)],
+        ["balanced agreement; 50 for a router that does not know the set", between(alignment["balanced"], ".1f", 100)],
     ]
-    return table(f"Single decisions of this checkpoint, {plural(found['rows'], 'row')}", ["", "% [95%]"], rows)
+    return table(f"Single decisions of this checkpoint, {plural(alignment['rows'], 'row')}", ["", "% [95%]"], rows)
 
 
-def _intervals(found: Sequence[Group]) -> Html:
+def _intervals(compared: Sequence[Group]) -> Html:
     rows = []
     for name, title in TABLES.items():
         scopes = ("vision",) if name == "cross-attention" else tuple(SCOPES)
         for scope in scopes:
             line = f"{title.partition(' (')[0]}\n{SCOPES[scope]}"
-            for group in found:
+            for group in compared:
                 known = [e for r in group.routers if (e := _estimate(r, name, scope))["value"] is not None]
                 if known:
                     rows.append((line, label(group.name), *_bar(known)))
     if not rows:
-        return paragraph("No correlation can be computed: ", _reason(found))
+        return paragraph("No correlation can be computed: ", _reason(compared))
     caption = "Left of the line: redundant units are skipped more. Bars: 95% bootstrap interval over units"
-    caption += "; of several routers of one name, mean and range over routers." if several(found) else "."
+    caption += "; of several routers of one name, mean and range over routers." if several(compared) else "."
     drawn = draw_intervals(rows, "Do skips follow the theory?", "Spearman correlation with skip rates", 0.0)
     return figure(drawn, "Rank correlations of skip rates with each table of the theory, with intervals", caption)
 
@@ -157,12 +159,12 @@ def _bar(known: Sequence[Mapping[str, Any]]) -> tuple[float, float, float]:
     return statistics.mean(values), min(values), max(values)
 
 
-def _reason(found: Sequence[Group]) -> str:
-    return f"{_estimate(found[0].routers[0], 'damage', 'all')['reason']}."
+def _reason(compared: Sequence[Group]) -> str:
+    return f"{_estimate(compared[0].routers[0], 'damage', 'all')['reason']}."
 
 
-def _verdicts(found: Sequence[Group], layers: int) -> list[Html]:
-    return [_verdict(group, layers) for group in found]
+def _verdicts(compared: Sequence[Group], layers: int) -> list[Html]:
+    return [_verdict(group, layers) for group in compared]
 
 
 def _verdict(group: Group, layers: int) -> Html:
@@ -204,7 +206,7 @@ def _given(routers: Sequence[Mapping[str, Any]]) -> tuple[str, str]:
         known = [estimate for estimate in estimates if estimate["value"] is not None]
         if not known:
             continue
-        stays = sum(_shown(found) and found["value"] < 0 for found in known)
+        stays = sum(_shown(one) and one["value"] < 0 for one in known)
         word = "it stays" if stays == len(known) else "not shown"
         if 0 < stays < len(known):
             word = f"it stays in {stays} of {len(known)} routers"

@@ -42,13 +42,13 @@ def _table(title: str, part: str, by_name: Mapping[str, Any], kinds: Sequence[st
         new = part == "types" and name not in kinds
         cells: list[Content] = [f"{name} (new)" if new else name, percent(by[DENSE]["accuracy"])]
         for system in systems:
-            found = by.get(system)
-            if not found:
+            figures = by.get(system)
+            if not figures:
                 cells += [NOTHING] * 5
                 continue
             told = _difference(by, system)
-            cells += [percent(found["accuracy"]), between(told, "+.1f", 100), p_value(told["p"])]
-            cells += [percent(found[key]) for key in ("same", "compute")]
+            cells += [percent(figures["accuracy"]), between(told, "+.1f", 100), p_value(told["p"])]
+            cells += [percent(figures[key]) for key in ("same", "compute")]
         rows.append(cells)
     return table(f"{title}: accuracy against the untouched model, same answers, executed FLOPs", head, rows)
 
@@ -76,16 +76,16 @@ def _verdict(figures: Mapping[str, Any], kinds: Sequence[str]) -> list[Html]:
     return out or [joined(["The folder of transfer holds too little to say anything."])]
 
 
-def _judge(found: Mapping[str, Mapping[str, Any]]) -> tuple[Html, str]:
+def _judge(systems: Mapping[str, Mapping[str, Any]]) -> tuple[Html, str]:
     """Whether accuracy is lost against the untouched model on the same rows, and where most."""
-    worst = min(found, key=lambda name: found[name]["value"])
-    most = found[worst]
+    worst = min(systems, key=lambda name: systems[name]["value"])
+    most = systems[worst]
     told = f"; at worst {between(most, '+.1f', 100)} points, on {worst}"
     if most["p"] is None:
         loses = most["value"] < -SMALL
     else:
         told += f" (p = {p_value(most['p'])})"
         # One of many is below the level by chance: the worst of them must be that much clearer.
-        loses = any(one["value"] < 0 and one["p"] < LEVEL / len(found) for one in found.values())
+        loses = any(one["value"] < 0 and one["p"] < LEVEL / len(systems) for one in systems.values())
     words = strong("it loses accuracy", "bad") if loses else strong("no loss against the untouched model is shown")
     return words, f"{told}."

@@ -12,7 +12,7 @@ from .made import limits, made_links, made_section
 from .maps import heat_maps
 from .page import Content, Html, bullets, element, joined, link, page, paragraph, section
 from .part import Missing, Part, Values
-from .rivals import rivals
+from .peers import peers
 from .tracking import tracking
 from .transfer import transfer
 
@@ -27,11 +27,11 @@ def report(values: Values, pictures: Sequence[Image] = ()) -> str:
     Returns:
         HTML that needs no other file.
     """
-    found = [
+    every = [
         cost(values),
         saving(values),
         tracking(values),
-        rivals(values),
+        peers(values),
         heat_maps(values),
         controlled(values),
         quadrants(values),
@@ -40,8 +40,8 @@ def report(values: Values, pictures: Sequence[Image] = ()) -> str:
         depth_maps(values, pictures),
         transfer(values),
     ]
-    parts = [part for part in found if isinstance(part, Part)]
-    absent = [part for part in found if isinstance(part, Missing)]
+    parts = [part for part in every if isinstance(part, Part)]
+    absent = [part for part in every if isinstance(part, Missing)]
     settings = values["settings"]
     title = f"skipit: {settings['checkpoint']} on {settings['data']}"
     began = f", gates began as {settings['init']!r}" if settings.get("init") else ""

@@ -1,14 +1,15 @@
 """Does the skippable set stay where it is while a model is fine-tuned? A trainer callback that profiles as it goes."""
 
 import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from scipy.stats import spearmanr
 from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from skipit.eval.statistics import spearman
 from skipit.router import MODALITIES, find_router
 from skipit.router.config import KVPolicy
 from skipit.router.errors import InputError, SkipItError
@@ -100,11 +101,8 @@ def drift(start: Profile, now: Profile, budget: float, kv: KVPolicy = "retain") 
 
 
 def _spearman(x: Tensor, y: Tensor) -> float | None:
-    there = x.isfinite() & y.isfinite()
-    a, b = x[there], y[there]
-    if len(a) < 2 or bool((a == a[0]).all()) or bool((b == b[0]).all()):
-        return None
-    return float(spearmanr(a.double().numpy(), b.double().numpy()).statistic)
+    value = spearman(x.double().numpy(), y.double().numpy())
+    return None if math.isnan(value) else value
 
 
 def _without_wrappers(model: nn.Module) -> nn.Module:

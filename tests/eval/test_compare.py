@@ -13,6 +13,7 @@ from datasets import Dataset
 from skipit.eval.claims.tracking import track
 from skipit.eval.compare import Comparison, compare, theory_tables
 from skipit.eval.measure.latency import Latency
+from skipit.eval.measure.recorded import Recorded
 from skipit.eval.measure.runner import Outcome
 from skipit.eval.statistics import Resampling
 from skipit.router import RouterConfig, attach, gate_state, running, set_gates
@@ -25,7 +26,8 @@ from skipit.train.reference.data import reference_dataset
 
 def outcome(accuracy: float, compute: float, kinds: dict[str, float] | None = None) -> Outcome:
     units = torch.full((4, 2), compute)
-    return Outcome(["1"] * 20, accuracy, kinds or {"easy": 1.0, "[hard]": accuracy}, compute, units, 1 - units)
+    recorded = Recorded(["1"] * 20, torch.ones(20).bool(), torch.zeros(20), torch.ones(20).long(), [])
+    return Outcome(recorded, accuracy, kinds or {"easy": 1.0, "[hard]": accuracy}, compute, units, 1 - units)
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ import torch
 
 from skipit.eval.claims.alignment import align
 from skipit.eval.measure.recorded import Record
-from skipit.eval.metrics.classes import SkipAlignment
+from skipit.eval.metrics import SkipAlignment
 from skipit.eval.statistics import Resampling
 from skipit.router import InputError
 

@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from skipit.eval.claims.confidence import compare_calibration
+from skipit.eval.claims.confidence import compare_confidence
 from skipit.eval.measure.recorded import Recorded
 from skipit.eval.metrics.confidence import expected_calibration_error
 from skipit.eval.statistics import Resampling
@@ -26,7 +26,7 @@ def recorded(
 def test_figures_are_those_of_the_metric() -> None:
     spread = torch.linspace(0.01, 0.99, ROWS, dtype=torch.float64)
     dense, gated = recorded(spread, 0.6), recorded(spread.flip(0), 0.6)
-    found = compare_calibration(dense, gated, bins=7, resampling=FEW)
+    found = compare_confidence(dense, gated, bins=7, resampling=FEW)
     assert found.dense.error.value == pytest.approx(expected_calibration_error(dense.product, dense.right, 7))
     assert found.gated.error.value == pytest.approx(expected_calibration_error(gated.product, gated.right, 7))
     assert found.error_change.value == pytest.approx(found.gated.error.value - found.dense.error.value)
@@ -52,21 +52,21 @@ def test_figures_are_those_of_the_metric() -> None:
     ],
 )
 def test_verdicts_follow_from_the_paired_interval(dense: Recorded, gated: Recorded, verdict: str) -> None:
-    found = compare_calibration(dense, gated, resampling=FEW)
+    found = compare_confidence(dense, gated, resampling=FEW)
     assert found.verdict == verdict
     assert found.to_json()["verdict"] == verdict
     assert found.error_change.low <= found.error_change.value <= found.error_change.high
 
 
 def test_long_answers_have_a_confidence_per_token_too() -> None:
-    found = compare_calibration(recorded(0.25, 0.5), recorded(0.25, 0.5, tokens=1), "mean", resampling=FEW)
+    found = compare_confidence(recorded(0.25, 0.5), recorded(0.25, 0.5, tokens=1), "mean", resampling=FEW)
     assert found.dense.confidence.value == pytest.approx(0.5)
     assert found.gated.confidence.value == pytest.approx(0.25)
     assert found.kind == "mean"
 
 
 def test_results_are_json() -> None:
-    found = compare_calibration(recorded(0.95, 0.9), recorded(0.95, 0.9), resampling=FEW)
+    found = compare_confidence(recorded(0.95, 0.9), recorded(0.95, 0.9), resampling=FEW)
     written = json.loads(json.dumps(found.to_json(), allow_nan=False))
     assert written["dense"]["bins"][0] == [0, None, None]
     assert written["dense"]["bins"][9][0] == ROWS
@@ -75,6 +75,6 @@ def test_results_are_json() -> None:
 
 def test_bad_input_is_named() -> None:
     with pytest.raises(InputError, match="`dense` and `gated`: got 400 and 3 rows, expected the same rows"):
-        compare_calibration(recorded(0.5, 0.5), recorded(0.5, 0.5, 3))
+        compare_confidence(recorded(0.5, 0.5), recorded(0.5, 0.5, 3))
     with pytest.raises(InputError, match="`kind`: got 'sum', expected 'product' or 'mean'"):
-        compare_calibration(recorded(0.5, 0.5), recorded(0.5, 0.5), "sum")  # type: ignore[arg-type]
+        compare_confidence(recorded(0.5, 0.5), recorded(0.5, 0.5), "sum")  # type: ignore[arg-type]

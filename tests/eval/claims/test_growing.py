@@ -125,7 +125,11 @@ def test_results_are_json_and_can_be_drawn(model: torch.nn.Module) -> None:
     written = json.loads(json.dumps(found.to_json(), allow_nan=False))
     assert [point["skipped"] for point in written["curves"][LEAST]] == [0, 2, 3]
     assert set(written["curves"][LEAST][0]["accuracy"]) == {"value", "low", "high"}
-    lines = draw_growing_sets(found.for_plot()).axes[0].get_lines()
+    curves = {
+        name: [(point.compute, point.accuracy.value, point.kl.value) for point in curve]
+        for name, curve in found.curves.items()
+    }
+    lines = draw_growing_sets(curves).axes[0].get_lines()
     assert [line.get_label() for line in lines] == [LEAST, MOST, LAST, FIRST]
 
 

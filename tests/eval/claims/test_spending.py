@@ -9,9 +9,12 @@ import torch
 from torch import Tensor
 
 from skipit.eval.claims.spending import ASKED, Spending, asked_cells, measure_spending
-from skipit.eval.metrics.scores import agreement
+from skipit.eval.measure.recorded import Recorded
+from skipit.eval.measure.runner import run_dataset
+from skipit.eval.metrics import agreement
 from skipit.eval.statistics import Resampling
 from skipit.router import Decision, attach, token_modality
+from skipit.theory.cost import CostModel
 from skipit.train.data.collate import Collator
 from skipit.train.data.sources import load_model
 from skipit.train.reference.data import reference_dataset
@@ -39,47 +42,59 @@ def models() -> Any:
     return dense, gated, processor
 
 
-@pytest.fixture(scope="module")
-def found(models: Any) -> Spending:
+def spend(models: Any, rows: Any, batch_size: int = 32) -> tuple[Spending, Recorded, Recorded]:
+    """What is spent on rows, and what the dense and the gated model did with them."""
     dense, gated, processor = models
-    rows = reference_dataset("test", SIZE, kinds=["cell", "row"])
-    return measure_spending(dense, gated, processor, rows, resampling=FEW, batch_size=5, policy=VisionInLayers())
+    prompts, costs = Collator(processor, with_completion=False), CostModel.of(gated)
+    settings: dict[str, Any] = {"batch_size": batch_size, "kinds": asked_cells(gated.config)}
+    before = run_dataset(dense, processor, rows, prompts, costs, "retain", **settings).recorded
+    after = run_dataset(gated, processor, rows, prompts, costs, "retain", **settings, policy=VisionInLayers()).recorded
+    seen: list[int] = []
+    found = measure_spending(
+        before, after, dense, processor, rows, costs, resampling=FEW, batch_size=batch_size, progress=seen.append
+    )
+    assert sum(seen) == len(rows)
+    return found, before, after
 
 
-def test_rows_are_grouped_by_question_and_by_answers(found: Spending) -> None:
+@pytest.fixture(scope="module")
+def spent(models: Any) -> tuple[Spending, Recorded, Recorded]:
+    return spend(models, reference_dataset("test", SIZE, kinds=["cell", "row"]), batch_size=5)
+
+
+def test_rows_are_grouped_by_question_and_by_answers(spent: tuple[Spending, Recorded, Recorded]) -> None:
+    found, dense, gated = spent
     groups = found.adaptivity.groups
     assert {level: c.rows for level, c in groups["question"].items()} == {"cell": SIZE // 2, "row": SIZE // 2}
-    for factor, recorded in (("answer", found.gated), ("dense answer", found.dense)):
+    for factor, recorded in (("answer", gated), ("dense answer", dense)):
         right = int(recorded.right.sum())
         assert sum(c.rows for c in groups[factor].values()) == SIZE
         assert groups[factor].get("right") is None or groups[factor]["right"].rows == right
-    same = agreement(found.dense.answers, found.gated.answers)
+    same = agreement(dense.answers, gated.answers)
     assert sum(c.rows for level, c in groups["beside dense"].items() if level == "the same") == round(same * SIZE)
     assert set(found.adaptivity.difficulty) == {"dense loss", "dense entropy"}
-    assert found.calibration.rows == SIZE
-    assert found.calibration.gated.accuracy.value == found.gated.right.double().mean()
-    json.dumps({"a": found.adaptivity.to_json(), "c": found.calibration.to_json()}, allow_nan=False)
+    assert found.confidence.rows == SIZE
+    assert found.confidence.gated.accuracy.value == gated.right.double().mean()
+    json.dumps({"a": found.adaptivity.to_json(), "c": found.confidence.to_json()}, allow_nan=False)
 
 
-def test_skip_rates_are_those_of_vision_by_row_and_layer(found: Spending) -> None:
+def test_skip_rates_are_those_of_vision_by_row_and_layer(spent: tuple[Spending, Recorded, Recorded]) -> None:
+    found, _, _ = spent
     assert found.skip_rates.shape == (SIZE, 12)
     assert found.skip_rates[:, 1::2].eq(1).all()
     assert torch.allclose(found.skip_rates[:, ::2], torch.full((SIZE, 6), 4 / 36).double())
 
 
 def test_cells_asked_about_are_the_rows_own(models: Any) -> None:
-    dense, gated, processor = models
     rows = [dict(row) for row in reference_dataset("test", 8, kinds=["cell"])]
     # The router skips more of the last cell: rows that ask about it, and about another.
     last, first = ([{**row, "cells": [cell]} for row in rows] for cell in (8, 0))
-    options: dict[str, Any] = {"resampling": FEW, "policy": VisionInLayers()}
-    of_last, of_first = (measure_spending(dense, gated, processor, r, **options) for r in (last, first))
-    asked_last, asked_first = (f.adaptivity.tokens[ASKED] for f in (of_last, of_first))
+    asked_last, asked_first = (spend(models, r)[0].adaptivity.tokens[ASKED] for r in (last, first))
     assert asked_last.rows == 8
     assert asked_last.share < asked_last.rest
     assert asked_last.difference < 0 < asked_first.difference
     neither = [{k: v for k, v in row.items() if k != "digits"} for row in rows]
-    assert measure_spending(dense, gated, processor, neither, **options).adaptivity.tokens == {}
+    assert spend(models, neither)[0].adaptivity.tokens == {}
 
 
 def test_masks_are_in_the_prompt_s_places(models: Any) -> None:

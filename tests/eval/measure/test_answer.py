@@ -1,6 +1,7 @@
 """One question to a gated model: the same answer as `generate`, what it executed, and its depth map."""
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -8,12 +9,15 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from skipit.eval.measure import answer as answering
 from skipit.eval.measure.answer import answer, open_images
 from skipit.router import RouterConfig, attach, gate_state, set_gates
 from skipit.router.errors import InputError, RouterConfigError
 from skipit.train.data.collate import Collator
 from skipit.train.data.sources import load_model
 from skipit.train.reference.data import reference_dataset
+
+PICTURE = Image.new("L", (8, 8))
 
 
 @pytest.fixture(scope="module")
@@ -102,3 +106,42 @@ def test_open_images(tmp_path: Path) -> None:
     for name in ("cut.png", "text.png", "no.png"):
         with pytest.raises(InputError, match=f"image {tmp_path / name} cannot be read: "):
             open_images([tmp_path / name])
+
+
+@pytest.mark.parametrize(
+    ("prompt", "text"),
+    [
+        ("what?", "what?"),
+        ([{"role": "user", "content": "what?"}], "what?"),
+        ([{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "what?"}]}], "what?"),
+        ([{"role": "user", "content": [{"type": "image", "text": None}]}], None),
+        ([{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}], None),
+    ],
+)
+def test_the_question_of_a_row(prompt: Any, text: str | None) -> None:
+    assert answering._text(prompt) == text
+
+
+def test_examples_are_of_different_kinds_and_have_an_image(monkeypatch: pytest.MonkeyPatch) -> None:
+    depth = SimpleNamespace(patches=torch.ones(1, 2), tokens=["a" * 99], token_depth=[3], layers=4)
+
+    def answer(model: Any, processor: Any, images: list[Any], prompt: str, *, budget: Any) -> Any:
+        assert budget == 0.25
+        return SimpleNamespace(text=prompt.upper(), depth=depth, compute=0.5)
+
+    monkeypatch.setattr(answering, "answer", answer)
+    rows = [
+        {"prompt": "no image", "images": [], "answer": "x", "kind": "a"},
+        {"prompt": "first", "images": [PICTURE], "answer": "FIRST", "kind": "a"},
+        {"prompt": "again", "images": [PICTURE], "answer": "x", "kind": "a"},
+        {"prompt": "second", "images": [PICTURE], "answer": "x", "kind": "b"},
+        {"prompt": "third", "images": [PICTURE], "answer": "x", "kind": "c"},
+    ]
+    found, pictures = answering.depth_examples(None, None, rows, 0.25, number=2)
+    assert [(row["prompt"], row["answer"], row["wanted"], row["right"]) for row in found] == [
+        ("first", "FIRST", "FIRST", True),
+        ("second", "SECOND", "x", False),
+    ]
+    assert len(pictures) == 2
+    assert len(found[0]["tokens"][0]) <= 40
+    assert found[0]["patches"] == [[1.0, 1.0]]

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from skipit.eval.measure import latency
-from skipit.eval.measure.latency import Subject, time_models
+from skipit.eval.measure.latency import Subject, hardware, time_models
 
 INPUTS = {"input_ids": torch.tensor([[5, 6, 7]]), "attention_mask": torch.ones(1, 3, dtype=torch.long)}
 
@@ -128,3 +129,14 @@ def test_the_interval_of_a_median_covers() -> None:
     draws = torch.randn(500, 15, generator=generator).exp().tolist()
     covered = [low <= 1.0 <= high for low, high in (latency.median_interval(values) or (9, 9) for values in draws)]
     assert 0.94 <= sum(covered) / len(covered) <= 0.99
+
+
+def test_the_processor_is_named(tmp_path: Path) -> None:
+    info = tmp_path / "cpuinfo"
+    info.write_text("processor\t: 0\nmodel name\t: Some CPU @ 2.00GHz\nmodel name\t: Some CPU @ 2.00GHz\n")
+    assert "Some CPU @ 2.00GHz, " in hardware(info)
+    assert "PyTorch threads: 1" in hardware(info)
+
+
+def test_it_is_never_empty(tmp_path: Path) -> None:
+    assert not hardware(tmp_path / "none").startswith(",")

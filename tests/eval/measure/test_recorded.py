@@ -1,4 +1,4 @@
-"""Recorded answers: the same as `run_dataset`'s, whatever the batch, with probabilities that a forward pass gives."""
+"""Recorded answers: the same whatever the batch, with probabilities that a forward pass gives."""
 
 from typing import Any
 
@@ -8,8 +8,7 @@ from datasets import Dataset
 from torch import Tensor
 
 from skipit.eval.claims.adaptivity import rates
-from skipit.eval.measure.recorded import Recorded, record_rows
-from skipit.eval.measure.runner import run_dataset
+from skipit.eval.measure.runner import Outcome, run_dataset
 from skipit.router import FixedUnits, InputError, attach, running
 from skipit.theory.cost import CostModel
 from skipit.train.data.collate import Collator
@@ -34,9 +33,10 @@ def reference() -> Any:
 
 @pytest.fixture(scope="module")
 def record(reference: Any, rows: Dataset) -> Any:
-    def record(data: Any = rows, **options: Any) -> Recorded:
+    def record(data: Any = rows, kv: Any = "retain", **options: Any) -> Outcome:
         model, processor = reference
-        return record_rows(model, processor, data, Collator(processor, with_completion=False), **options)
+        collate = Collator(processor, with_completion=False)
+        return run_dataset(model, processor, data, collate, CostModel.of(model), kv, **options)
 
     return record
 
@@ -46,7 +46,7 @@ def test_probabilities_are_those_of_a_forward_pass_over_the_answer(
     reference: Any, rows: Dataset, record: Any, options: Any
 ) -> None:
     model, processor = reference
-    found = record(**options)
+    found = record(**options).recorded
     ends = processor.tokenizer.eos_token
     for number, row in enumerate(rows):
         said = [{"role": "assistant", "content": [{"type": "text", "text": found.answers[number]}]}]
@@ -68,13 +68,10 @@ def test_the_batch_changes_nothing_and_answers_are_those_of_a_run(
     reference: Any, rows: Dataset, record: Any, kv: str
 ) -> None:
     options: dict[str, Any] = {"policy": EVERY_OTHER, "kv": kv}
-    together, alone = record(batch_size=7, **options), record(batch_size=1, **options)
-    model, processor = reference
-    costs = CostModel.of(model)
-    collate = Collator(processor, with_completion=False)
-    run = run_dataset(model, processor, rows, collate, costs, **options)
+    run, single = record(batch_size=7, **options), record(batch_size=1, **options)
+    together, alone, costs = run.recorded, single.recorded, CostModel.of(reference[0])
     assert together.answers == alone.answers == run.answers
-    assert together.right.double().mean() == run.accuracy
+    assert together.right.double().mean() == alone.right.double().mean() == run.accuracy
     assert torch.allclose(together.log_probability, alone.log_probability, atol=1e-4)
     assert torch.equal(together.tokens, alone.tokens)
     for recorded in (together, alone):
@@ -86,7 +83,7 @@ def test_the_batch_changes_nothing_and_answers_are_those_of_a_run(
 
 
 def test_a_dense_run_has_no_records_and_kinds_reach_the_others(record: Any, rows: Dataset) -> None:
-    assert record(mode="dense").records == []
+    assert record(mode="dense").recorded.records == []
     seen: list[int] = []
 
     def kinds(chunk: Any, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -95,7 +92,7 @@ def test_a_dense_run_has_no_records_and_kinds_reach_the_others(record: Any, rows
 
     found = record(policy=EVERY_OTHER, kinds=kinds, batch_size=4)
     assert seen == [4, 3]
-    assert all(r.kinds["first"].sum(-1).eq(1).all() for r in found.records)
+    assert all(r.kinds["first"].sum(-1).eq(1).all() for r in found.recorded.records)
 
 
 def test_no_rows_are_an_error(record: Any) -> None:

@@ -7,7 +7,7 @@ import torch
 from datasets import Dataset
 from torch import Tensor
 
-from skipit.eval.measure.runner import Outcome, leave_out_finished, right_answer, run_dataset
+from skipit.eval.measure.runner import Outcome, completed, leave_out_finished, right_answer, run_dataset
 from skipit.router import Decision, FixedUnits, Gated, Step, attach, detach
 from skipit.router.errors import InputError
 from skipit.theory.cost import CostModel
@@ -153,3 +153,11 @@ def test_right_answer(row: dict[str, Any], expected: str) -> None:
 def test_no_right_answer() -> None:
     with pytest.raises(InputError, match="row 3: no column answer or completion; found: images, text"):
         right_answer({"images": [], "text": "?"}, 3)
+
+
+def test_a_row_without_a_completion_is_answered_by_its_answer() -> None:
+    assert completed({"answer": 7, "prompt": "x"}, 0)["completion"] == [
+        {"role": "assistant", "content": [{"type": "text", "text": "7"}]}
+    ]
+    row = {"completion": "8", "answer": "7"}
+    assert completed(row, 0) is row

@@ -5,8 +5,8 @@ import inspect
 import pytest
 import torch
 
+from skipit.eval.metrics import SkipAlignment
 from skipit.eval.metrics.alignment import alignment_of_counts, skip_alignment
-from skipit.eval.metrics.classes import SkipAlignment
 
 SET = torch.tensor([[False, True], [False, False], [True, True]])
 TOTAL = torch.tensor([[10, 90], [10, 90], [10, 90]])

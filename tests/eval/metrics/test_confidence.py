@@ -7,8 +7,8 @@ import pytest
 import torch
 from torchmetrics.functional.classification import binary_calibration_error
 
-from skipit.eval.metrics.classes import ExpectedCalibrationError
-from skipit.eval.metrics.confidence import calibration_bins, expected_calibration_error
+from skipit.eval.metrics import ExpectedCalibrationError
+from skipit.eval.metrics.confidence import confidence_bins, expected_calibration_error
 
 
 @pytest.mark.parametrize("bins", [1, 7, 10, 15])
@@ -35,15 +35,15 @@ def test_known_errors() -> None:
 
 
 def test_every_confidence_has_a_bin() -> None:
-    found = calibration_bins(torch.tensor([0.0, 0.25, 0.5, 0.999, 1.0]), torch.ones(5, dtype=torch.bool), bins=4)
+    found = confidence_bins(torch.tensor([0.0, 0.25, 0.5, 0.999, 1.0]), torch.ones(5, dtype=torch.bool), bins=4)
     assert found.number.tolist() == [1, 1, 1, 2]
 
 
 def test_bad_input_is_named() -> None:
-    plain = inspect.unwrap(calibration_bins)  # without the shape checks that only tests have
+    plain = inspect.unwrap(confidence_bins)  # without the shape checks that only tests have
     with pytest.raises(ValueError, match=r"`confidence` has shape \(2,\) and `correct` \(3,\), expected \[answers\]"):
         plain(torch.ones(2), torch.ones(3, dtype=torch.bool))
     with pytest.raises(ValueError, match=r"`confidence` goes from -0\.5 to 0\.5, expected probabilities"):
-        calibration_bins(torch.tensor([-0.5, 0.5]), torch.ones(2, dtype=torch.bool))
+        confidence_bins(torch.tensor([-0.5, 0.5]), torch.ones(2, dtype=torch.bool))
     with pytest.raises(ValueError, match="`bins` is 0, expected at least 1"):
         ExpectedCalibrationError(bins=0)

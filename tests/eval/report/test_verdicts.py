@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from skipit.eval.report import claims, controlled, inputs, rivals, tracking, transfer
+from skipit.eval.report import claims, controlled, inputs, peers, tracking, transfer
 from skipit.eval.report.cost import cost, saving
 from skipit.eval.report.maps import heat_maps
 from skipit.eval.report.part import Missing, Part, number, p_value, plural, points
@@ -199,30 +199,30 @@ class TestRivals:
     )
     def test_comparison(self, accuracy: float, spread: float, compute: float, word: str) -> None:
         ours = {"accuracy": 0.97, "spread": None, "compute": 0.5}
-        assert rivals.compared(ours, {"accuracy": accuracy, "spread": spread, "compute": compute}) == word
+        assert peers.compared(ours, {"accuracy": accuracy, "spread": spread, "compute": compute}) == word
 
     def test_words(self, values: dict[str, Any]) -> None:
         ours, bi, random = values["baselines"]["entries"]
-        assert "No, it is above all of 2 baselines beyond the error bars" in said(rivals.rivals(values))
+        assert "No, it is above all of 2 baselines beyond the error bars" in said(peers.peers(values))
         random["accuracy"] = ours["accuracy"]
-        assert "Something simpler did as well: &lt;b&gt;random&lt;/b&gt;" in said(rivals.rivals(values))
+        assert "Something simpler did as well: &lt;b&gt;random&lt;/b&gt;" in said(peers.peers(values))
         bi |= {"accuracy": 1.2, "spread": 0.0}
-        assert "Yes, something simpler did better: bi (120.0% at 49.0%)" in said(rivals.rivals(values))
+        assert "Yes, something simpler did better: bi (120.0% at 49.0%)" in said(peers.peers(values))
         bi["compute"] = random["compute"] = 0.9
-        assert "Nothing to compare with at this budget" in said(rivals.rivals(values))
+        assert "Nothing to compare with at this budget" in said(peers.peers(values))
 
     def test_what_a_method_cannot_do(self, values: dict[str, Any]) -> None:
         _, bi, random = values["baselines"]["entries"]
         bi |= {"runs": 0, "floor": 0.7}
         random |= {"runs": 0, "failed": 1}
-        told = body(rivals.rivals(values))
+        told = body(peers.peers(values))
         assert "cannot: spends 70.0% at least" in told
         assert "training failed" in told
 
-    def test_controls_of_ours_are_no_rivals(self, values: dict[str, Any]) -> None:
+    def test_controls_of_ours_are_no_peers(self, values: dict[str, Any]) -> None:
         control = {**values["baselines"]["entries"][0], "system": "ours-retain: permuted over tokens", "accuracy": 2.0}
         values["baselines"]["entries"].append(control)
-        found = rivals.rivals(values)
+        found = peers.peers(values)
         assert "No, it is above all of 2 baselines" in said(found)
         assert "Controls, which are the same router with its decisions moved: permuted over tokens (200.0%" in body(
             found
@@ -230,7 +230,7 @@ class TestRivals:
 
     def test_without_ours(self, values: dict[str, Any]) -> None:
         values["baselines"]["entries"].pop(0)
-        told = said(rivals.rivals(values))
+        told = said(peers.peers(values))
         assert "cannot be said" in told
         assert "Best of what was measured: bi, 70.0% of dense accuracy at 49.0% of the FLOPs" in told
 

@@ -11,7 +11,7 @@ import pytest
 from skipit.eval.report.page import POLICY
 from skipit.eval.report.whole import report
 
-PARTS = {"cost", "saving", "tracking", "rivals", "maps", "controlled", "quadrants", "pattern", "adaptivity", "depth"}
+PARTS = {"cost", "saving", "tracking", "peers", "maps", "controlled", "quadrants", "pattern", "adaptivity", "depth"}
 PARTS |= {"transfer"}
 # Keys of parts that need not be there.
 MEASURED = ("theory", "units", "growing", "quadrants", "pattern", "adaptivity", "calibration", "baselines", "transfer")
@@ -105,9 +105,7 @@ def test_every_section_links_to_what_made_it(page: str) -> None:
     sections = re.findall(r'<section id="([a-z]+)">(.*?)</section>', page, flags=re.DOTALL)
     names = [name for name, _ in sections]
     assert names[0] == "summary"
-    assert {"cost", "saving", "tracking", "maps", "controlled", "quadrants", "rivals", "depth", "transfer"} <= set(
-        names
-    )
+    assert {"cost", "saving", "tracking", "maps", "controlled", "quadrants", "peers", "depth", "transfer"} <= set(names)
     for name, body in sections:
         if name not in ("summary", "missing", "limits", "made"):
             assert 'href="#made-' in body, name

@@ -15,7 +15,7 @@ CLOSE = 0.02
 SMALL = 0.005  # differences in accuracy up to this are none, also where one run has no error bar
 
 
-def rivals(values: Values) -> Part | Missing:
+def peers(values: Values) -> Part | Missing:
     """Accuracy against measured FLOPs of ours and of every baseline in the folder that was given."""
     title = "Would something simpler have done as well?"
     if "baselines" not in values:
@@ -40,7 +40,7 @@ def rivals(values: Values) -> Part | Missing:
             class_="soft",
         )
     )
-    return Part("rivals", title, verdicts, body, ("baselines",))
+    return Part("peers", title, verdicts, body, ("baselines",))
 
 
 def _checkpoint_point(values: Values) -> list[tuple[str, float, float, float]]:
