@@ -90,6 +90,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         seeds=[0, 1, 2],
         steps=250,
         samples=480,
+        calibration=96,
+        profiled=192,
     )
     parser.add_argument("--inits", nargs="+", choices=get_args(Init), default=list(get_args(Init)))
     parser.add_argument("--kv", choices=get_args(KVPolicy), default="retain")

@@ -34,7 +34,15 @@ def bench(study: Study, budgets: Sequence[float], kvs: Sequence[KVPolicy]) -> Co
 def main(argv: Sequence[str] | None = None) -> None:
     """Print a table and optionally write JSON."""
     parser = command(
-        __name__, __doc__, file=None, budgets=[0.5, 0.25, 0.15], steps=250, samples=1200, calibration=192, seed=0
+        __name__,
+        __doc__,
+        file=None,
+        budgets=[0.5, 0.25, 0.15],
+        seed=0,
+        steps=250,
+        samples=1200,
+        calibration=192,
+        profiled=192,
     )
     parser.add_argument(
         "--kv", nargs="+", choices=("retain", "evict"), default=["retain"], help="(default %(default)s)"

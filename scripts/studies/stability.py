@@ -152,7 +152,7 @@ def table(cell: dict[str, Any]) -> str:
 def main(argv: Sequence[str] | None = None) -> None:
     """Measure what is missing, then print a table for each seed."""
     parser = command(
-        __name__, __doc__, out=Path("runs/stability"), budget=0.5, seeds=[0], steps=100, batch_size=16, calibration=48
+        __name__, __doc__, out=Path("runs/stability"), budget=0.5, seeds=[0], steps=100, calibration=48, profiled=192
     )
     parser.add_argument("--every", type=int, default=25, help="steps between profiles (default %(default)s)")
     given = parser.parse_args(argv)

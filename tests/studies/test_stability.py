@@ -68,7 +68,7 @@ def test_refused(batches: list[Any], every: int, tmp_path: Path) -> None:
 
 
 def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    arguments = ["--steps", "2", "--every", "1", "--batch-size", "2", "--calibration", "4", "--out", str(tmp_path)]
+    arguments = ["--steps", "2", "--every", "1", "--calibration", "4", "--profiled", "4", "--out", str(tmp_path)]
     main(arguments)
     shown = capsys.readouterr().out.splitlines()
     assert shown[:2] == [

@@ -112,6 +112,6 @@ def test_a_name_that_is_none_is_refused_with_the_nearest(capsys: pytest.CaptureF
     assert said.endswith("Did you mean ablation?\n")
 
 
-def test_an_error_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["transfer", "--budget", "1.5"]) == 1
-    assert capsys.readouterr().err.startswith("scripts/study transfer: `budget`: got 1.5")
+def test_an_error_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["stability", "--every", "0", "--calibration", "1", "--out", str(tmp_path)]) == 1
+    assert "scripts/study stability: `batches` has 1 batches and `every` is 0; expected" in capsys.readouterr().err

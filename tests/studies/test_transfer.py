@@ -80,14 +80,18 @@ def test_a_study_trains_twice_is_done_once_and_ends_in_tables(
     next((tmp_path / "cells").glob("cell-grid-sum_0_*.json")).unlink()
     main(arguments)
     assert len(seen) == 2
-    # Other test rows need no other training, another training does; neither is taken for what was measured before.
+    # Other test rows are measured anew, of the same trainings; other steps are other trainings.
     main([*arguments, "--rows", "13"])
     assert len(seen) == 2
     assert len(list((tmp_path / "cells").iterdir())) == 6
     told = load_transfer(tmp_path)["figures"]["shifts"]["none"]["trained on all"]["difference"]
     assert told["rows"] == 13
+    results = json.loads(next((tmp_path / "cells").glob("dense_*.json")).read_text())["results"]
+    folders: list[Path] = []
+    monkeypatch.setattr(transfer, "measure", lambda *given: folders.append(given[-1]) or results)
     main([*arguments, "--steps", "3"])
-    assert len(seen) == 4
+    assert len(folders) == 3
+    assert not any(folder.exists() for folder in folders)
 
 
 def _cell(system: str, seed: int, right: list[bool], answers: list[list[int]], compute: float) -> dict[str, Any]:
