@@ -1,6 +1,6 @@
 """Reading what `scripts/study peers` and `scripts/study transfer` wrote, for a report."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -58,14 +58,18 @@ def load_transfer(folder: Path) -> dict[str, Any]:
             for system, outcome in systems.items():
                 if bad := [key for key in SYSTEM if not isinstance(_object(outcome).get(key), int | float)]:
                     raise CheckpointError(f"{path}: {part} {name!r}, {system!r}: no number {bad[0]!r}. {again}")
-    _add_differences(folder, figures)
+    _add_differences(folder, figures, values.get("cells"))
     return {"figures": figures, "kinds": kinds, "made_by": values.get("made_by") or {}}
 
 
-def _add_differences(folder: Path, figures: Mapping[str, Any]) -> None:
-    """Give every system its paired `difference` from the dense model over the rows of all seeds, if they are known."""
-    paths = sorted((folder / "cells").glob("*.json"))
+def _add_differences(folder: Path, figures: Mapping[str, Any], names: Sequence[str] | None) -> None:
+    """Give every system its paired `difference` from the dense model over the rows of all seeds, if they are known.
+
+    Cells of other settings may lie beside those that were summarized: `names` are theirs, None (of old) is all.
+    """
     try:
+        found = sorted((folder / "cells").glob("*.json"))
+        paths = [path for path in found if names is None or path.name in names]
         cells = [load_json(path) for path in paths]
         dense = {cell["seed"]: cell["results"] for cell in cells if cell["system"] == "dense"}
         for part, by_name in figures.items():
@@ -85,15 +89,12 @@ def _add_differences(folder: Path, figures: Mapping[str, Any]) -> None:
 
 
 def _summary(folder: Path, key: str, study: str) -> tuple[Path, dict[str, Any]]:
-    path = folder / SUMMARY
+    path, give = folder / SUMMARY, f"Give a folder that `scripts/study {study} --out DIR` made."
     if not path.is_file():
-        raise InputError(f"{folder}: no {SUMMARY}. Give a folder that `scripts/study {study} --out DIR` made.")
+        raise InputError(f"{folder}: no {SUMMARY}. {give}")
     values = load_json(path)
     if key not in values:
-        raise InputError(
-            f"{path}: no `{key}`; found: {', '.join(values)}. "
-            f"Give a folder that `scripts/study {study} --out DIR` made."
-        )
+        raise InputError(f"{path}: no `{key}`; found: {', '.join(values)}. {give}")
     return path, values
 
 

@@ -1,34 +1,51 @@
 """Run one study by its name: scripts/study NAME [options]."""
 
+import ast
 import sys
+from collections.abc import Sequence
+from difflib import get_close_matches
 from importlib import import_module
 from pathlib import Path
+from pkgutil import iter_modules
 
-STUDIES = {
-    "ablation": "does the theory's initialization help? accuracy at equal steps, seeds and executed FLOPs",
-    "budget": "does a run spend the budget it was asked for? 48 short trainings",
-    "peers": "ours against what peers do, on our engine, at equal measured FLOPs",
-    "prediction": "does the theory predict what skipping does? profile against controlled skipping",
-    "pretrain": "make the reference VLM's weights from random ones (about an hour on 2 cores)",
-    "profile-cost": "what a profile costs in dense forward + backward passes, and in memory",
-    "reference": "accuracy, executed FLOPs and milliseconds at several budgets on the reference",
-    "speed": "speed of gated execution on a LLaVA-shaped model with random weights",
-    "stability": "does the skippable set stay where it is while a model is fine-tuned?",
-    "training-cost": "what training gates costs beside plain LoRA fine-tuning, in time and memory",
-    "transfer": "does a router hold on kinds of question and images that it was not trained on?",
-}
+from skipit.router import SkipItError
+
+FOLDER = Path(__file__).parent
 
 
-def main(argv: list[str]) -> int:
+def studies() -> dict[str, str]:
+    """What every study asks, by name: the first line of a file or folder here that names its command there."""
+    found = {}
+    for module in iter_modules([str(FOLDER)]):
+        path = FOLDER / module.name / "__init__.py" if module.ispkg else FOLDER / f"{module.name}.py"
+        name = module.name.replace("_", "-")
+        what, command, _ = (ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or "").partition(
+            f": scripts/study {name}"
+        )
+        if command:
+            found[name] = what
+    return found
+
+
+def main(argv: Sequence[str]) -> int:
     """Run a study; returns the exit status."""
-    if not argv or argv[0] not in STUDIES:
-        if argv and argv[0] not in ("-h", "--help"):
-            print(f"scripts/study: got {argv[0]!r}, expected the name of a study:", file=sys.stderr)
-        for name, what in STUDIES.items():
-            print(f"  {name:14} {what}")
-        return 0 if not argv or argv[0] in ("-h", "--help") else 2
-    sys.argv = [f"{Path(sys.argv[0]).parent.parent / 'study'} {argv[0]}", *argv[1:]]
-    import_module(f"studies.{argv[0].replace('-', '_')}").main()
+    found = studies()
+    if not argv or argv[0] in ("-h", "--help"):
+        print("\n".join(["scripts/study NAME [options], where NAME is:", *(f"  {k:15}{v}" for k, v in found.items())]))
+        return 0
+    name, *rest = argv
+    if name not in found:
+        near = "".join(f" Did you mean {other}?" for other in get_close_matches(name, found, 1))
+        print(f"scripts/study: got {name!r}, expected one of {', '.join(found)}.{near}", file=sys.stderr)
+        return 2
+    from skipit.train.display import quiet
+
+    quiet()
+    try:
+        import_module(f"studies.{name.replace('-', '_')}").main(rest)
+    except SkipItError as error:
+        print(f"scripts/study {name}: {error}", file=sys.stderr)
+        return 1
     return 0
 
 

@@ -3,12 +3,13 @@
 Every cell (budget, K/V policy, granularity, seed) is one short training of the reference model. Its threshold is
 found on calibration rows as `skipit train` finds it; then the share of FLOPs that gathered execution spends is
 measured on test rows, whose digits are other scans. A cell is one JSON file in the output folder, a finished one is
-not repeated, and the profile of a seed is kept there too: what is interrupted goes on.
+not measured again, and the profile of a seed is kept there too: what is interrupted goes on.
 """
 
-import argparse
 import json
 import tempfile
+from collections.abc import Sequence
+from functools import partial
 from itertools import product
 from pathlib import Path
 from statistics import mean
@@ -16,91 +17,48 @@ from typing import Any, get_args
 
 from skipit.router import find_router
 from skipit.router.config import Granularity, KVPolicy
-from skipit.router.folders import load_json, provenance
-from skipit.theory.artefact import load_profile, save_profile
+from skipit.router.folders import load_json
 from skipit.theory.calibrate import measured_share
-from skipit.theory.cost import CostModel
-from skipit.theory.plan import make_plan
-from skipit.theory.profile import Profile
 from skipit.train.config import TrainConfig
-from skipit.train.data.collate import Collator, batches
-from skipit.train.data.sources import load_data, load_model
-from skipit.train.display import note, quiet, training_progress
-from skipit.train.export import profile_model
-from skipit.train.run import RUN_FILE, train
+from skipit.train.run import RUN_FILE
 
-from .peers import save_cell
+from .study import Study, command, markdown, once
 
 AIM = 0.01
 LATE = 10  # steps at the end of a training, whose mean share says where training itself has come to
 
 
-def one_cell(measured: Profile, config: TrainConfig, held: int, test: int) -> dict[str, Any]:
-    """Train once; the shares of dense FLOPs at the end of training, on calibration rows and on test rows.
-
-    Args:
-        measured: profile of the reference model.
-        config: settings of the run.
-        held: calibration rows.
-        test: test rows.
-    """
-    model, processor = load_model("reference")
-    plan = make_plan(measured, config.budget, config.kv)
-    rows = load_data("reference", "train", config.steps * config.batch_size, config.seed)
-    calibration = load_data("reference", "calibration", held, config.seed)
+def one_cell(study: Study, config: TrainConfig) -> dict[str, Any]:
+    """Train once; the shares of dense FLOPs at the end of training, on calibration rows and on test rows."""
     with tempfile.TemporaryDirectory() as folder:
         run = Path(folder) / "run"
-        with training_progress(config) as callback:
-            tuned = train(
-                model,
-                processor,
-                rows,
-                plan,
-                config,
-                run,
-                calibration=calibration,
-                base="reference",
-                callbacks=[callback],
-            )
+        model, _ = study.trained(config, run)
         history = [json.loads(line) for line in (run / "history.jsonl").read_text(encoding="utf-8").splitlines()]
         calibrated = load_json(run / RUN_FILE)["calibrated_share"]
-    unseen = batches(load_data("reference", "test", test, config.seed), Collator(processor), config.batch_size)
-    threshold = find_router(tuned)[1].config.threshold
+    threshold = find_router(model)[1].config.threshold
+    unseen = study.read("test", study.samples, config.batch_size)
     return {
-        "budget": config.budget,
-        "kv": config.kv,
-        "granularity": config.granularity,
-        "seed": config.seed,
         "training": mean(figures["compute"] for figures in history[-LATE:]),
         "threshold": threshold,
         "calibrated": calibrated,
-        "measured": measured_share(tuned, unseen, CostModel.of(model), config.kv, threshold),
+        "measured": measured_share(model, unseen, study.costs, config.kv, threshold),
+        "config": config.to_dict(),
     }
 
 
-def profile_of(seed: int, folder: Path, samples: int) -> Profile:
-    """The reference model's profile for a seed, measured once and kept in a folder."""
-    place = folder / f"profile-{seed}"
-    if not place.exists():
-        model, processor = load_model("reference")
-        save_profile(profile_model(model, processor, load_data("reference", "train", samples, seed), seed=seed), place)
-    return load_profile(place)
-
-
-def table(cells: list[dict[str, Any]]) -> str:
+def table(cells: Sequence[dict[str, Any]]) -> str:
     """In Markdown: the measured share of each seed, and in points the largest distance from the budget."""
-    lines = ["| keys and values | who decides | budget | measured on test rows | off by at most, points |"]
-    lines.append("|---|---|---:|---:|---:|")
-    keys = list(dict.fromkeys((c["kv"], c["granularity"], c["budget"]) for c in cells))
-    for kv, granularity, budget in keys:
+    rows = []
+    for kv, granularity, budget in dict.fromkeys((c["kv"], c["granularity"], c["budget"]) for c in cells):
         same = [c for c in cells if (c["kv"], c["granularity"], c["budget"]) == (kv, granularity, budget)]
         shares = ", ".join(f"{c['measured']:.2%}" for c in sorted(same, key=lambda c: c["seed"]))
         off = 100 * max(abs(c["measured"] - budget) for c in same)
-        lines.append(f"| {kv} | {granularity} | {budget:.0%} | {shares} | {off:.2f} |")
-    return "\n".join(lines)
+        rows.append([kv, granularity, f"{budget:.0%}", shares, f"{off:.2f}"])
+    head = ["keys and values", "who decides", "budget", "measured on test rows", "off by at most, points"]
+    return markdown(head, rows, text=(0, 1))
 
 
-def summary(cells: list[dict[str, Any]]) -> str:
+def summary(cells: Sequence[dict[str, Any]]) -> str:
     """How many cells are within the aim, and how far off the worst is, in one line."""
     off = [abs(c["measured"] - c["budget"]) for c in cells]
     held = [abs(c["calibrated"] - c["budget"]) for c in cells]
@@ -112,43 +70,30 @@ def summary(cells: list[dict[str, Any]]) -> str:
     )
 
 
-def main() -> None:
-    """Run what is missing, then print the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path("runs/budget"), help="folder (default %(default)s)")
-    parser.add_argument("--budgets", type=float, nargs="+", default=[0.3, 0.5, 0.7, 0.9], help="(default %(default)s)")
+def main(argv: Sequence[str] | None = None) -> None:
+    """Measure what is missing, then print the table."""
+    parser = command(
+        __name__,
+        __doc__,
+        out=Path("runs/budget"),
+        budgets=[0.3, 0.5, 0.7, 0.9],
+        seeds=[0, 1, 2],
+        steps=40,
+        batch_size=8,
+        profiled=96,
+        calibration=192,
+        samples=384,
+    )
     parser.add_argument("--kv", nargs="+", choices=get_args(KVPolicy), default=list(get_args(KVPolicy)))
     parser.add_argument("--granularity", nargs="+", choices=get_args(Granularity), default=list(get_args(Granularity)))
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="(default %(default)s)")
-    parser.add_argument("--steps", type=int, default=40, help="of training (default %(default)s)")
-    parser.add_argument("--batch-size", type=int, default=8, help="rows per step (default %(default)s)")
-    parser.add_argument("--profile-samples", type=int, default=96, help="rows (default %(default)s)")
-    parser.add_argument("--calibration-samples", type=int, default=192, help="rows (default %(default)s)")
-    parser.add_argument("--samples", type=int, default=384, help="test rows (default %(default)s)")
-    arguments = parser.parse_args()
-    quiet()
-    # Seed by seed: whoever stops early has every kind of cell.
-    grid = list(product(arguments.seeds, arguments.kv, arguments.granularity, arguments.budgets))
+    given = parser.parse_args(argv)
     cells = []
-    for number, (seed, kv, granularity, budget) in enumerate(grid, 1):
-        file = arguments.out / f"{kv}-{granularity}-{budget:g}-{seed}.json"
-        if not file.exists():
-            note(f"{number} of {len(grid)}: {file.stem}")
-            measured = profile_of(seed, arguments.out, arguments.profile_samples)
-            config = TrainConfig(
-                budget=budget,
-                kv=kv,
-                granularity=granularity,
-                seed=seed,
-                steps=arguments.steps,
-                batch_size=arguments.batch_size,
-            )
-            found = one_cell(measured, config, arguments.calibration_samples, arguments.samples)
-            save_cell(file, {**found, "config": config.to_dict(), "made_by": provenance()})
-        cells.append(load_json(file))
+    for seed in given.seeds:  # whoever stops early has every kind of cell
+        study = Study.of(given, seed)
+        for kv, granularity, budget in product(given.kv, given.granularity, given.budgets):
+            settings = {"budget": budget, "kv": kv, "granularity": granularity, **study.settings()}
+            config = study.config(budget, kv, granularity=granularity)
+            name = f"{kv}-{granularity}-{budget:g}-{seed}"
+            cells.append(once(given.out, name, settings, partial(one_cell, study, config)))
     print(table(cells))
     print(summary(cells))
-
-
-if __name__ == "__main__":
-    main()

@@ -3,10 +3,9 @@
 Predictions come from the calibration split, the truth from the same rows and, out of sample, from the test split.
 """
 
-import argparse
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,45 +24,58 @@ from skipit.eval.claims.prediction import (
 )
 from skipit.eval.measure.controlled import Effect, effects, one_unit_skipped, skipping_table
 from skipit.eval.plots import plot_scatter
-from skipit.router import attach
 from skipit.router.config import KVPolicy
 from skipit.router.folders import provenance, save_json
 from skipit.theory.profile import profile
-from skipit.train.data.collate import Collator, batches
-from skipit.train.data.sources import load_data, load_model
+
+from .study import Study, command
 
 KINDS: tuple[KVPolicy, ...] = ("retain", "evict")
 LC_ROWS = 40  # as many as ShortV uses
+BATCH = 32
 
 
-def main() -> None:
+@dataclass(frozen=True)
+class Prediction(Study):
+    """A study of what the theory predicts; its test rows are as many as its calibration rows.
+
+    Attributes:
+        set_samples: rows for sets of units.
+        pairs: random pairs of units.
+        draws: of the profile.
+    """
+
+    set_samples: int = 48
+    pairs: int = 24
+    draws: int = 2
+
+
+def main(argv: Sequence[str] | None = None) -> None:
     """Print rank correlations, and optionally save JSON and figures."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--samples", type=int, default=192, help="rows of each split (default %(default)s)")
-    parser.add_argument("--set-samples", type=int, default=48, help="rows for sets of units (default %(default)s)")
-    parser.add_argument("--pairs", type=int, default=24, help="random pairs of units (default %(default)s)")
-    parser.add_argument("--draws", type=int, default=2, help="of the profile (default %(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="(default %(default)s)")
-    parser.add_argument("--out", type=Path, default=None, help="folder for figures and JSON")
-    arguments = parser.parse_args()
-    results = bench(arguments)
-    if arguments.out is not None:
-        save_json(arguments.out / "prediction.json", {"results": results, "made_by": provenance()})
+    parser = command(__name__, __doc__, out=None, samples=192, seed=0)
+    sizes = {"set-samples": "rows for sets of units", "pairs": "random pairs of units", "draws": "of the profile"}
+    for name, what in sizes.items():
+        default = getattr(Prediction, name.replace("-", "_"))
+        parser.add_argument(f"--{name}", type=int, default=default, help=f"{what} (default %(default)s)")
+    given = parser.parse_args(argv)
+    study = Prediction.of(given, given.seed)
+    if study.out is not None:
+        study.out.mkdir(parents=True, exist_ok=True)
+    results = bench(study)
+    if study.out is not None:
+        save_json(study.out / "prediction.json", {"results": results, "made_by": provenance()})
 
 
-def bench(arguments: argparse.Namespace) -> dict[str, Any]:
+def bench(study: Prediction) -> dict[str, Any]:
     """Measure everything, print it, draw it, and return it."""
-    model, processor = load_model("reference")
-    collate = Collator(processor)
-
-    def rows(split: str, samples: int) -> list[dict[str, Tensor]]:
-        return list(batches(load_data("reference", split, samples, arguments.seed), collate, 32))
-
-    splits = {"same rows": rows("calibration", arguments.samples), "new rows": rows("test", arguments.samples)}
-    measured = profile(model, splits["same rows"], draws=arguments.draws, seed=arguments.seed)
-    attach(model)
-    contribution = layer_contribution(model, rows("calibration", LC_ROWS))
-    few = rows("test", arguments.set_samples)
+    model = study.gated
+    splits = {
+        "same rows": study.read("calibration", study.samples, BATCH),
+        "new rows": study.read("test", study.samples, BATCH),
+    }
+    measured = profile(study.dense[0], splits["same rows"], draws=study.draws, seed=study.seed)
+    contribution = layer_contribution(model, study.read("calibration", LC_ROWS, BATCH))
+    few = study.read("test", study.set_samples, BATCH)
     results: dict[str, Any] = {}
     for kv in KINDS:
         truth = {
@@ -80,21 +92,18 @@ def bench(arguments: argparse.Namespace) -> dict[str, Any]:
             "truth": {name: true.tolist() for name, true in truth.items()},
             "predicted": {name: table.tolist() for name, table in tables.items()},
             "spearman": _json(figures),
-            "sets": _sets(tables["damage"], kv, arguments, partial(effects, model, few, kv=kv)),
+            "sets": _sets(tables["damage"], kv, study, partial(effects, model, few, kv=kv)),
         }
-        if arguments.out is not None:
-            arguments.out.mkdir(parents=True, exist_ok=True)
+        if study.out is not None:
             labels = ("predicted damage (nats per answer token)", f"KL of skipping, {kv} (nats per answer token)")
-            plot_scatter(arguments.out / f"damage_{kv}.png", tables["damage"], truth["new rows"], labels, diagonal=True)
+            plot_scatter(study.out / f"damage_{kv}.png", tables["damage"], truth["new rows"], labels, diagonal=True)
     return results
 
 
-def _sets(
-    damage: Tensor, kv: str, arguments: argparse.Namespace, skip: Callable[[list[Tensor]], list[Effect]]
-) -> dict[str, Any]:
+def _sets(damage: Tensor, kv: str, study: Prediction, skip: Callable[[list[Tensor]], list[Effect]]) -> dict[str, Any]:
     """Pairs and growing sets of units: predicted from their single damages, and measured."""
     results: dict[str, Any] = {}
-    groups = {"pairs": random_sets(damage, 2, arguments.pairs, arguments.seed), "growing sets": growing_sets(damage)}
+    groups = {"pairs": random_sets(damage, 2, study.pairs, study.seed), "growing sets": growing_sets(damage)}
     for name, plans in groups.items():
         true = torch.tensor([max(0.0, effect.kl) for effect in skip(plans)], dtype=torch.float64)
         for rule, predicted in set_damages(damage, plans).items():
@@ -121,7 +130,3 @@ def _json(figures: Mapping[str, Mapping[str, Mapping[str, RankCorrelation]]]) ->
         name: {kind: {scope: found.to_json() for scope, found in scopes.items()} for kind, scopes in kinds.items()}
         for name, kinds in figures.items()
     }
-
-
-if __name__ == "__main__":
-    main()

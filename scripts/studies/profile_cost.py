@@ -12,7 +12,7 @@ import json
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -21,32 +21,24 @@ import torch
 from torch import Tensor
 
 from skipit.router.folders import provenance, save_json
-from skipit.theory.labels import IGNORE
 from skipit.theory.profile import profile
-from skipit.train.data.collate import Collator, batches
-from skipit.train.data.sources import load_data, load_model
-from skipit.train.display import quiet
 
-from .shapes import bench_small, prompt
+from .shapes import bench_small, labelled
+from .study import Study, command
 
 Batches = list[dict[str, Tensor]]
 PROFILED_ROWS = 256  # what `skipit profile` measures by default
-ANSWER = 8
 
 
 def reference() -> tuple[Any, Batches]:
     """The reference model and four batches of 16 rows."""
-    model, processor = load_model("reference")
-    return model, list(batches(load_data("reference", "train", 64, 0), Collator(processor), 16))
+    study = Study()
+    return study.dense[0], study.read("train", 64, 16)
 
 
 def random_llava() -> tuple[Any, Batches]:
     """A LLaVA of hidden size 512 and 4 layers with random weights, and a batch of 2 rows of 144 + 64 tokens."""
-    model = bench_small(hidden=512, layers=4, image_tokens=144)
-    batch = prompt(144, 64, 2)
-    labels = torch.full_like(batch["input_ids"], IGNORE)
-    labels[:, -ANSWER:] = batch["input_ids"][:, -ANSWER:]
-    return model, [{**batch, "labels": labels}]
+    return bench_small(hidden=512, layers=4, image_tokens=144), [labelled(144, 64, 2, answer=8)]
 
 
 CASES: dict[str, Callable[[], tuple[Any, Batches]]] = {"reference": reference, "random LLaVA": random_llava}
@@ -111,19 +103,17 @@ def peak_here(case: str, task: str) -> int:
 
 def peak(case: str, task: str) -> int:
     """The same in a process of its own."""
-    code = [sys.executable, "-m", "studies.profile_cost", "--peak", case, task]
-    return int(json.loads(subprocess.run(code, capture_output=True, text=True, check=True).stdout))
+    code = [sys.executable, "-m", "studies", "profile-cost", "--peak", case, task]
+    scripts = Path(__file__).parents[1]
+    return int(json.loads(subprocess.run(code, capture_output=True, text=True, check=True, cwd=scripts).stdout))
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     """Print a table and optionally write JSON."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--repeats", type=int, default=5, help="(default %(default)s)")
+    parser = command(__name__, __doc__, repeats=5, file=None)
     parser.add_argument("--case", choices=CASES, action="append", help="(default: all)")
-    parser.add_argument("--out", type=Path, default=None, help="JSON file")
     parser.add_argument("--peak", nargs=2, metavar=("CASE", "TASK"), help=argparse.SUPPRESS)
-    arguments = parser.parse_args()
-    quiet()
+    arguments = parser.parse_args(argv)
     torch.set_num_threads(1)
     if arguments.peak:
         case, task = arguments.peak
@@ -138,9 +128,5 @@ def main() -> None:
         times = f"{found['unit_s']:8.2f}{found['per_row']:9.2f}{found['once_s']:8.2f}{found['total']:7.2f}"
         print(f"{case:14}{times}{found['dense_mb']:10.0f}{found['profile_mb']:12.0f}")
     print(f"per row and total in units of one dense forward + backward; total for {PROFILED_ROWS} rows; one thread")
-    if arguments.out is not None:
-        save_json(arguments.out, {"results": results, "made_by": provenance()})
-
-
-if __name__ == "__main__":
-    main()
+    if arguments.file is not None:
+        save_json(arguments.file, {"results": results, "made_by": provenance()})

@@ -2,17 +2,14 @@
 
 Parts: `efficiency` (time saved for FLOPs saved, prefill and decoding), `schemes` (what peers do, on the same engine),
 `scaling` (image tokens and batch), `memory` (keys and values against the ideal, and the peak), `operators` (where the
-time of a prefill goes). Skips are spread evenly
-over tokens and layers, so that nothing is flattered by whole layers falling away, unless a row says otherwise. Every
-time is a median of interleaved repeats against the untouched model.
+time of a prefill goes). Skips are spread evenly over tokens and layers, so that nothing is flattered by whole layers
+falling away, unless a row says otherwise. Every time is a median of interleaved repeats against the untouched model.
 """
 
-import argparse
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from pathlib import Path
 from statistics import median
 from typing import Any, get_args
 
@@ -29,11 +26,12 @@ from skipit.theory.cost import CostModel, trace_compute
 
 from .memory import cache_bytes, peak_bytes
 from .shapes import SHAPES, prompt, to_model
+from .study import command, markdown
 
 UNTOUCHED, ATTACHED = "untouched", "gates attached, all run"
 DECODE_STEPS = 8
 TOP_OPERATORS = 12
-PARTS = ("efficiency", "schemes", "scaling", "memory", "operators")
+Cases = dict[str, dict[str, Any]]  # options of `running`, by name
 TEXT_TOKENS = 64
 
 
@@ -66,6 +64,15 @@ def units(layers: int, skipped: int, modality: str) -> FixedUnits:
     return FixedUnits(run)
 
 
+def even(*shares: float) -> Cases:
+    """Both K/V policies, at some shares of tokens run."""
+    return {
+        f"{kv}, {1 - share:.0%} skipped": {"policy": EvenShare(share), "kv": kv}
+        for kv in get_args(KVPolicy)
+        for share in shares
+    }
+
+
 class Bench:
     """An untouched model and its gated twin, and how to time both on one batch of prompts."""
 
@@ -88,8 +95,8 @@ class Bench:
         decode = (whole.executed - prefill.executed).sum() / (whole.dense - prefill.dense).sum()
         return 1 - float(prefill.share), 1 - float(decode)
 
-    def time(self, cases: Mapping[str, dict[str, Any]], repeats: int) -> list[dict[str, Any]]:
-        """Time the untouched model, the gated one with everything running, and cases: options of `running` by name."""
+    def time(self, cases: Cases, repeats: int) -> list[dict[str, Any]]:
+        """Time the untouched model, the gated one with everything running, and cases."""
         subjects = {UNTOUCHED: Subject(self.dense), ATTACHED: Subject(self.gated)}
         subjects |= {name: Subject(self.gated, _context(options)) for name, options in cases.items()}
         saved = {name: self.flops_saved(options) for name, options in cases.items()}
@@ -107,12 +114,7 @@ class Bench:
 
 def efficiency(shape: str, batches: list[int], shares: list[float], repeats: int, **size: int) -> list[dict[str, Any]]:
     """Time saved for FLOPs saved at several shares of tokens run, for both K/V policies."""
-    cases = {
-        f"{kv}, {1 - share:.0%} skipped": {"policy": EvenShare(share), "kv": kv}
-        for kv in get_args(KVPolicy)
-        for share in shares
-    }
-    return [row for batch in batches for row in Bench(shape, batch, 576, **size).time(cases, repeats)]
+    return [row for batch in batches for row in Bench(shape, batch, 576, **size).time(even(*shares), repeats)]
 
 
 def schemes(shape: str, batches: list[int], repeats: int, **size: int) -> list[dict[str, Any]]:
@@ -122,7 +124,7 @@ def schemes(shape: str, batches: list[int], repeats: int, **size: int) -> list[d
         bench = Bench(shape, batch, 576, **size)
         layers = len(bench.costs.layers)
         frozen, dropped = (units(layers, round(layers * s), of) for s, of in ((0.4, "vision"), (0.33, "all")))
-        cases: dict[str, dict[str, Any]] = {
+        cases: Cases = {
             "tokens, masked (multiplied by 0)": {"policy": EvenShare(0.65), "kv": "retain", "mode": "masked"},
             "tokens, retain": {"policy": EvenShare(0.65), "kv": "retain"},
             "tokens, evict": {"policy": EvenShare(0.7), "kv": "evict"},
@@ -146,20 +148,14 @@ def scaling(shape: str, image_tokens: list[int], batches: list[int], repeats: in
 def memory(shape: str, shares: list[float], **size: int) -> list[dict[str, Any]]:
     """Bytes of keys and values after a prompt, the ideal (tokens that run), and the peak of a forward pass."""
     bench = Bench(shape, 1, 576, **size)
-    cases: dict[str, dict[str, Any]] = {ATTACHED: {}}
-    cases |= {
-        f"{kv}, {1 - share:.0%} skipped": {"policy": EvenShare(share), "kv": kv}
-        for kv in get_args(KVPolicy)
-        for share in shares
-    }
-    held, _ = cache_bytes(bench.dense, bench.inputs, bench.costs)
-    rows = [{"name": UNTOUCHED, "kv_bytes": held, "kv_ideal": held, "peak": peak_bytes(bench.dense, bench.inputs)}]
-    for name, options in cases.items():
+    models: dict[str, tuple[Any, dict[str, Any]]] = {UNTOUCHED: (bench.dense, {}), ATTACHED: (bench.gated, {})}
+    models |= {name: (bench.gated, options) for name, options in even(*shares).items()}
+    rows = []
+    for name, (model, options) in models.items():
         with running(**options):
-            held, ideal = cache_bytes(bench.gated, bench.inputs, bench.costs)
-            rows.append(
-                {"name": name, "kv_bytes": held, "kv_ideal": ideal, "peak": peak_bytes(bench.gated, bench.inputs)}
-            )
+            held, ideal = cache_bytes(model, bench.inputs, bench.costs)
+            peak = peak_bytes(model, bench.inputs)
+        rows.append({"name": name, "kv_bytes": held, "kv_ideal": ideal, "peak": peak})
     return rows
 
 
@@ -168,8 +164,7 @@ def operators(shape: str, repeats: int, **size: int) -> list[dict[str, Any]]:
     from torch.profiler import ProfilerActivity, profile
 
     bench = Bench(shape, 1, 576, **size)
-    cases: dict[str, dict[str, Any]] = {UNTOUCHED: {"mode": "dense"}, ATTACHED: {}}
-    cases |= {f"{kv}, 50% skipped": {"policy": EvenShare(0.5), "kv": kv} for kv in get_args(KVPolicy)}
+    cases: Cases = {UNTOUCHED: {"mode": "dense"}, ATTACHED: {}, **even(0.5)}
     spent: dict[str, dict[str, list[float]]] = {name: {} for name in cases}
     for repeat in range(repeats + 1):
         for name, options in cases.items():
@@ -190,81 +185,67 @@ def _context(options: dict[str, Any]) -> Callable[[], AbstractContextManager[Any
     return lambda: running(**options)
 
 
-def table(rows: list[dict[str, Any]]) -> str:
+def table(rows: Sequence[dict[str, Any]]) -> str:
     """Times as a Markdown table."""
     head = ["", "batch", "image tokens"]
     for kind in ("prefill", "decode"):
         head += [f"{kind} ms", "speed-up", "FLOPs saved", "time saved", "efficiency"]
-    lines = ["| " + " | ".join(head) + " |", "|---" + "|---:" * (len(head) - 1) + "|"]
+    lines = []
     for row in rows:
-        cells = [row["name"], str(row["batch"]), str(row["image_tokens"])]
+        lines.append([row["name"], str(row["batch"]), str(row["image_tokens"])])
         for kind in ("prefill", "decode"):
             ratio = row[f"{kind}_efficiency"]
-            cells += [
+            lines[-1] += [
                 f"{row[f'{kind}_ms']:.1f}",
                 f"{row[f'{kind}_speed_up']:.2f}x",
                 f"{row[f'{kind}_flops_saved']:.1%}",
                 f"{row[f'{kind}_saved']:.1%}",
                 "-" if ratio is None else f"{ratio:.2f}",
             ]
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+    return markdown(head, lines)
 
 
-def memory_table(rows: list[dict[str, Any]]) -> str:
+def memory_table(rows: Sequence[dict[str, Any]]) -> str:
     """Bytes as a Markdown table, in MB."""
-    lines = ["| | K/V MB | ideal MB | peak of a forward pass MB |", "|---|---:|---:|---:|"]
-    for row in rows:
-        lines.append(
-            f"| {row['name']} | {row['kv_bytes'] / 1e6:.1f} | {row['kv_ideal'] / 1e6:.1f} | {row['peak'] / 1e6:.0f} |"
-        )
-    return "\n".join(lines)
+    return markdown(
+        ["", "K/V MB", "ideal MB", "peak of a forward pass MB"],
+        [
+            [row["name"], f"{row['kv_bytes'] / 1e6:.1f}", f"{row['kv_ideal'] / 1e6:.1f}", f"{row['peak'] / 1e6:.0f}"]
+            for row in rows
+        ],
+    )
 
 
-def operator_table(rows: list[dict[str, Any]]) -> str:
+def operator_table(rows: Sequence[dict[str, Any]]) -> str:
     """Milliseconds by operator as a Markdown table."""
     names = [name for name in rows[0] if name != "operator"]
-    lines = [f"| ms | {' | '.join(names)} |", "|---" + "|---:" * len(names) + "|"]
-    for row in rows:
-        lines.append(f"| `{row['operator']}` | " + " | ".join(f"{row[name]:.1f}" for name in names) + " |")
-    lines.append("| *sum* | " + " | ".join(f"{sum(row[name] for row in rows):.1f}" for name in names) + " |")
-    return "\n".join(lines)
+    lines = [[f"`{row['operator']}`", *(f"{row[name]:.1f}" for name in names)] for row in rows]
+    lines.append(["*sum*", *(f"{sum(row[name] for row in rows):.1f}" for name in names)])
+    return markdown(["ms", *names], lines)
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     """Print tables and optionally write JSON."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--part", nargs="+", choices=PARTS, default=None, help="(default efficiency)")
+    parts: dict[str, Callable[[], tuple[list[dict[str, Any]], Callable[[Sequence[dict[str, Any]]], str]]]] = {
+        "efficiency": lambda: (efficiency(given.shape, given.batch, given.shares, given.repeats, **size), table),
+        "schemes": lambda: (schemes(given.shape, given.batch, given.repeats, **size), table),
+        "scaling": lambda: (scaling(given.shape, given.image_tokens, given.batch, given.repeats, **size), table),
+        "memory": lambda: (memory(given.shape, given.shares, **size), memory_table),
+        "operators": lambda: (operators(given.shape, given.repeats, **size), operator_table),
+    }
+    parser = command(__name__, __doc__, repeats=7, file=None)
+    parser.add_argument("--part", nargs="+", choices=parts, default=["efficiency"], help="(default efficiency)")
     parser.add_argument("--shape", choices=tuple(SHAPES), default="small", help="(default %(default)s)")
     parser.add_argument("--layers", type=int, default=None, help="fewer than the shape has")
     parser.add_argument("--batch", type=int, nargs="+", default=[1], help="batch sizes (default 1)")
     parser.add_argument("--image-tokens", type=int, nargs="+", default=[64, 256, 576, 1024, 2304], help="for scaling")
-    parser.add_argument("--repeats", type=int, default=7, help="(default %(default)s)")
     parser.add_argument("--shares", type=float, nargs="+", default=[0.75, 0.5, 0.25], help="tokens that run each layer")
-    parser.add_argument("--out", type=Path, default=None, help="JSON file")
-    given = parser.parse_args()
+    given = parser.parse_args(argv)
     size = {} if given.layers is None else {"layers": given.layers}
     found: dict[str, list[dict[str, Any]]] = {}
-    for part in given.part or ["efficiency"]:
-        print(f"\n{part}: shape {given.shape}, {torch.get_num_threads()} threads, 64 text tokens")
-        if part == "memory":
-            found[part] = memory(given.shape, given.shares, **size)
-            print(memory_table(found[part]))
-            continue
-        if part == "operators":
-            found[part] = operators(given.shape, given.repeats, **size)
-            print(operator_table(found[part]))
-            continue
-        if part == "efficiency":
-            found[part] = efficiency(given.shape, given.batch, given.shares, given.repeats, **size)
-        elif part == "schemes":
-            found[part] = schemes(given.shape, given.batch, given.repeats, **size)
-        else:
-            found[part] = scaling(given.shape, given.image_tokens, given.batch, given.repeats, **size)
-        print(table(found[part]), flush=True)
-    if given.out is not None:
-        save_json(given.out, {**found, "threads": torch.get_num_threads(), "made_by": provenance()})
-
-
-if __name__ == "__main__":
-    main()
+    for part in given.part:
+        print(f"\n{part}: shape {given.shape}, {torch.get_num_threads()} threads, {TEXT_TOKENS} text tokens")
+        found[part], show = parts[part]()
+        print(show(found[part]), flush=True)
+    if given.file is not None:
+        save_json(given.file, {**found, "threads": torch.get_num_threads(), "made_by": provenance()})

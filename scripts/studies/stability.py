@@ -1,8 +1,14 @@
-"""Does the skippable set stay where it is while a model is fine-tuned? A trainer callback that profiles as it goes."""
+"""Does the skippable set stay where it is while a model is fine-tuned? Profiled on the way: scripts/study stability.
+
+The reference model is trained at a budget. Every few steps it is profiled on the same calibration rows with the same
+draws, and the set that a static plan would skip, and the damages it is made from, are compared with those at the start.
+"""
 
 import json
 import math
+import tempfile
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +21,8 @@ from skipit.router.config import KVPolicy
 from skipit.router.errors import InputError, SkipItError
 from skipit.theory.plan import check_budget, skip_set, unit_damage
 from skipit.theory.profile import Profile, profile
+
+from .study import Study, command, markdown, once
 
 FILE = "stability.jsonl"
 
@@ -114,4 +122,40 @@ def _without_wrappers(model: nn.Module) -> nn.Module:
         return inner() if inner is not None else model
 
 
-__all__ = ["FILE", "Stability", "drift"]
+def one_run(study: Study, budget: float, every: int) -> dict[str, Any]:
+    """Train once; how the set had moved at every step that was profiled."""
+    with tempfile.TemporaryDirectory() as folder:
+        follow = Stability(study.held_out, folder, every, budget)
+        study.trained(study.config(budget), Path(folder) / "run", calibrated=False, callbacks=[follow])
+    return {"units": 2 * len(study.costs.layers), "history": follow.history}
+
+
+def table(cell: dict[str, Any]) -> str:
+    """In Markdown, without the start, which is 1 everywhere."""
+    figures = ("jaccard", "spearman_text", "spearman_vision", "spearman_all")
+    rows = [
+        [
+            str(row["step"]),
+            f"{row['skipped']} of {cell['units']}",
+            *("-" if row[name] is None else f"{row[name]:.2f}" for name in figures),
+        ]
+        for row in cell["history"]
+        if row["step"]
+    ]
+    return markdown(
+        ["step", "skipped units", "Jaccard with step 0", "Spearman of damages: text", "vision", "all"], rows
+    )
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Measure what is missing, then print a table for each seed."""
+    parser = command(
+        __name__, __doc__, out=Path("runs/stability"), budget=0.5, seeds=[0], steps=100, calibration=48, profiled=192
+    )
+    parser.add_argument("--every", type=int, default=25, help="steps between profiles (default %(default)s)")
+    given = parser.parse_args(argv)
+    for seed in given.seeds:
+        study = Study.of(given, seed)
+        settings = {"budget": given.budget, "every": given.every, **study.settings()}
+        cell = once(given.out, f"{given.budget:g}_{seed}", settings, partial(one_run, study, given.budget, given.every))
+        print(f"seed {seed}:\n{table(cell)}")

@@ -14,9 +14,8 @@ import copy
 import gc
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
-from pathlib import Path
 from statistics import median
 from typing import Any, get_args
 
@@ -30,13 +29,13 @@ from skipit.theory.identity import fingerprint
 from skipit.theory.labels import IGNORE
 from skipit.theory.plan import Plan
 from skipit.train.config import Precision, TrainConfig
-from skipit.train.display import quiet
 from skipit.train.launch import launched, training_arguments
 from skipit.train.run import dense_per_answer, lora_targets, prepare
 from skipit.train.trainer import SkipTrainer
 
 from .memory import most_allocated
-from .shapes import SHAPES, prompt, to_model
+from .shapes import SHAPES, labelled, to_model
+from .study import command, markdown
 
 PLAIN = "plain LoRA"
 ANSWER = 16
@@ -53,10 +52,7 @@ OURS = {
 
 def batch_for(model: Any, rows: int, image_tokens: int, text_tokens: int) -> dict[str, Tensor]:
     """Rows of one image and a text each, whose last tokens are the answer."""
-    batch = prompt(image_tokens, text_tokens, rows)
-    labels = torch.full_like(batch["input_ids"], IGNORE)
-    labels[:, -ANSWER:] = batch["input_ids"][:, -ANSWER:]
-    return to_model({**batch, "labels": labels}, model)
+    return to_model(labelled(image_tokens, text_tokens, rows, ANSWER), model)
 
 
 def plain_trainer(model: Any, batch: dict[str, Tensor], config: TrainConfig, **options: Any) -> Trainer:
@@ -210,32 +206,28 @@ def measure_runs(
 
 def table(found: dict[str, dict[str, float]]) -> str:
     """In Markdown."""
-    lines = ["| step of | s | tokens/s | of plain | peak MB | of plain |", "|---|---:|---:|---:|---:|---:|"]
+    plain, rows = found[PLAIN].get("peak_mb", 1.0), []
     for name, row in found.items():
-        plain = found[PLAIN].get("peak_mb", 1.0)
-        memory = f"{row['peak_mb']:.0f} | {row['peak_mb'] / plain:.2f}x" if "peak_mb" in row else "- | -"
-        figures = f"{row['seconds']:.2f} | {row['tokens_per_second']:.0f} | {row['time_ratio']:.2f}x | {memory}"
-        lines.append(f"| {name} | {figures} |")
-    return "\n".join(lines)
+        memory = [f"{row['peak_mb']:.0f}", f"{row['peak_mb'] / plain:.2f}x"] if "peak_mb" in row else ["-", "-"]
+        times = [f"{row['seconds']:.2f}", f"{row['tokens_per_second']:.0f}", f"{row['time_ratio']:.2f}x"]
+        rows.append([name, *times, *memory])
+    return markdown(["step of", "s", "tokens/s", "of plain", "peak MB", "of plain"], rows)
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     """Print a table and optionally write JSON."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command(__name__, __doc__, repeats=5, file=None)
     parser.add_argument("--shape", choices=SHAPES, default="small", help="(default %(default)s)")
     parser.add_argument("--layers", type=int, default=12, help="(default %(default)s)")
     parser.add_argument("--batch", type=int, default=2, help="rows (default %(default)s)")
     parser.add_argument("--image-tokens", type=int, default=576, help="per row (default %(default)s)")
     parser.add_argument("--text-tokens", type=int, default=64, help="per row (default %(default)s)")
-    parser.add_argument("--repeats", type=int, default=5, help="(default %(default)s)")
     parser.add_argument("--deepspeed", default=None, help="as of `skipit train`: short trainings under DeepSpeed")
     parser.add_argument("--precision", choices=get_args(Precision), default="fp32", help="with --deepspeed")
     parser.add_argument(
         "--gradient-checkpointing", action=argparse.BooleanOptionalAction, default=False, help="with --deepspeed"
     )
-    parser.add_argument("--out", type=Path, default=None, help="JSON file")
-    arguments = parser.parse_args()
-    quiet()
+    arguments = parser.parse_args(argv)
 
     def make() -> Any:
         return SHAPES[arguments.shape](layers=arguments.layers, image_tokens=arguments.image_tokens)
@@ -251,9 +243,5 @@ def main() -> None:
         settings = {"batch_size": arguments.batch, **{name: getattr(arguments, name) for name in names}}
         found = measure_runs(make, batch, settings, arguments.repeats)
     print(table(found))
-    if arguments.out is not None:
-        save_json(arguments.out, {"results": found, "arguments": vars(arguments), "made_by": provenance()})
-
-
-if __name__ == "__main__":
-    main()
+    if arguments.file is not None:
+        save_json(arguments.file, {"results": found, "arguments": vars(arguments), "made_by": provenance()})

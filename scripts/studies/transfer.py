@@ -1,72 +1,33 @@
-"""Does a router hold on new types of question and on shifted images? Measured by scripts/study transfer.
+"""Does a router hold on new types of question and on shifted images? Two are trained: scripts/study transfer.
 
 Two routers are trained alike, one on half of the reference's question types, one on all of them; profile, plan,
 training rows and calibration rows of the first hold its own types only. Both are measured on all types, and on images
 that are noisy, darker, brighter, paler, moved or turned, beside the untouched dense model. That the digits are other
-scans needs no extra test: no scan of the test split is in the training split. Finished cells are not repeated.
+scans needs no extra test: no scan of the test split is in the training split. What is finished is not measured again.
 """
 
-import argparse
 import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from skipit.router.folders import provenance, save_json
-from skipit.theory.cost import CostModel
-from skipit.theory.plan import check_budget, make_plan
-from skipit.train.config import TrainConfig
+from skipit.theory.plan import check_budget
 from skipit.train.data.collate import Collator, batches
-from skipit.train.data.sources import load_model
-from skipit.train.display import quiet, training_progress
-from skipit.train.export import merge_run, profile_model
-from skipit.train.launch import CHECKPOINTS
-from skipit.train.reference.data import reference_dataset
-from skipit.train.reference.digits import CELL, GRID, Split
+from skipit.train.reference.digits import CELL, GRID
 from skipit.train.reference.questions import KINDS, Kind
-from skipit.train.run import RUN_FILE, train
-from studies.peers.choices import answers, right, same_rows
 
-from .peers import finished, save_cell
+from .answers import always, answers, right, same_rows
+from .study import Study, command, digest, markdown, once
 
 Pixels = NDArray[np.uint8]  # [height, width, 3]
 Shift = Callable[[Pixels, np.random.Generator], Pixels]
 
 HALF: tuple[Kind, ...] = KINDS[::2]  # by default every other one: cell, grid, sum; held out are row, compare, count
-SETTINGS = ("budget", "steps", "rows", "calibration", "profiled", "batch_size")
-
-
-@dataclass(frozen=True)
-class Study:
-    """What all cells of one seed share.
-
-    Attributes:
-        seed: of rows, training and shifts.
-        budget: share of the dense decoder's FLOPs.
-        steps: of training.
-        rows: test rows.
-        calibration: held-out rows, on which the threshold is found.
-        profiled: rows of the theory's profile.
-        batch_size: rows of a training step.
-    """
-
-    seed: int = 0
-    budget: float = 0.5
-    steps: int = 250
-    rows: int = 480
-    calibration: int = 96
-    profiled: int = 192
-    batch_size: int = 16
-
-    def settings(self, kinds: Sequence[Kind]) -> dict[str, Any]:
-        """What a cell must have been made with."""
-        return {"kinds": list(kinds), **{name: getattr(self, name) for name in SETTINGS}}
 
 
 def noisy(sigma: float, pixels: Pixels, rng: np.random.Generator) -> Pixels:
@@ -128,61 +89,29 @@ def shifted(rows: Iterable[Mapping[str, Any]], shift: Shift, seed: int) -> list[
     return out
 
 
-def trained(study: Study, kinds: Sequence[Kind], folder: Path) -> tuple[Any, Any]:
-    """A router trained on some types of question and calibrated on held-out rows of the same, LoRA merged.
+def measure(study: Study, budget: float | None, folder: Path) -> dict[str, Any]:
+    """Every row's answer and executed FLOPs, by type of question and by shift of the image.
 
     Args:
         study: settings.
-        kinds: of the rows of profile, training and calibration.
-        folder: of the run; a finished one is read, an interrupted one goes on.
-    """
-    if not (folder / RUN_FILE).is_file():
-        model, processor = load_model("reference")
-
-        def rows(split: Split, size: int) -> Any:
-            return reference_dataset(split, size, study.seed, kinds)
-
-        measured = profile_model(model, processor, rows("train", study.profiled), seed=study.seed)
-        plan = make_plan(measured, study.budget)
-        config = TrainConfig(
-            budget=study.budget, steps=study.steps, batch_size=study.batch_size, seed=study.seed, save_steps=50
-        )
-        data, held_out = rows("train", study.steps * study.batch_size), rows("calibration", study.calibration)
-        begun = any((folder / CHECKPOINTS).glob("checkpoint-*"))
-        with training_progress(config) as callback:
-            train(
-                model,
-                processor,
-                data,
-                plan,
-                config,
-                folder,
-                calibration=held_out,
-                base="reference",
-                resume=begun,
-                callbacks=[callback],
-            )
-    return merge_run(folder)
-
-
-def measure(model: Any, processor: Any, study: Study, dense: bool) -> dict[str, Any]:
-    """Every row's answer and executed FLOPs, by type of question and by shift of the image.
+        budget: of the router that is trained; None measures the dense model.
+        folder: of the training.
 
     Returns:
         For each type, and for each shift over all types: whether each row was answered right, what was answered, and
         the executed share of FLOPs.
     """
-    costs, collate = CostModel.of(model), Collator(processor)
-    options: dict[str, Any] = {"mode": "dense"} if dense else {}
-    rows = list(reference_dataset("test", study.rows, study.seed))
+    model, processor = study.dense if budget is None else study.trained(study.config(budget), folder)
+    options = always({"mode": "dense"} if budget is None else {})
+    rows = list(study.rows("test", study.samples))
 
     def measured(chosen: Sequence[dict[str, Any]]) -> dict[str, Any]:
-        read = list(batches(chosen, collate, 48))
-        found = answers(model, read, lambda batch: options)
+        read = list(batches(chosen, Collator(processor), 48))
+        found = answers(model, read, options)
         return {
             "right": same_rows(found.predicted, right(read)).tolist(),
             "answers": [row[row >= 0].tolist() for part in found.predicted for row in part],
-            "compute": found.share(costs),
+            "compute": found.share(study.costs),
         }
 
     kinds = [kind for kind in KINDS if any(row["kind"] == kind for row in rows)]
@@ -220,64 +149,61 @@ def table(found: Mapping[str, Any], kinds: Sequence[Kind]) -> str:
     parts = []
     for part, title in (("types", "question"), ("shifts", "images")):
         systems = [name for name in dict.fromkeys(s for by in found[part].values() for s in by) if name != "dense"]
-        head = "".join(f" {name}: accuracy | same answer | FLOPs |" for name in systems)
-        lines = [f"| {title} | dense: accuracy |{head}", "|---|---:|" + "---:|" * 3 * len(systems)]
+        head = [title, "dense: accuracy"]
+        for name in systems:
+            head += [f"{name}: accuracy", "same answer", "FLOPs"]
+        rows = []
         for name, by in found[part].items():
             new = part == "types" and name not in kinds
-            cells = "".join(
-                f" {by[s]['accuracy']:.1%} | {by[s]['same']:.1%} | {by[s]['compute']:.1%} |" if s in by else " | | |"
-                for s in systems
-            )
-            lines.append(f"| {f'**{name}** (new)' if new else name} | {by['dense']['accuracy']:.1%} |{cells}")
-        parts.append("\n".join(lines))
+            rows.append([f"**{name}** (new)" if new else name, f"{by['dense']['accuracy']:.1%}"])
+            for system in systems:
+                rows[-1] += [
+                    f"{by[system][key]:.1%}" if system in by else "" for key in ("accuracy", "same", "compute")
+                ]
+        parts.append(markdown(head, rows))
     return "\n\n".join(parts)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Run the cells that are missing, then write and print the tables."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path("runs/transfer"), help="folder (default %(default)s)")
-    parser.add_argument("--steps", type=int, default=250, help="of training (default %(default)s)")
-    parser.add_argument("--budget", type=float, default=0.5, help="share of FLOPs (default %(default)s)")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="(default %(default)s)")
+    """Measure what is missing, then write and print the tables."""
+    parser = command(
+        __name__,
+        __doc__,
+        out=Path("runs/transfer"),
+        budget=0.5,
+        seeds=[0],
+        steps=250,
+        batch_size=16,
+        samples=480,
+        calibration=96,
+        profiled=192,
+    )
     parser.add_argument(
         "--kinds", nargs="+", choices=KINDS, default=list(HALF), help="types of the first router (default %(default)s)"
     )
-    parser.add_argument("--rows", type=int, default=480, help="test rows (default %(default)s)")
-    parser.add_argument("--calibration", type=int, default=96, help="rows for the threshold (default %(default)s)")
-    parser.add_argument("--profiled", type=int, default=192, help="rows of the profile (default %(default)s)")
-    parser.add_argument("--batch-size", type=int, default=16, help="rows of a step (default %(default)s)")
-    arguments = parser.parse_args(argv)
-    quiet()
-    check_budget(arguments.budget)
+    given = parser.parse_args(argv)
+    check_budget(given.budget)
+    systems = {"dense": [], "trained on " + ", ".join(given.kinds): given.kinds, "trained on all": KINDS}
     cells = []
-    for seed in arguments.seeds:
-        study = Study(seed, **{name: getattr(arguments, name) for name in SETTINGS})
-        cells += [_cell(study, system, kinds, arguments.out) for system, kinds in _systems(arguments.kinds).items()]
+    for seed in given.seeds:
+        for system, kinds in systems.items():
+            study = Study.of(given, seed, kinds=tuple(kinds) or KINDS)
+            cells.append(_cell(study, system, "-".join(kinds) or "dense", given.budget if kinds else None))
     found = summary(cells)
-    save_json(arguments.out / "summary.json", {"figures": found, "kinds": arguments.kinds, "made_by": provenance()})
-    (arguments.out / "table.md").write_text(table(found, arguments.kinds) + "\n", encoding="utf-8")
-    print(table(found, arguments.kinds))
+    files = [cell["file"] for cell in cells]
+    summarized = {"figures": found, "kinds": given.kinds, "cells": files, "made_by": provenance()}
+    save_json(given.out / "summary.json", summarized)
+    (given.out / "table.md").write_text(table(found, given.kinds) + "\n", encoding="utf-8")
+    print(table(found, given.kinds))
 
 
-def _systems(kinds: Sequence[Kind]) -> dict[str, Sequence[Kind]]:
-    """What is measured, and the types of question each was trained on."""
-    return {"dense": [], "trained on " + ", ".join(kinds): list(kinds), "trained on all": list(KINDS)}
-
-
-def _cell(study: Study, system: str, kinds: Sequence[Kind], out: Path) -> dict[str, Any]:
-    """Read a cell, or make it and write it."""
-    from skipit.router.folders import load_json
-
-    name = f"{'-'.join(kinds) or 'dense'}_{study.seed}"
-    path = out / "cells" / f"{name}.json"
-    if not finished(path, study.settings(kinds)):
-        print(f"{system}, seed {study.seed} ...", flush=True)
-        model, processor = trained(study, kinds, out / "runs" / name) if kinds else load_model("reference")
-        results = measure(model, processor, study, dense=not kinds)
-        cell = {"system": system, "seed": study.seed, **study.settings(kinds), "results": results}
-        save_cell(path, {**cell, "threads": torch.get_num_threads(), "made_by": provenance()})
-    return load_json(path)
+def _cell(study: Study, system: str, name: str, budget: float | None) -> dict[str, Any]:
+    """What was measured of a system; a training goes on where it stopped, and serves any number of test rows."""
+    assert study.out is not None
+    settings = {"system": system, "budget": budget, **study.settings()}
+    run = digest({key: value for key, value in settings.items() if key != "samples"})
+    folder = study.out / "runs" / f"{name}_{study.seed}_{run}"
+    return once(study.out, f"{name}_{study.seed}", settings, lambda: {"results": measure(study, budget, folder)})
 
 
 def _figures(mine: Mapping[str, Any], dense: Mapping[str, Any]) -> dict[str, float]:
@@ -301,7 +227,3 @@ def _each_cell(change: Callable[[Pixels], Pixels], pixels: Pixels) -> Pixels:
 
 def _levels(values: NDArray[np.floating[Any]]) -> Pixels:
     return np.clip(np.round(values), 0, 255).astype(np.uint8)
-
-
-if __name__ == "__main__":
-    main()

@@ -6,18 +6,20 @@ from typing import Any
 
 import pytest
 
+from skipit import __version__
 from skipit.train.config import TrainConfig
-from studies import budget as bench_budget
-from studies.budget import main, one_cell, profile_of, summary, table
+from studies import budget
+from studies.budget import main, one_cell, summary, table
+from studies.study import Study
 
 
-def cell(seed: int, measured: float, budget: float = 0.5) -> dict[str, Any]:
-    shared = {"kv": "evict", "granularity": "token", "budget": budget, "calibrated": budget + 0.001}
+def cell(seed: int, measured: float, asked: float = 0.5) -> dict[str, Any]:
+    shared = {"kv": "evict", "granularity": "token", "budget": asked, "calibrated": asked + 0.001}
     return {**shared, "seed": seed, "measured": measured}
 
 
 def test_table_and_summary() -> None:
-    cells = [cell(1, 0.512), cell(0, 0.493), cell(0, 0.3, budget=0.3)]
+    cells = [cell(1, 0.512), cell(0, 0.493), cell(0, 0.3, asked=0.3)]
     assert table(cells).splitlines()[2:] == [
         "| evict | token | 50% | 49.30%, 51.20% | 1.20 |",
         "| evict | token | 30% | 30.00% | 0.00 |",
@@ -28,35 +30,43 @@ def test_table_and_summary() -> None:
     )
 
 
-def test_finished_cells_are_not_repeated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
-    trained: list[tuple[float, int]] = []
+def test_what_is_finished_is_measured_again_only_with_other_settings(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    trained: list[tuple[float, int, int, int]] = []
 
-    def measure(measured: Any, config: TrainConfig, held: int, test: int) -> dict[str, Any]:
-        trained.append((config.budget, config.seed))
+    def measure(study: Study, config: TrainConfig) -> dict[str, Any]:
+        trained.append((config.budget, config.seed, config.steps, study.samples))
         if len(trained) == 2:
             raise KeyboardInterrupt
-        return cell(config.seed, config.budget, config.budget)
+        return cell(config.seed, config.budget + config.steps / 1e4, config.budget)
 
-    monkeypatch.setattr(bench_budget, "profile_of", lambda *_: None)
-    monkeypatch.setattr(bench_budget, "one_cell", measure)
-    line = "bench_budget --budgets 0.5 --kv evict --granularity token --seeds 0 1 --out"
-    monkeypatch.setattr("sys.argv", [*line.split(), str(tmp_path)])
+    monkeypatch.setattr(budget, "one_cell", measure)
+    line = ["--budgets", "0.5", "--kv", "evict", "--granularity", "token", "--seeds", "0", "1", "--out", str(tmp_path)]
     with pytest.raises(KeyboardInterrupt):
-        main()
-    main()
-    assert trained == [(0.5, 0), (0.5, 1), (0.5, 1)]
+        main(line)
+    main(line)
+    assert trained == [(0.5, 0, 40, 384), (0.5, 1, 40, 384), (0.5, 1, 40, 384)]
     assert "2 of 2 runs are within 1 point" in capsys.readouterr().out
-    record = json.loads((tmp_path / "evict-token-0.5-1.json").read_text())
-    assert record["config"]["steps"] == 40
+    (file,) = (tmp_path / "cells").glob("evict-token-0.5-1_*.json")
+    record = json.loads(file.read_text())
+    assert (record["steps"], record["samples"], record["skipit"]) == (40, 384, __version__)
     assert record["made_by"]["versions"]["torch"]
+    main([*line, "--steps", "20"])
+    assert trained[3:] == [(0.5, 0, 20, 384), (0.5, 1, 20, 384)]
+    assert "| evict | token | 50% | 50.20%, 50.20% | 0.20 |" in capsys.readouterr().out
+    main([*line, "--samples", "100"])
+    assert trained[5:] == [(0.5, 0, 40, 100), (0.5, 1, 40, 100)]
+    main([*line, "--steps", "20"])
+    assert len(trained) == 7
+    assert "| evict | token | 50% | 50.20%, 50.20% | 0.20 |" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("granularity", ["token", "sequence"])
-def test_a_cell(tmp_path: Path, granularity: Any) -> None:
-    profile = profile_of(0, tmp_path, 16)
-    assert profile_of(0, tmp_path, 0).model == profile.model, "kept, not measured again"
-    config = TrainConfig(kv="evict", granularity=granularity, steps=2, batch_size=4)
-    found = one_cell(profile, config, held=16, test=16)
+def test_a_cell(granularity: Any) -> None:
+    study = Study(steps=2, batch_size=4, profiled=16, calibration=16, samples=16)
+    found = one_cell(study, study.config(0.5, "evict", granularity=granularity))
+    assert found["config"]["steps"] == 2
     assert found["calibrated"] == pytest.approx(0.5, abs=0.05)
     assert found["measured"] == pytest.approx(0.5, abs=0.1)
     assert found["measured"] != found["calibrated"]

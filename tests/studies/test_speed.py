@@ -98,9 +98,8 @@ def test_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest
     build = bench.SHAPES["small"]
     monkeypatch.setitem(bench.SHAPES, "small", lambda **given: build(**{**given, "hidden": 64}))
     out = tmp_path / "bench.json"
-    arguments = ["bench", "--part", "efficiency", "memory", "--layers", "2", "--repeats", "1", "--shares", "0.5"]
-    monkeypatch.setattr("sys.argv", [*arguments, "--out", str(out)])
-    bench.main()
+    arguments = ["--part", "efficiency", "memory", "--layers", "2", "--repeats", "1", "--shares", "0.5"]
+    bench.main([*arguments, "--out", str(out)])
     written = json.loads(out.read_text())
     assert len(written["efficiency"]) == 4
     assert len(written["memory"]) == 4

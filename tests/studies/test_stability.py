@@ -17,7 +17,7 @@ from skipit.train.data.collate import Collator, batches
 from skipit.train.reference.data import reference_dataset
 from skipit.train.reference.model import WEIGHTS
 from skipit.train.run import train
-from studies.stability import FILE, Stability, drift
+from studies.stability import FILE, Stability, drift, main
 
 
 @pytest.fixture(scope="module")
@@ -65,3 +65,18 @@ def test_drift_without_a_modality_has_no_correlation(reference: tuple[Any, Any, 
 def test_refused(batches: list[Any], every: int, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="expected at least 1 of each"):
         Stability(batches, tmp_path, every)
+
+
+def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["--steps", "2", "--every", "1", "--calibration", "4", "--profiled", "4", "--out", str(tmp_path)]
+    main(arguments)
+    shown = capsys.readouterr().out.splitlines()
+    assert shown[:2] == [
+        "seed 0:",
+        "| step | skipped units | Jaccard with step 0 | Spearman of damages: text | vision | all |",
+    ]
+    assert [line.split(" | ")[0] for line in shown[3:]] == ["| 1", "| 2"]
+    assert " of 24 | " in shown[3]
+    main(arguments)
+    assert capsys.readouterr().out.splitlines() == shown
+    assert len(list((tmp_path / "cells").iterdir())) == 1

@@ -1,5 +1,7 @@
 """Training is timed beside plain LoRA of the same size, on the same batch, one step of each in turn."""
 
+import json
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -7,8 +9,8 @@ import torch
 
 from skipit.train.config import TrainConfig
 from skipit.train.launch import training_arguments
-from studies.shapes import bench_small
-from studies.training_cost import OURS, PLAIN, batch_for, measure, measure_runs, our_trainer, plain_trainer, table
+from studies.shapes import SHAPES, bench_small
+from studies.training_cost import OURS, PLAIN, batch_for, main, measure, measure_runs, our_trainer, plain_trainer, table
 
 
 def make() -> Any:
@@ -58,3 +60,14 @@ def test_runs_under_deepspeed() -> None:
     found = measure_runs(make, batch, settings, repeats=2)
     assert list(found) == [PLAIN, *OURS]
     assert all(row["seconds"] > 0 for row in found.values())
+
+
+def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(SHAPES, "small", lambda **given: bench_small(hidden=64, **given))
+    out = tmp_path / "cost.json"
+    sizes = ["--layers", "2", "--image-tokens", "4", "--text-tokens", "24", "--repeats", "1", "--out", str(out)]
+    main(sizes)
+    assert capsys.readouterr().out.splitlines()[2].startswith("| plain LoRA | ")
+    written = json.loads(out.read_text())
+    assert list(written["results"]) == [PLAIN, *OURS]
+    assert written["arguments"]["layers"] == 2

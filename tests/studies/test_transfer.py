@@ -5,9 +5,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from skipit.router import InputError
+from skipit.eval.report.sweeps import load_transfer
 from skipit.train.reference.data import reference_dataset
-from studies import transfer
+from studies import study, transfer
 from studies.transfer import SHIFTS, main, moved, noisy, shifted, summary, table
 
 RNG = np.random.default_rng
@@ -53,13 +53,13 @@ def test_a_study_trains_twice_is_done_once_and_ends_in_tables(
     few = {name: SHIFTS[name] for name in ("noise, sigma 80",)}
     monkeypatch.setattr(transfer, "SHIFTS", few)
     seen: list[set[str]] = []
-    real = transfer.train
+    real = study.train
 
     def watched(model: Any, processor: Any, dataset: Any, *rest: Any, **more: Any) -> Any:
         seen.append(set(dataset["kind"]) | set(more["calibration"]["kind"]))
         return real(model, processor, dataset, *rest, **more)
 
-    monkeypatch.setattr(transfer, "train", watched)
+    monkeypatch.setattr(study, "train", watched)
     arguments = ["--out", str(tmp_path), "--steps", "2", "--rows", "12", "--calibration", "6", "--profiled", "6"]
     arguments += ["--batch-size", "3"]
     main(arguments)
@@ -77,11 +77,21 @@ def test_a_study_trains_twice_is_done_once_and_ends_in_tables(
     assert "| **row** (new) |" in shown
     assert "| cell |" in shown
     # A cell that is lost is made again from the finished run, without training.
-    (tmp_path / "cells" / "cell-grid-sum_0.json").unlink()
+    next((tmp_path / "cells").glob("cell-grid-sum_0_*.json")).unlink()
     main(arguments)
     assert len(seen) == 2
-    with pytest.raises(InputError, match="`rows` was 12, now 13"):
-        main([*arguments, "--rows", "13"])
+    # Other test rows are measured anew, of the same trainings; other steps are other trainings.
+    main([*arguments, "--rows", "13"])
+    assert len(seen) == 2
+    assert len(list((tmp_path / "cells").iterdir())) == 6
+    told = load_transfer(tmp_path)["figures"]["shifts"]["none"]["trained on all"]["difference"]
+    assert told["rows"] == 13
+    results = json.loads(next((tmp_path / "cells").glob("dense_*.json")).read_text())["results"]
+    folders: list[Path] = []
+    monkeypatch.setattr(transfer, "measure", lambda *given: folders.append(given[-1]) or results)
+    main([*arguments, "--steps", "3"])
+    assert len(folders) == 3
+    assert not any(folder.exists() for folder in folders)
 
 
 def _cell(system: str, seed: int, right: list[bool], answers: list[list[int]], compute: float) -> dict[str, Any]:

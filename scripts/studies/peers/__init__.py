@@ -1,36 +1,32 @@
 """Ours against what peers do, on our engine, at equal measured FLOPs: scripts/study peers.
 
 Same base (the reference VLM), rows, LoRA rank, steps, distillation and executor for all; peers are re-implemented from
-their formulas. One JSON file per method, budget and seed; cells that are there are not repeated, so the sweep can be
-interrupted. It ends in a Markdown table and two figures. A name with `+lora` is a fixed mask with LoRA trained around
-it. A method that cannot spend as little as a budget says so, with what it spends at least.
+their formulas. One JSON file per method, budget and seed; finished ones are not measured again, so the sweep can be
+interrupted. It ends in a Markdown table and two figures of what was asked for. A name with `+lora` is a fixed mask with
+LoRA trained around it. A method that cannot spend as little as a budget says so, with what it spends at least.
 """
 
-import argparse
-import os
 import statistics
 import time
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from skipit.eval.measure.latency import Subject, time_models
 from skipit.eval.plots import plot_pareto
-from skipit.router import InputError, running
-from skipit.router.folders import load_json, provenance, save_json
+from skipit.router import running
+from skipit.router.folders import provenance, save_json
 from skipit.theory.plan import check_budget
 from skipit.train.data.collate import Collator
-from skipit.train.data.sources import load_data
-from skipit.train.display import quiet
 from skipit.train.trainer import TrainingError
+from studies.answers import answers, right
+from studies.study import command, markdown, once
 
-from .choices import OutOfReachError, answers, right, same_rows
+from .choices import OutOfReachError
 from .methods import METHODS, TRAINED, UNTRAINED, Lab, System, Systems
 
-SETTINGS = ("steps", "rows", "calibration", "profiled", "batch_size", "lora_rank", "learning_rate")
 REPEATS = 15
 
 
@@ -38,33 +34,29 @@ def run_cell(name: str, lab: Lab, budget: float, latency: bool = False) -> dict[
     """Make one method ready at a budget and measure it on the test rows.
 
     Returns:
-        What a cell's file holds: figures of every system that was made, one per random draw, or why there are none.
+        Figures of every system that was made, one per random draw, or why there are none.
     """
     started, worked = time.perf_counter(), time.process_time()
-    cell: dict[str, Any] = {"method": name, "budget": budget, "seed": lab.seed}
-    cell |= {key: getattr(lab, key) for key in SETTINGS}
+    found: dict[str, Any] = {"method": name, "budget": budget, "seed": lab.seed}
     systems: Systems = {}
     try:
         systems = METHODS[name](lab, budget)
     except OutOfReachError as error:
-        cell["floor"] = error.floor
+        found["floor"] = error.floor
     except TrainingError as error:
-        cell["failed"] = str(error)
+        found["failed"] = str(error)
     made = time.perf_counter() - started
-    cell["dense"] = lab_accuracy(lab)
-    cell["results"] = {label: [measure(system, lab) for system in draws] for label, draws in systems.items()}
+    found["dense"] = lab.dense_accuracy
+    found["results"] = {label: [measure(system, lab) for system in draws] for label, draws in systems.items()}
     if latency:
+        found["timed"] = True
         for label, draws in systems.items():
             if draws[0].timed:
-                cell["results"][label][0]["latency"] = clock(draws[0], lab)
+                found["results"][label][0]["latency"] = clock(draws[0], lab)
     total, busy = time.perf_counter() - started, time.process_time() - worked
-    cell["seconds"] = {"ready": round(made, 1), "total": round(total, 1), "cpu": round(busy, 1)}
-    return {**cell, "threads": torch.get_num_threads(), "made_by": provenance()}
-
-
-def lab_accuracy(lab: Lab) -> float:
-    """Share of test rows that the dense model answers right."""
-    return float(same_rows(lab.wanted, right(lab.test)).double().mean())
+    found["seconds"] = {"ready": round(made, 1), "total": round(total, 1), "cpu": round(busy, 1)}
+    print(_line(found), flush=True)
+    return found
 
 
 def measure(system: System, lab: Lab) -> dict[str, Any]:
@@ -80,46 +72,12 @@ def measure(system: System, lab: Lab) -> dict[str, Any]:
 def clock(system: System, lab: Lab) -> dict[str, Any]:
     """Milliseconds of a system and of the untouched dense model, in turn, on one row."""
     collate = Collator(lab.dense[1], with_completion=False)
-    inputs = collate([load_data("reference", "test", 1, lab.seed)[0]])
+    inputs = collate([lab.rows("test", 1)[0]])
     subjects = {
         "dense": Subject(lab.dense[0]),
         "this": Subject(system.model, lambda: running(**system.options({}))),
     }
     return {name: found.to_json() for name, found in time_models(subjects, inputs, repeats=REPEATS).items()}
-
-
-def cell_path(out: Path, name: str, budget: float, seed: int) -> Path:
-    """Where a cell is kept."""
-    return out / "cells" / f"{name}_{budget:g}_{seed}.json"
-
-
-def finished(path: Path, settings: Mapping[str, Any]) -> bool:
-    """Whether a cell is there.
-
-    Raises:
-        InputError: it was made with other settings.
-    """
-    if not path.exists():
-        return False
-    cell = load_json(path)
-    if changed := [
-        f"`{key}` was {cell.get(key)}, now {value}" for key, value in settings.items() if cell.get(key) != value
-    ]:
-        raise InputError(f"{path}: made with other settings: {', '.join(changed)}. Choose another --out.")
-    return True
-
-
-def save_cell(path: Path, cell: dict[str, Any]) -> None:
-    """Write a cell beside its place and rename it: it is whole or not there."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_suffix(".part")
-    save_json(part, cell)
-    os.replace(part, path)
-
-
-def load_cells(out: Path) -> list[dict[str, Any]]:
-    """All finished cells in a folder."""
-    return [load_json(path) for path in sorted((out / "cells").glob("*.json"))]
 
 
 def summary(cells: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -153,22 +111,23 @@ def summary(cells: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def table(entries: Iterable[dict[str, Any]]) -> str:
     """The summary in Markdown; accuracy relative to dense, with its standard deviation over seeds and draws."""
-    lines = [
-        "| budget | method | tuned | seeds | runs | FLOPs | of dense accuracy | same answer | prefill, ms (speed-up) |",
-        "|---:|---|---|---:|---:|---:|---:|---:|---:|",
+    head = ["budget", "method", "tuned", "seeds", "runs", "FLOPs", "of dense accuracy", "same answer"]
+    return markdown([*head, "prefill, ms (speed-up)"], map(_row, entries), text=(1, 2))
+
+
+def _row(entry: dict[str, Any]) -> list[str]:
+    start = [f"{entry['budget']:g}", entry["system"], "yes" if entry["trained"] else "", str(entry["seeds"])]
+    if entry["runs"] == 0:
+        why = "training failed" if entry["floor"] is None else f"cannot: spends {entry['floor']:.1%} at least"
+        return [*start, "0", "", why, "", ""]
+    return [
+        *start,
+        str(entry["runs"]) + (f", {entry['failed']} failed" if entry["failed"] else ""),
+        f"{entry['compute']:.1%}",
+        f"{entry['accuracy']:.1%}" + ("" if entry["spread"] is None else f" ± {entry['spread']:.1%}"),
+        f"{entry['same_answer']:.1%}",
+        f"{entry['prefill_ms']:.2f} ({entry['prefill_speed_up']:.2f}x)" if entry["prefill_ms"] else "",
     ]
-    for entry in entries:
-        start = f"| {entry['budget']:g} | {entry['system']} | {'yes' if entry['trained'] else ''} | {entry['seeds']} "
-        if entry["runs"] == 0:
-            why = "training failed" if entry["floor"] is None else f"cannot: spends {entry['floor']:.1%} at least"
-            lines.append(f"{start}| 0 | | {why} | | |")
-            continue
-        speed = f"{entry['prefill_ms']:.2f} ({entry['prefill_speed_up']:.2f}x)" if entry["prefill_ms"] else ""
-        spread = "" if entry["spread"] is None else f" ± {entry['spread']:.1%}"
-        failed = f", {entry['failed']} failed" if entry["failed"] else ""
-        found = f"{entry['compute']:.1%} | {entry['accuracy']:.1%}{spread} | {entry['same_answer']:.1%}"
-        lines.append(f"{start}| {entry['runs']}{failed} | {found} | {speed} |")
-    return "\n".join(lines)
 
 
 def draw(entries: Sequence[dict[str, Any]], out: Path) -> None:
@@ -184,11 +143,20 @@ def draw(entries: Sequence[dict[str, Any]], out: Path) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Run the cells that are missing, then write the table and the figures."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path("runs/baselines"), help="folder (default %(default)s)")
-    parser.add_argument("--budgets", type=float, nargs="+", default=[0.7, 0.5, 0.25], help="(default %(default)s)")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="(default %(default)s)")
+    """Measure what is missing, then write the table and the figures."""
+    parser = command(
+        __name__,
+        __doc__,
+        out=Path("runs/baselines"),
+        budgets=[0.7, 0.5, 0.25],
+        seeds=[0, 1, 2],
+        steps=250,
+        batch_size=16,
+        lora_rank=8,
+        learning_rate=2e-3,
+        samples=600,
+        calibration=96,
+    )
     groups = {"untrained": list(UNTRAINED), "trained": list(TRAINED), "all": list(METHODS)}
     parser.add_argument(
         "--methods",
@@ -198,40 +166,29 @@ def main(argv: Sequence[str] | None = None) -> None:
         metavar="METHOD",
         help=f"untrained, trained, all (default), or some of {', '.join(METHODS)}",
     )
-    parser.add_argument("--steps", type=int, default=250, help="of training (default %(default)s)")
-    parser.add_argument("--batch-size", type=int, default=16, help="rows of a step (default %(default)s)")
-    parser.add_argument("--lora-rank", type=int, default=8, help="of every trained method (default %(default)s)")
-    parser.add_argument("--learning-rate", type=float, default=2e-3, help="of LoRA (default %(default)s)")
-    parser.add_argument("--rows", type=int, default=600, help="held-out rows (default %(default)s)")
-    parser.add_argument(
-        "--calibration", type=int, default=96, help="rows on which budgets are met (default %(default)s)"
-    )
     parser.add_argument("--latency", action="store_true", help="time every system against the untouched model")
-    arguments = parser.parse_args(argv)
-    quiet()
-    for budget in arguments.budgets:
+    given = parser.parse_args(argv)
+    for budget in given.budgets:
         check_budget(budget)
-    names = list(dict.fromkeys(name for asked in arguments.methods for name in groups.get(asked, [asked])))
-    for seed in arguments.seeds:
-        lab = Lab(
-            seed,
-            arguments.steps,
-            arguments.rows,
-            arguments.calibration,
-            batch_size=arguments.batch_size,
-            lora_rank=arguments.lora_rank,
-            learning_rate=arguments.learning_rate,
-        )
+    names = dict.fromkeys(name for asked in given.methods for name in groups.get(asked, [asked]))
+    cells = []
+    for seed in given.seeds:
+        lab = Lab.of(given, seed)
         for name in names:
-            for budget in [1.0] if name == "lora" else arguments.budgets:
-                path = cell_path(arguments.out, name, budget, seed)
-                if not finished(path, {key: getattr(lab, key) for key in SETTINGS}):
-                    save_cell(path, cell := run_cell(name, lab, budget, arguments.latency))
-                    print(_line(cell), flush=True)
-    entries = summary(load_cells(arguments.out))
-    save_json(arguments.out / "summary.json", {"entries": entries, "made_by": provenance()})
-    (arguments.out / "table.md").write_text(table(entries) + "\n", encoding="utf-8")
-    draw(entries, arguments.out)
+            for budget in [1.0] if name == "lora" else given.budgets:
+                cells.append(
+                    once(
+                        given.out,
+                        f"{name}_{budget:g}_{seed}",
+                        {"method": name, "budget": budget, **lab.settings()},
+                        partial(run_cell, name, lab, budget, given.latency),
+                        needs=("timed",) if given.latency else (),
+                    )
+                )
+    entries = summary(cells)
+    save_json(given.out / "summary.json", {"entries": entries, "made_by": provenance()})
+    (given.out / "table.md").write_text(table(entries) + "\n", encoding="utf-8")
+    draw(entries, given.out)
     print(table(entries))
 
 
@@ -244,7 +201,3 @@ def _line(cell: dict[str, Any]) -> str:
         accuracy, compute = (statistics.mean(found[key] for found in draws) for key in ("accuracy", "compute"))
         parts.append(f"{label} {accuracy / cell['dense']:.1%} of dense at {compute:.1%} of FLOPs")
     return f"{start} {'; '.join(parts)}"
-
-
-if __name__ == "__main__":
-    main()

@@ -1,25 +1,25 @@
-"""Peers' static choices of what to skip, made to meet a measured budget, and what a choice does to answers and FLOPs.
+"""Peers' static choices of what to skip, made to meet a measured budget.
 
 Every choice is one function of how much is skipped, x in [0, 1], that gives a run rate per unit: whole units in the
 peer's order, and of the next one a share of its tokens. So peers can be compared at equal measured FLOPs, not at the
 nearest number of layers. x is found by bisection on the FLOPs that gathered execution really spends.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float
-from torch import Tensor, nn
+from jaxtyping import Float
+from torch import Tensor
 
-from skipit.router import Decision, SkipItError, Step, Trace, running
+from skipit.router import Decision, SkipItError, Step
 from skipit.router.config import KVPolicy, Unit
-from skipit.theory.cost import CostModel, trace_compute
-from skipit.theory.labels import IGNORE, predicts_answer
+from skipit.theory.cost import CostModel
+from studies.answers import share_of
 
 from .policies import UnitRates
-from .statistics import Similarities
+from .similarities import Similarities
 
 Rates = Float[Tensor, "layers modality"]
 Order = Sequence[Sequence[tuple[int, int]]]
@@ -103,7 +103,7 @@ def best_block(angles: Float[Tensor, "boundaries boundaries"]) -> Callable[[floa
     return rates
 
 
-def static_baselines(
+def static_choices(
     found: Similarities, contribution: Float[Tensor, "layers modality"], seed: int, draws: int = 5
 ) -> dict[str, list[Static]]:
     """The peers' static choices by name; the random one is drawn several times.
@@ -188,72 +188,6 @@ def with_gate_cost(costs: CostModel, gate: float, skipped: float = 0.0) -> CostM
     """The costs of layers whose gate costs `gate` FLOPs per token, and what replaces a skipped layer `skipped`."""
     layers = (replace(layer, gate=gate, keys_values=layer.keys_values + skipped) for layer in costs.layers)
     return CostModel(tuple(layers))
-
-
-class Answers:
-    """Teacher-forced answers of one model on some batches, with what they cost.
-
-    Attributes:
-        predicted: per batch, the most likely token at each answer position; -100 elsewhere.
-        steps: per batch, what ran; empty for a dense run.
-    """
-
-    def __init__(self) -> None:
-        self.predicted: list[Tensor] = []
-        self.steps: list[Step] = []
-
-    def share(self, costs: CostModel) -> float:
-        """Executed share of the dense decoder's FLOPs; 1 for a dense run."""
-        if not self.steps:
-            return 1.0
-        return share_of(self.steps, costs)
-
-    def same(self, wanted: Sequence[Tensor]) -> float:
-        """Share of rows whose every answer token is as wanted, [batch, seq] per batch."""
-        return float(same_rows(self.predicted, wanted).double().mean())
-
-
-def same_rows(first: Sequence[Tensor], second: Sequence[Tensor]) -> Bool[Tensor, " rows"]:
-    """Whether every answer token of a row is the same in both, [batch, seq] per batch."""
-    return torch.cat([(one == other).all(-1) for one, other in zip(first, second, strict=True)])
-
-
-def share_of(steps: Iterable[Step], costs: CostModel) -> float:
-    """Executed share of the dense decoder's FLOPs over steps that are each a whole input."""
-    found = [trace_compute(costs, [step]) for step in steps]
-    return float(sum(c.executed.sum() for c in found) / sum(c.dense.sum() for c in found))
-
-
-Options = Callable[[dict[str, Tensor]], Mapping[str, Any]]
-
-
-@torch.no_grad()
-def answers(model: nn.Module, batches: Iterable[dict[str, Tensor]], options: Options) -> Answers:
-    """Run a model over batches with labels, in gathered execution.
-
-    Teacher-forced, which for exact match is what greedy generation gives. Answers do not decide for their prompt.
-
-    Args:
-        model: in eval mode.
-        batches: with labels.
-        options: of `running`, given the batch: most need nothing of it.
-    """
-    out = Answers()
-    device = next(model.parameters()).device
-    for batch in batches:
-        moved = {key: value.to(device) for key, value in batch.items()}
-        inputs = {key: value for key, value in moved.items() if key != "labels"}
-        labels, trace = moved["labels"], Trace()
-        with running(**{"mode": "gathered", "prompt": labels == IGNORE, "trace": trace, **options(moved)}):
-            logits = model(**inputs, use_cache=False).logits[:, :-1]
-        out.predicted.append(logits.argmax(-1).masked_fill(~predicts_answer(labels), IGNORE).cpu())
-        out.steps += trace.steps
-    return out
-
-
-def right(batches: Iterable[dict[str, Tensor]]) -> list[Tensor]:
-    """The right answers, as `Answers.same` takes them."""
-    return [batch["labels"][:, 1:].cpu() for batch in batches]
 
 
 def executed(steps: Sequence[Step]) -> Float[Tensor, " layers"]:

@@ -1,4 +1,4 @@
-"""Every method of the comparison with peers: from a laboratory and a budget to models ready to be measured."""
+"""Every method of the comparison with peers: from a study and a budget to models ready to be measured."""
 
 import tempfile
 from collections.abc import Callable, Mapping
@@ -16,29 +16,23 @@ from skipit.router.config import KVPolicy, Unit
 from skipit.theory.calibrate import calibrate
 from skipit.theory.cost import CostModel
 from skipit.theory.plan import make_plan
-from skipit.theory.profile import Profile
-from skipit.train.config import TrainConfig
-from skipit.train.data.collate import Collator, batches
-from skipit.train.data.sources import load_data, load_model
-from skipit.train.display import training_progress
-from skipit.train.export import profile_model
-from skipit.train.run import train
+from skipit.train.data.sources import load_model
+from studies.answers import Options, always, answers
+from studies.study import Study
 
 from .choices import (
     TOLERANCE,
-    Options,
     OutOfReachError,
     Static,
-    answers,
     at_budget,
     executed,
     pmod_keep,
-    static_baselines,
+    static_choices,
     with_gate_cost,
 )
 from .gates import DLLMGate, FlexiGate, linear_flops, scale_by_router, scale_vision, zero_gates
 from .policies import FastV, FixedMask, SequenceRouter, TopVision, UnitRates, over_layers, over_tokens, watch_attention
-from .statistics import similarities
+from .similarities import similarities
 from .training import depth_penalty, fit, rate_penalty, sequence_penalty
 
 LC_ROWS = 40  # as many as ShortV uses
@@ -66,101 +60,19 @@ class System:
 Systems = Mapping[str, list[System]]
 
 
-@dataclass(frozen=True)
-class Lab:
-    """What all methods of one seed share: rows, a profile, the dense model and what was measured on it.
-
-    Attributes:
-        seed: of rows, training and random choices.
-        steps: of training.
-        rows: test rows.
-        calibration: held-out rows, on which statistics are taken and budgets met.
-        profiled: rows of the theory's profile.
-        batch_size: rows of a training step.
-        lora_rank: of the LoRA that every trained method has; its scale is 2.
-        learning_rate: of LoRA.
-    """
-
-    seed: int
-    steps: int = 250
-    rows: int = 600
-    calibration: int = 96
-    profiled: int = 192
-    batch_size: int = 16
-    lora_rank: int = 8
-    learning_rate: float = 2e-3
-
-    def read(self, split: str, rows: int, size: int = 48) -> list[dict[str, Tensor]]:
-        """Batches with labels."""
-        return list(batches(load_data("reference", split, rows, self.seed), Collator(self.dense[1]), size))
-
-    @cached_property
-    def dense(self) -> tuple[Any, Any]:
-        """The untouched model and its processor."""
-        return load_model("reference")
-
-    @cached_property
-    def costs(self) -> CostModel:
-        """Of the dense model's layers, with linear gates."""
-        return CostModel.of(self.dense[0])
-
-    @cached_property
-    def held_out(self) -> list[dict[str, Tensor]]:
-        """Calibration rows."""
-        return self.read("calibration", self.calibration)
-
-    @cached_property
-    def test(self) -> list[dict[str, Tensor]]:
-        """Test rows."""
-        return self.read("test", self.rows)
-
-    @cached_property
-    def wanted(self) -> list[Tensor]:
-        """What the dense model answers on the test rows."""
-        return answers(self.dense[0], self.test, lambda batch: {}).predicted
-
-    @cached_property
-    def gated(self) -> Any:
-        """A dense model that can be told what to skip."""
-        model, _ = load_model("reference")
-        attach(model)
-        return model
-
-    @cached_property
-    def profile(self) -> Profile:
-        """The theory's measurements."""
-        rows = load_data("reference", "train", self.profiled, self.seed)
-        return profile_model(*self.dense, rows, seed=self.seed)
+class Lab(Study):
+    """A study whose methods are the peers' and ours: what was measured on the dense model for all of them."""
 
     @cached_property
     def steps_of_all(self) -> list[Step]:
         """The held-out rows' tokens."""
-        return answers(self.gated, self.held_out, lambda batch: {}).steps
+        return answers(self.gated, self.held_out, always({})).steps
 
     @cached_property
     def static(self) -> dict[str, list[Static]]:
         """The peers' static choices."""
         contribution = layer_contribution(self.gated, self.read("calibration", LC_ROWS))
-        return static_baselines(similarities(self.gated, self.held_out), contribution, self.seed)
-
-    def config(self, budget: float, kv: KVPolicy, unit: Unit = "block") -> TrainConfig:
-        """Training settings: ours, for everyone."""
-        return TrainConfig(
-            budget=budget,
-            kv=kv,
-            unit=unit,
-            steps=self.steps,
-            seed=self.seed,
-            save_steps=10 * self.steps,
-            batch_size=self.batch_size,
-            lora_rank=self.lora_rank,
-            lora_alpha=2 * self.lora_rank,
-            learning_rate=self.learning_rate,
-        )
-
-    def train_rows(self) -> Any:
-        """Training rows, the same for all methods."""
-        return load_data("reference", "train", self.steps * self.batch_size, self.seed)
+        return static_choices(similarities(self.gated, self.held_out), contribution, self.seed)
 
     def meet(
         self,
@@ -175,22 +87,17 @@ class Lab:
         """The options of `running` that spend the budget on the held-out rows: `make` between `low` and `high`."""
 
         def share(x: float) -> float:
-            options = make(x)
-            return answers(model, self.held_out, lambda batch: options).share(costs)
+            return answers(model, self.held_out, always(make(x))).share(costs)
 
         return make(at_budget(share, budget, low=low, high=high))
 
     def fit(self, budget: float, options: Mapping[str, Any], **more: Any) -> Any:
-        """Train as `baselines_training.fit` does, with gates biased to run: the peers' practice."""
-        config = self.config(budget, options.get("kv", "retain"), options.get("unit", "block"))
+        """Train as `training.fit` does, with gates biased to run: the peers' practice."""
+        config = self.config(budget, options.get("kv", "retain"), unit=options.get("unit", "block"))
         model, processor = load_model("reference")
         plan = make_plan(self.profile, budget, config.kv, "run")
-        return fit(model, processor, self.train_rows(), plan, config, options, **more)
-
-
-def always(options: Mapping[str, Any]) -> Options:
-    """Options that need nothing of the batch."""
-    return lambda batch: options
+        rows = self.rows("train", config.steps * config.batch_size)
+        return fit(model, processor, rows, plan, config, options, **more)
 
 
 def untrained(name: str, lab: Lab, budget: float) -> Systems:
@@ -239,13 +146,8 @@ def theory(kv: KVPolicy, lab: Lab, budget: float) -> Systems:
 
 def ours(kv: KVPolicy, lab: Lab, budget: float) -> Systems:
     """Our plan, trained; and random controls on the same trained model, which keep how much is skipped, not what."""
-    model, processor = load_model("reference")
-    plan = make_plan(lab.profile, budget, kv)
-    config, rows = lab.config(budget, kv), lab.train_rows()
-    with tempfile.TemporaryDirectory() as folder, training_progress(config) as callback:
-        out = Path(folder) / "run"
-        tuned = train(model, processor, rows, plan, config, out, base="reference", callbacks=[callback])
-    merged = tuned.merge_and_unload().eval()
+    with tempfile.TemporaryDirectory() as folder:
+        merged, _ = lab.trained(lab.config(budget, kv), Path(folder) / "run", calibrated=False)
     learned = _calibrated(lab, merged, budget, kv)
     rates = executed(answers(merged, lab.held_out, learned.options).steps)
 

@@ -82,7 +82,9 @@ def fit(
     """
     costs = CostModel.of(model)
     # The constraint on FLOPs is ours, and so is its idea of a collapse: peers have fixed masks, or losses of their own.
-    config = replace(config, multiplier_rate=0.0, damping=0.0, collapse_steps=config.steps + 1)
+    # A method is trained in one go: no checkpoints.
+    never = config.steps + 1
+    config = replace(config, multiplier_rate=0.0, damping=0.0, collapse_steps=never, save_steps=never)
     peft_model = prepare(model, plan, config)
     if gate is not None:
         replace_gates(peft_model, gate)

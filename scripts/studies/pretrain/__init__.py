@@ -5,8 +5,8 @@ Pretrains (resuming when --out holds a checkpoint), then writes weights/, the fo
 and a card with the accuracy on held-out scans.
 """
 
-import argparse
 import json
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -21,20 +21,18 @@ from skipit.train.data.collate import Collator, batches
 from skipit.train.reference.data import reference_dataset
 from skipit.train.reference.model import WEIGHTS, build_processor
 from skipit.train.reference.questions import KINDS
+from studies.study import command, markdown
 
 from .training import PretrainConfig, exact_match, pretrain
 
 IMAGES = 1000
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     """Pretrain and publish."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path("runs/pretrain"), help="checkpoints (default %(default)s)")
+    parser = command(__name__, __doc__, out=Path("runs/pretrain"), steps=PretrainConfig.steps, seed=0)
     parser.add_argument("--weights", type=Path, default=WEIGHTS, help="where the finished model goes")
-    parser.add_argument("--steps", type=int, default=PretrainConfig.steps, help="(default %(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="(default %(default)s)")
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(argv)
     config = replace(PretrainConfig(), steps=arguments.steps, seed=arguments.seed)
     model = pretrain(config, arguments.out, log=lambda line: print(line, flush=True))
     publish(model, config, arguments.weights)
@@ -75,12 +73,9 @@ def layer_dropping(model: Any) -> dict[str, dict[str, float]]:
 
 
 def _card(config: PretrainConfig, accuracy: dict[str, float], dropped: dict[str, dict[str, float]]) -> str:
-    header = "| | " + " | ".join(KINDS) + " |\n|---|" + "---|" * len(KINDS)
-    rows = [f"| none | {' | '.join(f'{accuracy[kind]:.1%}' for kind in KINDS)} |"]
-    rows += [
-        f"| {k} | {' | '.join(f'{values[kind]:.1%}' for kind in KINDS)} |" for k, values in dropped.items() if k != "0"
-    ]
-    table = "\n".join(rows)
+    rows = {"none": accuracy} | {str(k): values for k, values in dropped.items() if k != "0"}
+    lines = [[name, *(f"{values[kind]:.1%}" for kind in KINDS)] for name, values in rows.items()]
+    table = markdown(["layers dropped", *KINDS], lines)
     return f"""---
 library_name: transformers
 pipeline_tag: image-text-to-text
@@ -100,7 +95,6 @@ training, 300 for calibration and 300 for testing before any grid is composed.
 Exact match of the whole answer on {IMAGES:,} grids of the test scans, and on 192 of them with the layers of lowest block influence
 dropped for all tokens (keys and values too), without retraining:
 
-{header.replace("| |", "| layers dropped |", 1)}
 {table}
 
 ## How it was made
@@ -116,7 +110,3 @@ The shipped weights were made in three sittings of one run: up to step 1,250 "co
 the schedule's length was 6,000 steps up to step 1,250, 4,500 up to step 1,750, then {config.steps:,}. A run from scratch with this script
 therefore gives a similar model, not the same bits.
 """
-
-
-if __name__ == "__main__":
-    main()

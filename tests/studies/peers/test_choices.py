@@ -9,19 +9,18 @@ from torch import Tensor
 
 from skipit.router import attach
 from skipit.theory.cost import CostModel
+from studies.answers import answers, right
 from studies.peers.choices import (
     OutOfReachError,
     Static,
-    answers,
     at_budget,
     executed,
     in_order,
     pmod_keep,
-    right,
-    static_baselines,
+    static_choices,
     with_gate_cost,
 )
-from studies.peers.statistics import Similarities, similarities
+from studies.peers.similarities import Similarities, similarities
 
 L = tiny_models.LAYERS
 
@@ -125,15 +124,15 @@ class TestChoices:
         ],
     )
     def test_what_peers_skip_first(self, name: str, x: float, run: list[list[float]]) -> None:
-        (choice,) = static_baselines(self.FOUND, self.LC, seed=0)[name]
+        (choice,) = static_choices(self.FOUND, self.LC, seed=0)[name]
         assert choice.rates(x).tolist() == run
 
     def test_nothing_is_skipped_at_zero(self) -> None:
-        for choices in static_baselines(self.FOUND, self.LC, seed=0).values():
+        for choices in static_choices(self.FOUND, self.LC, seed=0).values():
             assert all((choice.rates(0.0) == 1).all() for choice in choices)
 
     def test_random_layers_spare_the_first_and_the_last_and_differ(self) -> None:
-        draws = static_baselines(self.FOUND, self.LC, seed=0)["random"]
+        draws = static_choices(self.FOUND, self.LC, seed=0)["random"]
         assert len(draws) >= 5
         for choice in draws:
             assert choice.rates(1.0).tolist() == [[1, 1], [0, 0], [0, 0], [1, 1]]
