@@ -12,7 +12,8 @@ from skipit.router.checkpoint import load_dense
 from skipit.router.files import check_files
 from skipit.theory.accumulate import prox
 from skipit.theory.backbone import Backbone, profile_backbone
-from skipit.train.data.collate import Row, batches, check_columns, pictures, turns_of
+from skipit.train.data.collate import batches
+from skipit.train.data.rows import Row, check_columns, pictures, turns_of
 from skipit.train.data.sources import resolve_model
 
 # Cosine distances at which proximal redundancy is shown.

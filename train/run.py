@@ -26,7 +26,8 @@ from skipit.theory.identity import fingerprint
 from skipit.theory.labels import predicts_answer
 from skipit.theory.plan import Plan
 from skipit.theory.sharded import whole
-from skipit.train.data.collate import Broken, Collator, batches, training_rows
+from skipit.train.data.collate import Collator, batches
+from skipit.train.data.rows import Broken, training_rows
 
 from .config import TrainConfig
 from .launch import CHECKPOINTS, launched, stage_of, wait
@@ -216,7 +217,7 @@ def train(
     broken = Broken(config.max_broken_rows, note)
     collate = Collator(processor)
     costs = CostModel.of(model)
-    rows = training_rows(dataset, collate, broken)
+    rows = training_rows(dataset, collate.checked, broken)
     settings = {**config.to_dict(), "base": base, "processes": arguments.world_size}
     sample = list(batches(islice(rows, 64), collate, config.batch_size))
     least = least_share(sample, costs, config.kv, config.unit)
