@@ -18,7 +18,7 @@ from skipit.train.data.sources import resolve_model
 
 from .card import ADAPTER_CONFIG, CARD, PROVENANCE_FILE, card
 from .export import open_run
-from .run import ADAPTER
+from .run_folder import ADAPTER
 
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 # What is ours in router_config.json beside the router's own settings.

@@ -1,4 +1,4 @@
-"""One function per arrow of the data flow; the command line's verbs are thin over these."""
+"""From runs and plans to gated checkpoints."""
 
 import shutil
 from pathlib import Path
@@ -15,33 +15,16 @@ from skipit.router.errors import CheckpointError
 from skipit.router.files import CONFIG
 from skipit.router.folders import load_json, new_directory, provenance, save_json
 from skipit.theory.artefact import check_same_model, load_plan
-from skipit.theory.calibrate import calibrate, default_threshold
+from skipit.theory.calibrate import calibrate
 from skipit.theory.cost import CostModel
 from skipit.theory.identity import fingerprint
-from skipit.theory.partial import Partial
 from skipit.theory.plan import Plan
-from skipit.theory.profile import Profile, profile
+from skipit.theory.profile import Profile
 from skipit.train.data.collate import Collator, batches
 from skipit.train.data.sources import resolve_model
 
 from .card import ADAPTER_CONFIG, PROVENANCE_FILE, card, read_evaluation, write_card
-from .run import ADAPTER, CONFIG_FILE, RUN_FILE
-
-
-def profile_model(
-    model: Any,
-    processor: Any,
-    rows: Any,
-    *,
-    batch_size: int = 16,
-    seed: int = 0,
-    draws: int = 2,
-    layers: str | None = None,
-    partial: Partial | None = None,
-) -> Profile:
-    """Measure a dense model on rows in the conversational vision format; arguments as of `profile`."""
-    read = batches(rows, Collator(processor), batch_size)
-    return profile(model, read, draws=draws, seed=seed, layers=layers, partial=partial)
+from .run_folder import ADAPTER, CONFIG_FILE, RUN_FILE
 
 
 def gate_by_plan(model: Any, processor: Any, plan: Plan, calibration: Any, *, batch_size: int = 16) -> float:
@@ -54,26 +37,11 @@ def gate_by_plan(model: Any, processor: Any, plan: Plan, calibration: Any, *, ba
         CheckpointError: the plan was made for another model.
     """
     check_same_model(plan, fingerprint(model))
-    attach(model, RouterConfig(kv=plan.kv))
+    router = attach(model, RouterConfig(kv=plan.kv))
     set_gates(model, plan.weight, plan.bias)
     held_out = list(batches(calibration, Collator(processor), batch_size))
     threshold, share = calibrate(model, held_out, CostModel.of(model), plan.budget, plan.kv)
-    default_threshold(model, threshold, f"{plan.budget:g}")
-    return share
-
-
-def add_operating_point(model: Any, processor: Any, calibration: Any, budget: float, *, batch_size: int = 16) -> float:
-    """Find the threshold of one more budget on held-out rows and store it in the model's router under its name.
-
-    Returns:
-        The share of dense FLOPs measured at it.
-    """
-    _, router = find_router(model)
-    held_out = list(batches(calibration, Collator(processor), batch_size))
-    threshold, share = calibrate(model, held_out, CostModel.of(model), budget, router.config.kv)
-    keep = router.config.threshold
-    default_threshold(model, threshold, f"{budget:g}")
-    router.config = RouterConfig(**{**router.config.to_dict(), "threshold": keep})
+    router.config = router.config.with_point(plan.budget, threshold, default=True)
     return share
 
 

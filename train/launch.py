@@ -176,18 +176,18 @@ def stage_of(arguments: Any) -> int:
     return int(plugin.zero_stage) if plugin is not None else 0
 
 
-def wait() -> None:
-    """Until every process of the run is here."""
+def barrier() -> None:
+    """Wait until every process of the run is here."""
     if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
         dist.barrier()
 
 
-def leave(status: int) -> None:
+def end_process(status: int) -> None:
     """End one of several processes; returns where there is one. Gloo aborts in about one ordinary exit of five."""
     if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
         return
     if status == 0:
-        wait()
+        barrier()
         dist.destroy_process_group()
     sys.stdout.flush()
     sys.stderr.flush()

@@ -26,7 +26,7 @@ from skipit.theory.profile import Profile
 from skipit.train.config import TrainConfig
 from skipit.train.data.collate import Collator, batches
 from skipit.train.data.sources import load_data, load_model
-from skipit.train.export import profile_model
+from skipit.train.profiling import profile_model
 from skipit.train.run import train
 
 

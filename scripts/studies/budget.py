@@ -26,8 +26,9 @@ from skipit.train.config import TrainConfig
 from skipit.train.data.collate import Collator, batches
 from skipit.train.data.sources import load_data, load_model
 from skipit.train.display import note, quiet, training_progress
-from skipit.train.export import profile_model
-from skipit.train.run import RUN_FILE, train
+from skipit.train.profiling import profile_model
+from skipit.train.run import train
+from skipit.train.run_folder import RUN_FILE
 
 from .peers import save_cell
 

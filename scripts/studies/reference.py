@@ -19,7 +19,8 @@ from skipit.theory.profile import Profile
 from skipit.train.config import TrainConfig
 from skipit.train.data.sources import load_data, load_model
 from skipit.train.display import progress, quiet, training_progress
-from skipit.train.export import merge_run, profile_model
+from skipit.train.export import merge_run
+from skipit.train.profiling import profile_model
 from skipit.train.run import train
 
 

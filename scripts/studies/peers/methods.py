@@ -21,7 +21,7 @@ from skipit.train.config import TrainConfig
 from skipit.train.data.collate import Collator, batches
 from skipit.train.data.sources import load_data, load_model
 from skipit.train.display import training_progress
-from skipit.train.export import profile_model
+from skipit.train.profiling import profile_model
 from skipit.train.run import train
 
 from .choices import (

@@ -12,7 +12,7 @@ from skipit.eval.claims.experiments import controlled_skipping, depth_examples, 
 from skipit.router import find_router
 from skipit.router.errors import SkipItError
 from skipit.train.data.sources import load_data, load_model
-from skipit.train.export import profile_model
+from skipit.train.profiling import profile_model
 
 PICTURE = Image.new("L", (8, 8))
 
