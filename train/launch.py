@@ -194,13 +194,13 @@ def end_process(status: int) -> None:
     os._exit(status)
 
 
-def _check_processes(found: int, wanted: int | None) -> None:
+def _check_processes(joined: int, wanted: int | None) -> None:
     started = int(os.environ.get("WORLD_SIZE", "1"))
-    if found != started:
-        raise LaunchError(f"the launcher started {started} processes, but this one trains with {found} of them.")
-    if wanted is not None and found != wanted:
+    if joined != started:
+        raise LaunchError(f"the launcher started {started} processes, but this one trains with {joined} of them.")
+    if wanted is not None and joined != wanted:
         raise LaunchError(
-            f"`processes`: {wanted} were asked for, {found} take part. Start them with a launcher: "
+            f"`processes`: {wanted} were asked for, {joined} take part. Start them with a launcher: "
             f"`torchrun --nproc-per-node {wanted} -m skipit.cli train ...`."
         )
 

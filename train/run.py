@@ -11,22 +11,21 @@ import torch
 from torch import Tensor, nn
 from transformers import TrainingArguments
 
-from skipit.router import RouterConfig, attach, find_router, set_gates
+from skipit.router import RouterConfig, find_router
 from skipit.router.call import Mode
 from skipit.router.config import KVPolicy, Unit, point_name
 from skipit.router.decoder import find_decoder, layer_kinds
 from skipit.router.errors import InputError
 from skipit.router.folders import provenance
-from skipit.theory.artefact import check_same_model
 from skipit.theory.calibrate import calibrate
 from skipit.theory.cost import CostModel, token_flops
-from skipit.theory.identity import fingerprint
 from skipit.theory.labels import predicts_answer
 from skipit.theory.plan import Plan
 from skipit.train.data.collate import Collator, batches
 from skipit.train.data.rows import Broken, training_rows
 
 from .config import TrainConfig
+from .gating import attach_plan
 from .launch import launched, stage_of
 from .run_folder import RunFolder, check_folder
 
@@ -54,9 +53,7 @@ def prepare(model: Any, plan: Plan, config: TrainConfig) -> Any:
     """
     from peft import LoraConfig, get_peft_model
 
-    check_same_model(plan, fingerprint(model))
-    attach(model, RouterConfig(kv=config.kv, unit=config.unit, granularity=config.granularity))
-    set_gates(model, plan.weight, plan.bias)
+    attach_plan(model, plan, RouterConfig(kv=config.kv, unit=config.unit, granularity=config.granularity))
     torch.manual_seed(config.seed)
     lora = LoraConfig(
         r=max(1, config.lora_rank),
@@ -159,7 +156,7 @@ def train(
         callbacks: `transformers` trainer callbacks; a `ProgressCallback` among them replaces the printing of logs.
         report_to: where `Trainer` reports, such as "tensorboard".
         arguments: of `launched`, where several processes train or the model was loaded under ZeRO-3.
-        note: is told of every row that was skipped.
+        note: called with the reason for every row that was skipped.
 
     Returns:
         The trained PEFT model, in eval mode, calibrated; under ZeRO-3 its weights stay sharded.

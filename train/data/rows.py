@@ -124,7 +124,7 @@ class Broken:
 
     Args:
         limit: how many there may be.
-        note: is told of each.
+        note: called with the reason for each.
     """
 
     def __init__(self, limit: int = 0, note: Callable[[str], None] | None = None) -> None:
