@@ -155,9 +155,9 @@ def points_table(config: RouterConfig, shares: Mapping[str, float], certificates
             mark = " (default)" if threshold == config.threshold else ""
             lines.append(f"| {name}{mark} | {threshold:.4f} | {shown} |")
         body = "\n".join(lines)
-        for name, proven in certificates.items():
+        for name, proof in certificates.items():
             body += (
-                f"\n\nAt `{name}`, with confidence {proven['confidence']:.0%}, at most {proven['risk']:.0%} of new rows "
+                f"\n\nAt `{name}`, with confidence {proof['confidence']:.0%}, at most {proof['risk']:.0%} of new rows "
                 "like those measured are answered otherwise than by the dense model."
             )
     return f"{_START}\n{body}\n{_END}"

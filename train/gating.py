@@ -2,8 +2,7 @@
 
 from typing import Any
 
-from skipit.router import RouterConfig, attach, set_gates
-from skipit.router.call import Router
+from skipit.router import Router, RouterConfig, attach, set_gates
 from skipit.theory.artefact import check_same_model
 from skipit.theory.calibrate import calibrate
 from skipit.theory.cost import CostModel

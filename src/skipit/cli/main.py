@@ -4,7 +4,6 @@ Heavy imports happen inside the verbs, so `skipit --help` answers at once.
 """
 
 import argparse
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -64,19 +63,9 @@ def _run(arguments: argparse.Namespace) -> int:
 
 def _check_out(arguments: argparse.Namespace) -> None:
     """Refuse an output folder before hours of work, not after them."""
-    from skipit.router.errors import CheckpointError
+    from skipit.router.folders import check_out
 
-    out: Path = arguments.out
-    if out.exists():
-        if not arguments.overwrite:
-            raise CheckpointError(f"{out} exists. Choose another --out, or pass --overwrite to replace it.")
-        if not out.is_dir():
-            raise CheckpointError(f"{out} is a file, expected a folder or nothing.")
-        if any(out.iterdir()) and not any((out / name).exists() for name in MADE):
-            raise CheckpointError(f"{out} holds nothing that skipit made. Delete it yourself or choose another --out.")
-    parent = next(folder for folder in out.absolute().parents if folder.exists())
-    if not parent.is_dir() or not os.access(parent, os.W_OK):
-        raise CheckpointError(f"{out} cannot be written: no permission to make a folder in {parent}.")
+    check_out(arguments.out, arguments.overwrite, MADE)
 
 
 def _profile(arguments: argparse.Namespace) -> None:
