@@ -16,7 +16,7 @@ from skipit.router.folders import load_json, load_tensors, new_directory, proven
 from skipit.theory.identity import fingerprint
 from skipit.train.data.sources import resolve_model
 
-from .card import ADAPTER_CONFIG, CARD, PROVENANCE_FILE, card
+from .card import ADAPTER_CONFIG, PROVENANCE_FILE, write_card
 from .export import open_run
 from .run_folder import ADAPTER
 
@@ -68,8 +68,7 @@ def export_adapter(run: str | Path, out: str | Path, *, overwrite: bool = False)
         router = {**finished.config.to_dict(), "skipit_version": made_by["versions"].get("skipit"), "base": base}
         save_json(folder / ROUTER_FILE, router)
         save_json(folder / PROVENANCE_FILE, {**finished.record, "exported_by": made_by})
-        about = card(finished.record, finished.config, "adapter")
-        (folder / CARD).write_text(about, encoding="utf-8")
+        write_card(folder)
         return sum(file.stat().st_size for file in folder.iterdir())
 
 

@@ -174,7 +174,7 @@ def update_points(folder: Path, config: RouterConfig, shares: Mapping[str, float
         path.write_text(before + points_table(config, shares, records) + after, encoding="utf-8")
 
 
-def write_card(folder: Path, evaluation: Mapping[str, Any] | None) -> None:
+def write_card(folder: Path, evaluation: Mapping[str, Any] | None = None) -> None:
     """Write the card of a checkpoint from what lies in it, and from what was measured on it.
 
     Raises:

@@ -7,7 +7,6 @@ from typing import Any, NamedTuple
 from safetensors import SafetensorError
 from torch import Tensor
 
-from skipit.router import find_router
 from skipit.router.attach import attach, set_gates
 from skipit.router.checkpoint import ROUTER_FILE, load_dense, load_router, save_gated
 from skipit.router.config import RouterConfig
@@ -19,7 +18,7 @@ from skipit.theory.identity import fingerprint
 from skipit.theory.profile import Profile
 from skipit.train.data.sources import resolve_model
 
-from .card import ADAPTER_CONFIG, PROVENANCE_FILE, card, read_evaluation, write_card
+from .card import ADAPTER_CONFIG, PROVENANCE_FILE, read_evaluation, write_card
 from .gating import attach_plan
 from .run_folder import ADAPTER, CONFIG_FILE, RUN_FILE
 
@@ -80,10 +79,9 @@ def export(run: str | Path, out: str | Path, *, overwrite: bool = False) -> None
     """
     with new_directory(out, overwrite) as folder:
         model, processor = merge_run(run)
-        record = load_json(Path(run) / RUN_FILE)
-        about = card(record, find_router(model)[1].config)
-        save_gated(model, processor, folder, card=about, overwrite=True)
-        save_json(folder / PROVENANCE_FILE, {**record, "exported_by": provenance()})
+        save_gated(model, processor, folder, overwrite=True)
+        save_json(folder / PROVENANCE_FILE, {**load_json(Path(run) / RUN_FILE), "exported_by": provenance()})
+        write_card(folder)
 
 
 def export_plan(plan: str | Path, source: str, out: str | Path, *, overwrite: bool = False) -> None:
@@ -96,10 +94,10 @@ def export_plan(plan: str | Path, source: str, out: str | Path, *, overwrite: bo
     record = {"base": source, "model": gates.model, "budget": gates.budget, "init": gates.init, **gates.about}
     with new_directory(out, overwrite) as folder:
         model, processor = load_dense(resolve_model(source))
-        router = attach_plan(model, gates)
-        about = card({**record, "made_by": provenance()}, router.config, "plan")
-        save_gated(model, processor, folder, card=about, overwrite=True)
+        attach_plan(model, gates)
+        save_gated(model, processor, folder, overwrite=True)
         save_json(folder / PROVENANCE_FILE, {**record, "exported_by": provenance()})
+        write_card(folder)
 
 
 def is_checkpoint(folder: Path) -> bool:

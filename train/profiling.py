@@ -12,7 +12,6 @@ from skipit.router.checkpoint import load_dense
 from skipit.router.files import check_files
 from skipit.theory.accumulate import prox
 from skipit.theory.backbone import Backbone, profile_backbone
-from skipit.theory.partial import Partial
 from skipit.theory.profile import Profile, profile
 from skipit.train.data.collate import Collator, batches
 from skipit.train.data.rows import Row, check_columns, pictures, turns_of
@@ -22,20 +21,9 @@ from skipit.train.data.sources import resolve_model
 DISTANCES = (0.01, 0.1)
 
 
-def profile_model(
-    model: Any,
-    processor: Any,
-    rows: Any,
-    *,
-    batch_size: int = 16,
-    seed: int = 0,
-    draws: int = 2,
-    layers: str | None = None,
-    partial: Partial | None = None,
-) -> Profile:
-    """Measure a dense model on rows in the conversational vision format; arguments as of `profile`."""
-    read = batches(rows, Collator(processor), batch_size)
-    return profile(model, read, draws=draws, seed=seed, layers=layers, partial=partial)
+def profile_model(model: Any, processor: Any, rows: Any, *, batch_size: int = 16, **options: Any) -> Profile:
+    """Measure a dense model on rows in the conversational vision format; options as of `profile`."""
+    return profile(model, batches(rows, Collator(processor), batch_size), **options)
 
 
 @dataclass(frozen=True)
