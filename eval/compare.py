@@ -16,7 +16,8 @@ from skipit.router import find_router
 from skipit.theory.cost import CostModel
 from skipit.theory.plan import skip_set
 from skipit.theory.profile import Profile
-from skipit.train.data.collate import Collator, Rows
+from skipit.train.data.collate import Collator
+from skipit.train.data.rows import Rows
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,8 @@ from skipit.theory.cost import CostModel
 from skipit.theory.profile import Profile
 from skipit.train.adapter import load, load_with_dense
 from skipit.train.card import ADAPTER_CONFIG, EVALUATION, PROVENANCE_FILE
-from skipit.train.data.collate import Collator, Rows
+from skipit.train.data.collate import Collator
+from skipit.train.data.rows import Rows
 from skipit.train.data.sources import load_data
 from skipit.train.display import loading, progress
 from skipit.train.export import check_profile

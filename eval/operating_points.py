@@ -10,14 +10,15 @@ import numpy as np
 from skipit.eval.measure.certificate import Certificate, certify_thresholds, gate_logits
 from skipit.router import InputError, find_router
 from skipit.router.checkpoint import ROUTER_FILE, load, load_router
+from skipit.router.config import point_name
 from skipit.router.errors import CheckpointError
 from skipit.router.folders import load_json, provenance, save_json
-from skipit.theory.calibrate import with_operating_point
+from skipit.theory.calibrate import calibrate
+from skipit.theory.cost import CostModel
 from skipit.theory.identity import fingerprint
 from skipit.theory.risk import NotCertifiedError, allowed_errors, check_rows, threshold_grid
 from skipit.train.card import CERTIFICATES, PROVENANCE_FILE, shares_of, update_points
-from skipit.train.data.collate import Collator
-from skipit.train.export import add_operating_point
+from skipit.train.data.collate import Collator, batches
 
 GRID_ROWS = 32  # choose the thresholds to test, and are not tested on
 
@@ -106,11 +107,12 @@ def budget_checkpoint(
     Raises:
         CheckpointError: not a gated checkpoint, the budget is calibrated already, or the folder cannot be written.
     """
-    folder, name = Path(folder), f"{budget:g}"
+    folder, name = Path(folder), point_name(budget)
     check_name(folder, name, overwrite)
     model, processor = load(folder)
-    share = add_operating_point(model, processor, rows, budget, batch_size=batch_size)
-    store_point(folder, name, find_router(model)[1].config.operating_points[name], None, share)
+    held_out = list(batches(rows, Collator(processor), batch_size))
+    threshold, share = calibrate(model, held_out, CostModel.of(model), budget, find_router(model)[1].config.kv)
+    store_point(folder, name, threshold, None, share)
     return share
 
 
@@ -165,7 +167,7 @@ def store_point(
         shares = {**shares_of(made), **({} if share is None else {name: share})}
         if made:
             save_json(provenance_path, {**made, "calibrated_shares": shares})
-        changed = with_operating_point(config, name, threshold)
+        changed = config.with_point(name, threshold)
         save_json(folder / ROUTER_FILE, changed.to_dict())
         update_points(folder, changed, shares, records)
     except OSError as error:

@@ -24,6 +24,11 @@ def check_choice(name: str, value: Any, kind: Any) -> None:
         raise RouterConfigError(f"`{name}`: got {value!r}, expected one of {', '.join(get_args(kind))}.")
 
 
+def point_name(budget: float | str) -> str:
+    """The name of an operating point: a budget's number as one writes it, any other name as it is."""
+    return f"{budget:g}" if isinstance(budget, int | float) else budget
+
+
 @dataclass(frozen=True)
 class RouterConfig:
     """Settings of the gates attached to a model.
@@ -74,7 +79,7 @@ class RouterConfig:
         """
         if budget is None:
             return self.threshold
-        name = f"{budget:g}" if isinstance(budget, int | float) else budget
+        name = point_name(budget)
         if not isinstance(name, str) or name not in self.operating_points:
             known = ", ".join(self.operating_points) or "none"
             raise RouterConfigError(
@@ -90,6 +95,15 @@ class RouterConfig:
             RouterConfigError: no operating point has this name.
         """
         return replace(self, threshold=self.threshold_at(budget))
+
+    def with_point(self, budget: float | str, threshold: float, *, default: bool = False) -> Self:
+        """These settings with one more operating point, which may become the default one too.
+
+        Raises:
+            RouterConfigError: the threshold is not a finite number.
+        """
+        points = {**self.operating_points, point_name(budget): threshold}
+        return replace(self, operating_points=points, threshold=threshold if default else self.threshold)
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Self:

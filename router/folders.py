@@ -11,7 +11,7 @@ import shlex
 import shutil
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
@@ -26,6 +26,32 @@ _T = TypeVar("_T")
 _RECORDED = ("skipit", "torch", "transformers", "peft", "datasets", "accelerate", "deepspeed")
 
 
+def check_out(
+    out: Path, overwrite: bool, made: Sequence[str] = (), foreign: str = "holds nothing that skipit made"
+) -> None:
+    """Refuse to make a folder where something would be lost, or where none can be made.
+
+    Args:
+        out: the folder.
+        overwrite: whether one that is there may be replaced.
+        made: files of which a folder that may be replaced holds one, if it holds anything; without them it may be any.
+        foreign: what is said of a folder that holds none of them.
+
+    Raises:
+        CheckpointError: it exists and is not to be overwritten, is a file, is not ours, or cannot be written.
+    """
+    if out.exists():
+        if not overwrite:
+            raise CheckpointError(f"{out} exists. Choose another --out, or pass --overwrite to replace it.")
+        if not out.is_dir():
+            raise CheckpointError(f"{out} is a file, expected a folder or nothing.")
+        if made and any(out.iterdir()) and not any((out / name).exists() for name in made):
+            raise CheckpointError(f"{out} {foreign}. Delete it yourself or choose another --out.")
+    parent = next(folder for folder in out.absolute().parents if folder.exists())
+    if not parent.is_dir() or not os.access(parent, os.W_OK):
+        raise CheckpointError(f"{out} cannot be written: no permission to make a folder in {parent}.")
+
+
 @contextmanager
 def new_directory(out: str | Path, overwrite: bool = False) -> Iterator[Path]:
     """A temporary folder that becomes `out` when the block ends without an error.
@@ -34,10 +60,7 @@ def new_directory(out: str | Path, overwrite: bool = False) -> Iterator[Path]:
         CheckpointError: `out` exists and is not to be overwritten, or cannot be made.
     """
     out = Path(out)
-    if out.exists() and not overwrite:
-        raise CheckpointError(f"{out} exists. Choose another --out, or pass --overwrite to replace it.")
-    if out.exists() and not out.is_dir():
-        raise CheckpointError(f"{out} is a file, expected a folder or nothing.")
+    check_out(out, overwrite)
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))

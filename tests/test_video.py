@@ -19,7 +19,8 @@ from skipit.router.checkpoint import load
 from skipit.theory.plan import make_plan
 from skipit.train.config import TrainConfig
 from skipit.train.data.collate import Collator
-from skipit.train.export import export, profile_model
+from skipit.train.export import export
+from skipit.train.profiling import profile_model
 from skipit.train.run import train
 
 VIDEO = [name for name in FAMILIES if FAMILIES[name].video]

@@ -1,14 +1,13 @@
 """Thresholds that hit a compute budget as measured in gathered execution, on data the training did not see."""
 
 from collections.abc import Iterable
-from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
-from skipit.router import Gated, Trace, find_router, running
+from skipit.router import Gated, Trace, running
 from skipit.router.call import Mode
-from skipit.router.config import KVPolicy, RouterConfig
+from skipit.router.config import KVPolicy
 
 from .cost import Compute, CostModel, trace_compute
 from .labels import IGNORE
@@ -84,14 +83,3 @@ def calibrate(
         threshold = (low + high) / 2 if max(abs(low), abs(high)) < 30 else threshold + (1.0 if share > budget else -1.0)
     assert best is not None
     return best
-
-
-def with_operating_point(config: RouterConfig, name: str, threshold: float) -> RouterConfig:
-    """The configuration with one more named threshold."""
-    return replace(config, operating_points={**config.operating_points, name: threshold})
-
-
-def default_threshold(model: nn.Module, threshold: float, name: str) -> None:
-    """Make a threshold the model's default and store it under a name too."""
-    _, router = find_router(model)
-    router.config = replace(with_operating_point(router.config, name, threshold), threshold=threshold)

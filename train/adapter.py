@@ -16,9 +16,9 @@ from skipit.router.folders import load_json, load_tensors, new_directory, proven
 from skipit.theory.identity import fingerprint
 from skipit.train.data.sources import resolve_model
 
-from .card import ADAPTER_CONFIG, CARD, PROVENANCE_FILE, card
+from .card import ADAPTER_CONFIG, PROVENANCE_FILE, write_card
 from .export import open_run
-from .run import ADAPTER
+from .run_folder import ADAPTER
 
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 # What is ours in router_config.json beside the router's own settings.
@@ -52,24 +52,23 @@ def export_adapter(run: str | Path, out: str | Path, *, overwrite: bool = False)
     Raises:
         CheckpointError: not a finished run, or `out` exists.
     """
-    found = open_run(run)
+    finished = open_run(run)
     made_by = provenance()
     base = {
-        "model": found.record["base"],
-        "revision": revision_of(resolve_model(found.record["base"])),
-        "shapes": shape_hash(found.model),
-        "fingerprint": found.record["model"],
+        "model": finished.record["base"],
+        "revision": revision_of(resolve_model(finished.record["base"])),
+        "shapes": shape_hash(finished.model),
+        "fingerprint": finished.record["model"],
     }
     settings = load_json(Path(run) / ADAPTER / ADAPTER_CONFIG)
     settings |= {"base_model_name_or_path": base["model"], "revision": base["revision"], "auto_mapping": None}
     with new_directory(out, overwrite) as folder:
         save_json(folder / ADAPTER_CONFIG, settings)
         (folder / ADAPTER_WEIGHTS).write_bytes((Path(run) / ADAPTER / ADAPTER_WEIGHTS).read_bytes())
-        router = {**found.config.to_dict(), "skipit_version": made_by["versions"].get("skipit"), "base": base}
+        router = {**finished.config.to_dict(), "skipit_version": made_by["versions"].get("skipit"), "base": base}
         save_json(folder / ROUTER_FILE, router)
-        save_json(folder / PROVENANCE_FILE, {**found.record, "exported_by": made_by})
-        about = card(found.record, found.config, "adapter")
-        (folder / CARD).write_text(about, encoding="utf-8")
+        save_json(folder / PROVENANCE_FILE, {**finished.record, "exported_by": made_by})
+        write_card(folder)
         return sum(file.stat().st_size for file in folder.iterdir())
 
 
@@ -184,10 +183,10 @@ def read_router(folder: Path) -> tuple[RouterConfig, dict[str, Any]]:
 
 
 def _check_base(model: nn.Module, record: dict[str, Any], folder: Path, source: str) -> None:
-    if (found := shape_hash(model)) != record["shapes"]:
+    if (shapes := shape_hash(model)) != record["shapes"]:
         raise CheckpointError(
             f"{folder} was trained on {record['model']!r}, whose tensors' names and shapes have hash "
-            f"{record['shapes']}; {source!r} has {found}. Name a copy of that model: skipit.load(..., base=...)."
+            f"{record['shapes']}; {source!r} has {shapes}. Name a copy of that model: skipit.load(..., base=...)."
         )
     if fingerprint(model) != record["fingerprint"]:
         warnings.warn(

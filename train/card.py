@@ -155,9 +155,9 @@ def points_table(config: RouterConfig, shares: Mapping[str, float], certificates
             mark = " (default)" if threshold == config.threshold else ""
             lines.append(f"| {name}{mark} | {threshold:.4f} | {shown} |")
         body = "\n".join(lines)
-        for name, found in certificates.items():
+        for name, proof in certificates.items():
             body += (
-                f"\n\nAt `{name}`, with confidence {found['confidence']:.0%}, at most {found['risk']:.0%} of new rows "
+                f"\n\nAt `{name}`, with confidence {proof['confidence']:.0%}, at most {proof['risk']:.0%} of new rows "
                 "like those measured are answered otherwise than by the dense model."
             )
     return f"{_START}\n{body}\n{_END}"
@@ -174,7 +174,7 @@ def update_points(folder: Path, config: RouterConfig, shares: Mapping[str, float
         path.write_text(before + points_table(config, shares, records) + after, encoding="utf-8")
 
 
-def write_card(folder: Path, evaluation: Mapping[str, Any] | None) -> None:
+def write_card(folder: Path, evaluation: Mapping[str, Any] | None = None) -> None:
     """Write the card of a checkpoint from what lies in it, and from what was measured on it.
 
     Raises:

@@ -1,4 +1,4 @@
-"""One function per arrow of the data flow; the command line's verbs are thin over these."""
+"""From runs and plans to gated checkpoints."""
 
 import shutil
 from pathlib import Path
@@ -7,7 +7,6 @@ from typing import Any, NamedTuple
 from safetensors import SafetensorError
 from torch import Tensor
 
-from skipit.router import find_router
 from skipit.router.attach import attach, set_gates
 from skipit.router.checkpoint import ROUTER_FILE, load_dense, load_router, save_gated
 from skipit.router.config import RouterConfig
@@ -15,66 +14,13 @@ from skipit.router.errors import CheckpointError
 from skipit.router.files import CONFIG
 from skipit.router.folders import load_json, new_directory, provenance, save_json
 from skipit.theory.artefact import check_same_model, load_plan
-from skipit.theory.calibrate import calibrate, default_threshold
-from skipit.theory.cost import CostModel
 from skipit.theory.identity import fingerprint
-from skipit.theory.partial import Partial
-from skipit.theory.plan import Plan
-from skipit.theory.profile import Profile, profile
-from skipit.train.data.collate import Collator, batches
+from skipit.theory.profile import Profile
 from skipit.train.data.sources import resolve_model
 
-from .card import ADAPTER_CONFIG, PROVENANCE_FILE, card, read_evaluation, write_card
-from .run import ADAPTER, CONFIG_FILE, RUN_FILE
-
-
-def profile_model(
-    model: Any,
-    processor: Any,
-    rows: Any,
-    *,
-    batch_size: int = 16,
-    seed: int = 0,
-    draws: int = 2,
-    layers: str | None = None,
-    partial: Partial | None = None,
-) -> Profile:
-    """Measure a dense model on rows in the conversational vision format; arguments as of `profile`."""
-    read = batches(rows, Collator(processor), batch_size)
-    return profile(model, read, draws=draws, seed=seed, layers=layers, partial=partial)
-
-
-def gate_by_plan(model: Any, processor: Any, plan: Plan, calibration: Any, *, batch_size: int = 16) -> float:
-    """Attach a plan's gates to a dense model and set the threshold that meets its budget on held-out rows.
-
-    Returns:
-        The share of dense FLOPs measured there.
-
-    Raises:
-        CheckpointError: the plan was made for another model.
-    """
-    check_same_model(plan, fingerprint(model))
-    attach(model, RouterConfig(kv=plan.kv))
-    set_gates(model, plan.weight, plan.bias)
-    held_out = list(batches(calibration, Collator(processor), batch_size))
-    threshold, share = calibrate(model, held_out, CostModel.of(model), plan.budget, plan.kv)
-    default_threshold(model, threshold, f"{plan.budget:g}")
-    return share
-
-
-def add_operating_point(model: Any, processor: Any, calibration: Any, budget: float, *, batch_size: int = 16) -> float:
-    """Find the threshold of one more budget on held-out rows and store it in the model's router under its name.
-
-    Returns:
-        The share of dense FLOPs measured at it.
-    """
-    _, router = find_router(model)
-    held_out = list(batches(calibration, Collator(processor), batch_size))
-    threshold, share = calibrate(model, held_out, CostModel.of(model), budget, router.config.kv)
-    keep = router.config.threshold
-    default_threshold(model, threshold, f"{budget:g}")
-    router.config = RouterConfig(**{**router.config.to_dict(), "threshold": keep})
-    return share
+from .card import ADAPTER_CONFIG, PROVENANCE_FILE, read_evaluation, write_card
+from .gating import attach_plan
+from .run_folder import ADAPTER, CONFIG_FILE, RUN_FILE
 
 
 class Run(NamedTuple):
@@ -100,9 +46,9 @@ def open_run(run: str | Path) -> Run:
     record = load_json(run / RUN_FILE)
     config, gates = load_router(run)
     model, processor = load_dense(resolve_model(record["base"]))
-    if (found := fingerprint(model)) != record["model"]:
+    if (now := fingerprint(model)) != record["model"]:
         raise CheckpointError(
-            f"{run} was trained from a model with fingerprint {record['model']}; {record['base']} now has {found}."
+            f"{run} was trained from a model with fingerprint {record['model']}; {record['base']} now has {now}."
         )
     return Run(record, config, gates, model, processor)
 
@@ -115,14 +61,14 @@ def merge_run(run: str | Path) -> tuple[Any, Any]:
     """
     from peft import PeftModel
 
-    found = open_run(run)
-    attach(found.model, found.config)
+    finished = open_run(run)
+    attach(finished.model, finished.config)
     try:
-        merged: Any = PeftModel.from_pretrained(found.model, Path(run) / ADAPTER).merge_and_unload()
+        merged: Any = PeftModel.from_pretrained(finished.model, Path(run) / ADAPTER).merge_and_unload()
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise CheckpointError(f"{Path(run) / ADAPTER} cannot be loaded: {error}") from error
-    set_gates(merged, **found.gates)
-    return merged.eval(), found.processor
+    set_gates(merged, **finished.gates)
+    return merged.eval(), finished.processor
 
 
 def export(run: str | Path, out: str | Path, *, overwrite: bool = False) -> None:
@@ -133,10 +79,9 @@ def export(run: str | Path, out: str | Path, *, overwrite: bool = False) -> None
     """
     with new_directory(out, overwrite) as folder:
         model, processor = merge_run(run)
-        record = load_json(Path(run) / RUN_FILE)
-        about = card(record, find_router(model)[1].config)
-        save_gated(model, processor, folder, card=about, overwrite=True)
-        save_json(folder / PROVENANCE_FILE, {**record, "exported_by": provenance()})
+        save_gated(model, processor, folder, overwrite=True)
+        save_json(folder / PROVENANCE_FILE, {**load_json(Path(run) / RUN_FILE), "exported_by": provenance()})
+        write_card(folder)
 
 
 def export_plan(plan: str | Path, source: str, out: str | Path, *, overwrite: bool = False) -> None:
@@ -149,12 +94,10 @@ def export_plan(plan: str | Path, source: str, out: str | Path, *, overwrite: bo
     record = {"base": source, "model": gates.model, "budget": gates.budget, "init": gates.init, **gates.about}
     with new_directory(out, overwrite) as folder:
         model, processor = load_dense(resolve_model(source))
-        check_same_model(gates, fingerprint(model))
-        attach(model, RouterConfig(kv=gates.kv))
-        set_gates(model, gates.weight, gates.bias)
-        about = card({**record, "made_by": provenance()}, find_router(model)[1].config, "plan")
-        save_gated(model, processor, folder, card=about, overwrite=True)
+        attach_plan(model, gates)
+        save_gated(model, processor, folder, overwrite=True)
         save_json(folder / PROVENANCE_FILE, {**record, "exported_by": provenance()})
+        write_card(folder)
 
 
 def is_checkpoint(folder: Path) -> bool:
@@ -189,7 +132,6 @@ def check_profile(profile: Profile, checkpoint: Path, dense: Any) -> None:
     Raises:
         CheckpointError: it is neither of the dense model nor of the one the checkpoint's run started from.
     """
-    found = fingerprint(dense)
-    if (checkpoint / PROVENANCE_FILE).is_file() and profile.model == load_json(checkpoint / PROVENANCE_FILE)["model"]:
-        return
-    check_same_model(profile, found)
+    path = checkpoint / PROVENANCE_FILE
+    if not (path.is_file() and profile.model == load_json(path)["model"]):
+        check_same_model(profile, fingerprint(dense))

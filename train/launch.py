@@ -176,31 +176,31 @@ def stage_of(arguments: Any) -> int:
     return int(plugin.zero_stage) if plugin is not None else 0
 
 
-def wait() -> None:
-    """Until every process of the run is here."""
+def barrier() -> None:
+    """Wait until every process of the run is here."""
     if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
         dist.barrier()
 
 
-def leave(status: int) -> None:
+def end_process(status: int) -> None:
     """End one of several processes; returns where there is one. Gloo aborts in about one ordinary exit of five."""
     if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
         return
     if status == 0:
-        wait()
+        barrier()
         dist.destroy_process_group()
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(status)
 
 
-def _check_processes(found: int, wanted: int | None) -> None:
+def _check_processes(joined: int, wanted: int | None) -> None:
     started = int(os.environ.get("WORLD_SIZE", "1"))
-    if found != started:
-        raise LaunchError(f"the launcher started {started} processes, but this one trains with {found} of them.")
-    if wanted is not None and found != wanted:
+    if joined != started:
+        raise LaunchError(f"the launcher started {started} processes, but this one trains with {joined} of them.")
+    if wanted is not None and joined != wanted:
         raise LaunchError(
-            f"`processes`: {wanted} were asked for, {found} take part. Start them with a launcher: "
+            f"`processes`: {wanted} were asked for, {joined} take part. Start them with a launcher: "
             f"`torchrun --nproc-per-node {wanted} -m skipit.cli train ...`."
         )
 

@@ -1,9 +1,8 @@
 """One training run: from a dense model and a plan to a run folder that can be resumed and exported."""
 
-import json
 import re
-import shutil
 from collections.abc import Callable, Iterable
+from contextlib import nullcontext
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -12,46 +11,25 @@ import torch
 from torch import Tensor, nn
 from transformers import TrainingArguments
 
-from skipit.router import RouterConfig, attach, find_router, gate_state, set_gates
+from skipit.router import RouterConfig, find_router
 from skipit.router.call import Mode
-from skipit.router.checkpoint import save_router
-from skipit.router.config import KVPolicy, Unit
+from skipit.router.config import KVPolicy, Unit, point_name
 from skipit.router.decoder import find_decoder, layer_kinds
-from skipit.router.errors import CheckpointError, InputError
-from skipit.router.folders import load_json, provenance, save_json
-from skipit.theory.artefact import check_same_model
-from skipit.theory.calibrate import calibrate, default_threshold
+from skipit.router.errors import InputError
+from skipit.router.folders import provenance
+from skipit.theory.calibrate import calibrate
 from skipit.theory.cost import CostModel, token_flops
-from skipit.theory.identity import fingerprint
 from skipit.theory.labels import predicts_answer
 from skipit.theory.plan import Plan
-from skipit.theory.sharded import whole
-from skipit.train.data.collate import Broken, Collator, batches, training_rows
+from skipit.train.data.collate import Collator, batches
+from skipit.train.data.rows import Broken, training_rows
 
 from .config import TrainConfig
-from .launch import CHECKPOINTS, launched, stage_of, wait
+from .gating import attach_plan
+from .launch import launched, stage_of
+from .run_folder import RunFolder, check_folder
 
-ADAPTER = "adapter"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}  # of the weights, by precision
-RUN_FILE = "run.json"
-CONFIG_FILE = "train_config.json"
-# A resumed run may not change these: its data, its weights or its schedule would be another run's.
-FIXED = (
-    "processes",
-    "budget",
-    "more_budgets",
-    "kv",
-    "unit",
-    "granularity",
-    "steps",
-    "batch_size",
-    "accumulation",
-    "lora_rank",
-    "lora_alpha",
-    "seed",
-    "precision",
-    "deepspeed",
-)
 
 
 def lora_targets(model: nn.Module) -> str:
@@ -75,9 +53,7 @@ def prepare(model: Any, plan: Plan, config: TrainConfig) -> Any:
     """
     from peft import LoraConfig, get_peft_model
 
-    check_same_model(plan, fingerprint(model))
-    attach(model, RouterConfig(kv=config.kv, unit=config.unit, granularity=config.granularity))
-    set_gates(model, plan.weight, plan.bias)
+    attach_plan(model, plan, RouterConfig(kv=config.kv, unit=config.unit, granularity=config.granularity))
     torch.manual_seed(config.seed)
     lora = LoraConfig(
         r=max(1, config.lora_rank),
@@ -97,10 +73,8 @@ def prepare(model: Any, plan: Plan, config: TrainConfig) -> Any:
 def dense_per_answer(rows: Iterable[dict[str, Tensor]], costs: CostModel) -> float:
     """Dense decoder FLOPs per answer token of some batches: the scale of the compute term."""
     flops = answers = 0.0
-    linear, pair = float(costs.column("linear").sum()), float(costs.column("attention").sum())
     for batch in rows:
-        lengths = batch["attention_mask"].sum(-1).double()
-        flops += float((lengths * linear + pair * lengths * (lengths + 1) / 2).sum())
+        flops += _least_and_dense(batch, costs)[1]
         answers += float(predicts_answer(batch["labels"]).sum())
     if answers == 0:
         raise InputError("the training data has no answer tokens; every row needs a completion.")
@@ -109,13 +83,18 @@ def dense_per_answer(rows: Iterable[dict[str, Tensor]], costs: CostModel) -> flo
 
 def least_share(rows: Iterable[dict[str, Tensor]], costs: CostModel, kv: KVPolicy, unit: Unit) -> float:
     """Share of the dense decoder's FLOPs that some batches cost when every token skips every layer."""
-    spent = dense = 0.0
-    for batch in rows:
-        real = batch["attention_mask"].bool()
-        nothing = torch.zeros(len(costs.layers), *real.shape, dtype=torch.float64)
-        executed, full = token_flops(costs, nothing, real, kv, unit=unit)
-        spent, dense = spent + float(executed.sum()), dense + float(full.sum())
-    return spent / dense
+    least, dense = zip(*(_least_and_dense(batch, costs, kv, unit) for batch in rows), strict=True)
+    return sum(least) / sum(dense)
+
+
+def _least_and_dense(
+    batch: dict[str, Tensor], costs: CostModel, kv: KVPolicy = "retain", unit: Unit = "block"
+) -> tuple[float, float]:
+    """FLOPs of a batch whose tokens skip every layer, and those of the dense decoder."""
+    real = batch["attention_mask"].bool()
+    nothing = torch.zeros(len(costs.layers), *real.shape, dtype=torch.float64)
+    executed, dense = token_flops(costs, nothing, real, kv, unit=unit)
+    return float(executed.sum()), float(dense.sum())
 
 
 def check_reachable(budgets: Iterable[float], least: float, kv: KVPolicy, unit: Unit) -> None:
@@ -177,7 +156,7 @@ def train(
         callbacks: `transformers` trainer callbacks; a `ProgressCallback` among them replaces the printing of logs.
         report_to: where `Trainer` reports, such as "tensorboard".
         arguments: of `launched`, where several processes train or the model was loaded under ZeRO-3.
-        note: is told of every row that was skipped.
+        note: called with the reason for every row that was skipped.
 
     Returns:
         The trained PEFT model, in eval mode, calibrated; under ZeRO-3 its weights stay sharded.
@@ -191,63 +170,54 @@ def train(
         TrainingError: the loss is not finite or the router collapsed; checkpoints stay.
         KeyboardInterrupt: the last whole step was saved; go on with `resume`.
     """
-    if arguments is None:
-        with launched(config, out, report_to=report_to) as arguments:
-            return train(
-                model,
-                processor,
-                dataset,
-                plan,
-                config,
-                out,
-                calibration=calibration,
-                base=base,
-                resume=resume,
-                overwrite=overwrite,
-                callbacks=callbacks,
-                arguments=arguments,
-                note=note,
-            )
     from .trainer import SkipTrainer
 
-    out, main = Path(out), arguments.process_index == 0
-    check_folder(out, resume=resume, overwrite=overwrite)
-    check_dtype(model)
-    broken = Broken(config.max_broken_rows, note)
-    collate = Collator(processor)
-    costs = CostModel.of(model)
-    rows = training_rows(dataset, collate, broken)
-    settings = {**config.to_dict(), "base": base, "processes": arguments.world_size}
-    sample = list(batches(islice(rows, 64), collate, config.batch_size))
-    least = least_share(sample, costs, config.kv, config.unit)
-    check_reachable((config.budget, *config.more_budgets), least, config.kv, config.unit)
-    peft_model = prepare(model, plan, config)
-    checkpoint = _prepare_folder(out, settings, resume, main)
-    mode: Mode = "masked" if stage_of(arguments) == 3 else "gathered"
-    # Every process runs every module, but for layers over images in a batch that has none.
-    arguments.ddp_find_unused_parameters = "cross_attention" in layer_kinds(find_decoder(model)[1].config)
-    trainer = SkipTrainer(
-        settings=config,
-        costs=costs,
-        dense_per_answer=dense_per_answer(sample, costs),
-        thresholds=_thresholds(peft_model, sample, costs, config),
-        least=least,
-        model=peft_model,
-        args=arguments,
-        train_dataset=rows,
-        data_collator=collate,
-        callbacks=callbacks,
-    )
-    _run(trainer, checkpoint)
-    peft_model.eval()
-    shares: dict[str, float] = {}
-    if calibration is not None:
-        held_out = list(batches(calibration, collate, config.batch_size))
-        for budget in (*config.more_budgets, config.budget):  # the last one becomes the default
-            threshold, share = calibrate(peft_model, held_out, costs, budget, config.kv, mode=mode)
-            default_threshold(peft_model, threshold, f"{budget:g}")
-            shares[f"{budget:g}"] = share
-    _finish(out, peft_model, config, plan, settings, trainer.progress.history, shares, broken.count, main)
+    out = Path(out)
+    with launched(config, out, report_to=report_to) if arguments is None else nullcontext(arguments) as arguments:
+        check_folder(out, resume=resume, overwrite=overwrite)
+        check_dtype(model)
+        broken, collate, costs = Broken(config.max_broken_rows, note), Collator(processor), CostModel.of(model)
+        rows = training_rows(dataset, collate.checked, broken)
+        sample = list(batches(islice(rows, 64), collate, config.batch_size))
+        least = least_share(sample, costs, config.kv, config.unit)
+        check_reachable((config.budget, *config.more_budgets), least, config.kv, config.unit)
+        peft_model = prepare(model, plan, config)
+        settings = {**config.to_dict(), "base": base, "processes": arguments.world_size}
+        folder = RunFolder(out, settings, main=arguments.process_index == 0)
+        checkpoint = folder.prepare(resume)
+        # Every process runs every module, but for layers over images in a batch that has none.
+        arguments.ddp_find_unused_parameters = "cross_attention" in layer_kinds(find_decoder(model)[1].config)
+        trainer = SkipTrainer(
+            settings=config,
+            costs=costs,
+            dense_per_answer=dense_per_answer(sample, costs),
+            thresholds=_thresholds(peft_model, sample, costs, config),
+            least=least,
+            model=peft_model,
+            args=arguments,
+            train_dataset=rows,
+            data_collator=collate,
+            callbacks=callbacks,
+        )
+        _run(trainer, checkpoint)
+        peft_model.eval()
+        held_out = list(batches(calibration, collate, config.batch_size)) if calibration is not None else []
+        mode: Mode = "masked" if stage_of(arguments) == 3 else "gathered"
+        shares = _calibrate(peft_model, held_out, costs, config, mode) if held_out else {}
+        history = trainer.progress.history
+        record = {
+            "base": base,
+            "model": plan.model,
+            "config": config.to_dict(),
+            "processes": arguments.world_size,
+            "init": plan.init,
+            "skipped_rows": broken.count,
+            "calibrated_share": shares.get(point_name(config.budget)),
+            "calibrated_shares": shares,
+            "last": history[-1] if history else None,
+            "made_by": provenance(),
+        }
+        folder.finish(peft_model, history, record)
     return peft_model
 
 
@@ -273,99 +243,13 @@ def _run(trainer: Any, checkpoint: Path | None) -> None:
         raise
 
 
-def check_folder(out: Path, *, resume: bool, overwrite: bool) -> None:
-    """Refuse a run folder that would lose something, or from which nothing can be resumed.
-
-    Raises:
-        CheckpointError: says which.
-    """
-    from .trainer import last_checkpoint
-
-    last = last_checkpoint(out / CHECKPOINTS)
-    if resume and (out / RUN_FILE).is_file():
-        raise CheckpointError(f"{out} is finished. Next: `skipit export {out} --out DIR`.")
-    if resume and last is None:
-        raise CheckpointError(f"{out} has no checkpoint to resume from. Start without --resume.")
-    if out.exists() and not out.is_dir():
-        raise CheckpointError(f"{out} is a file, expected a folder or nothing.")
-    if resume or not out.exists() or not any(out.iterdir()):
-        return
-    # A run that was stopped before its first checkpoint has nothing to lose.
-    ours = (out / CONFIG_FILE).is_file()
-    if ours and (overwrite or (last is None and not (out / RUN_FILE).is_file())):
-        return
-    if overwrite:
-        raise CheckpointError(
-            f"{out} is not a run: it has no {CONFIG_FILE}. Delete it yourself or choose another --out."
-        )
-    hint = "continue with --resume, " if last else ""
-    raise CheckpointError(
-        f"{out} exists and is not empty; {hint}choose another --out, or pass --overwrite to replace it."
-    )
-
-
-def _prepare_folder(out: Path, settings: dict[str, Any], resume: bool, main: bool) -> Path | None:
-    """The checkpoint to continue from, or None and a fresh folder with the settings in it, which `main` makes."""
-    from .trainer import last_checkpoint
-
-    checkpoint = last_checkpoint(out / CHECKPOINTS) if resume else None
-    if checkpoint is not None:
-        before, settings = load_json(out / CONFIG_FILE), json.loads(json.dumps(settings))
-        if changed := [name for name in FIXED if before.get(name) != settings[name]]:
-            what = ", ".join(f"`{name}` was {before.get(name)!r}, now {settings[name]!r}" for name in changed)
-            raise CheckpointError(f"{out} cannot be resumed with other settings: {what}. Use the old ones.")
-    wait()  # every process has looked at the folder
-    if main:
-        _make_folder(out, settings, checkpoint)
-    wait()
-    return checkpoint
-
-
-def _make_folder(out: Path, settings: dict[str, Any], checkpoint: Path | None) -> None:
-    if checkpoint is not None:
-        for unfinished in set((out / CHECKPOINTS).glob("checkpoint-*")):
-            if int(unfinished.name.rpartition("-")[2]) > int(checkpoint.name.rpartition("-")[2]):
-                shutil.rmtree(unfinished)  # a save that was killed; `Trainer` would count it as one to keep
-    else:
-        shutil.rmtree(out, ignore_errors=True)
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        save_json(out / CONFIG_FILE, settings)
-    except OSError as error:
-        raise CheckpointError(f"{out} cannot be written: {error}") from error
-
-
-def _finish(
-    out: Path,
-    model: Any,
-    config: TrainConfig,
-    plan: Plan,
-    settings: dict[str, Any],
-    history: list[dict[str, float]],
-    shares: dict[str, float],
-    skipped_rows: int,
-    main: bool,
-) -> None:
-    """The run's results: adapter in PEFT's format, router settings and gates, and a record."""
-    with whole(parameter for parameter in model.parameters() if parameter.requires_grad):
-        if main:
-            model.save_pretrained(out / ADAPTER)
-            gates = {name: value.float() for name, value in gate_state(model).items()}
-            save_router(out, find_router(model)[1].config, gates)
-    if main:
-        (out / "history.jsonl").write_text("".join(json.dumps(row) + "\n" for row in history), encoding="utf-8")
-        record = {
-            "base": settings["base"],
-            "model": plan.model,
-            "config": config.to_dict(),
-            "processes": settings["processes"],
-            "init": plan.init,
-            "skipped_rows": skipped_rows,
-            "calibrated_share": shares.get(f"{config.budget:g}"),
-            "calibrated_shares": shares,
-            "last": history[-1] if history else None,
-            "made_by": provenance(),
-        }
-        save_json(out / RUN_FILE, record)
-        shutil.rmtree(out / CHECKPOINTS, ignore_errors=True)
-    wait()
+def _calibrate(
+    model: Any, held: list[dict[str, Tensor]], costs: CostModel, config: TrainConfig, mode: Mode
+) -> dict[str, float]:
+    """Find the threshold of each budget, the last of which becomes the default; the share measured at each."""
+    router, shares = find_router(model)[1], {}
+    for budget in (*config.more_budgets, config.budget):
+        threshold, share = calibrate(model, held, costs, budget, config.kv, mode=mode)
+        router.config = router.config.with_point(budget, threshold, default=True)
+        shares[point_name(budget)] = share
+    return shares

@@ -22,12 +22,12 @@ from skipit.theory.cost import CostModel
 from skipit.theory.labels import IGNORE
 
 from .config import TrainConfig
-from .launch import check_engine, stage_of, wait
+from .launch import barrier, check_engine, stage_of
 from .objective import DualAscent, answer_losses, answer_targets, gated_compute
+from .run_folder import STATE_FILE, last_checkpoint
 
 PER_ANSWER = {"ce": "ce", "kl": "kl", "accuracy": "correct"}
 GATE = "layer_gate"
-STATE_FILE = "skipit_state.json"
 
 
 class TrainingError(SkipItError):
@@ -211,7 +211,7 @@ class SkipTrainer(Trainer):
         folder = Path(self._get_output_dir(trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
         try:
             super()._save_checkpoint(model, trial)
-            wait()  # for the parts that other processes write
+            barrier()  # for the parts that other processes write
             if self.args.should_save:
                 values = {
                     "ascents": [[ascent.multiplier, ascent.violation] for ascent in self.ascents],
@@ -260,12 +260,6 @@ def skip_rates(ran: Tensor) -> dict[str, float]:
         for number, modality in enumerate(MODALITIES)
         for layer, rate in enumerate(ran[:, number].tolist())
     }
-
-
-def last_checkpoint(folder: Path) -> Path | None:
-    """The last whole checkpoint in a folder, or None."""
-    whole = [path.parent for path in folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*/{STATE_FILE}")]
-    return max(whole, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
 
 
 class _Ascend(TrainerCallback):

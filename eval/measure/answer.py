@@ -6,7 +6,8 @@ from textwrap import shorten
 from typing import Any
 
 from skipit.router import InputError, running
-from skipit.train.data.collate import Collator, Row
+from skipit.train.data.collate import Collator
+from skipit.train.data.rows import Row
 
 from .runner import right_answer
 from .traced import generate

@@ -20,7 +20,7 @@ from skipit.router.config import Granularity, KVPolicy
 from skipit.router.folders import load_json
 from skipit.theory.calibrate import measured_share
 from skipit.train.config import TrainConfig
-from skipit.train.run import RUN_FILE
+from skipit.train.run_folder import RUN_FILE
 
 from .study import Study, command, markdown, once
 

@@ -25,12 +25,14 @@ from skipit.train.config import TrainConfig
 from skipit.train.data.collate import Collator, batches
 from skipit.train.data.sources import load_model
 from skipit.train.display import note, training_progress
-from skipit.train.export import merge_run, profile_model
+from skipit.train.export import merge_run
 from skipit.train.launch import CHECKPOINTS
+from skipit.train.profiling import profile_model
 from skipit.train.reference.data import reference_dataset
 from skipit.train.reference.digits import Split
 from skipit.train.reference.questions import KINDS, Kind
-from skipit.train.run import RUN_FILE, train
+from skipit.train.run import train
+from skipit.train.run_folder import RUN_FILE
 
 from .answers import always, answers, right, same_rows
 

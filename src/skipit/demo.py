@@ -18,7 +18,9 @@ from skipit.train.card import write_card
 from skipit.train.config import TrainConfig
 from skipit.train.data.sources import load_data, load_model
 from skipit.train.display import loading, progress, training_progress
-from skipit.train.export import export, gate_by_plan, profile_model
+from skipit.train.export import export
+from skipit.train.gating import gate_by_plan
+from skipit.train.profiling import profile_model
 from skipit.train.run import train
 
 from .router import find_router

@@ -20,7 +20,7 @@ from skipit.router import RouterConfig, attach, gate_state, running, set_gates
 from skipit.router.errors import InputError
 from skipit.theory.profile import Profile
 from skipit.train.data.sources import load_model
-from skipit.train.export import profile_model
+from skipit.train.profiling import profile_model
 from skipit.train.reference.data import reference_dataset
 
 

@@ -69,3 +69,14 @@ def test_thresholds_by_budget() -> None:
         FULL.threshold_at(0.3)
     with pytest.raises(RouterConfigError, match="is calibrated for: none"):
         RouterConfig().threshold_at("0.5")
+
+
+def test_one_more_operating_point() -> None:
+    more = FULL.with_point(0.75, -1.0)
+    assert more.operating_points == {**FULL.operating_points, "0.75": -1.0}
+    assert more.threshold == FULL.threshold == -0.25
+    assert "0.75" not in FULL.operating_points
+    assert FULL.with_point("0.5", 2.0, default=True).at(0.25).operating_points["0.5"] == 2.0
+    assert FULL.with_point("certified", 2.0, default=True).threshold == 2.0
+    with pytest.raises(RouterConfigError, match=r"threshold '0\.75': got nan, expected a finite number"):
+        FULL.with_point(0.75, float("nan"))

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from skipit.router import CheckpointError
-from skipit.router.folders import load_json, load_tensors, new_directory, provenance, save_json, save_tensors
+from skipit.router.folders import check_out, load_json, load_tensors, new_directory, provenance, save_json, save_tensors
 
 
 def contents(folder: Path) -> dict[str, str]:
@@ -96,6 +96,18 @@ def test_json_is_there_whole_or_as_it_was(tmp_path: Path, monkeypatch: pytest.Mo
     with pytest.raises(KeyboardInterrupt):
         save_json(file, {"a": 2})
     assert load_json(file) == {"a": 1}
+
+
+def test_what_is_not_ours_is_not_replaced(tmp_path: Path) -> None:
+    check_out(tmp_path, True, ("run.json",))  # empty
+    (tmp_path / "thesis.tex").write_text("years of work")
+    check_out(tmp_path, True)
+    with pytest.raises(CheckpointError, match=r"holds nothing that skipit made\. Delete it yourself or choose another"):
+        check_out(tmp_path, True, ("run.json", "plan.json"))
+    (tmp_path / "plan.json").write_text("{}")
+    check_out(tmp_path, True, ("run.json", "plan.json"))
+    with pytest.raises(CheckpointError, match=r"exists\. Choose another --out, or pass --overwrite to replace it"):
+        check_out(tmp_path, False, ("run.json", "plan.json"))
 
 
 @pytest.mark.parametrize(

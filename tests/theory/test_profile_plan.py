@@ -29,7 +29,7 @@ from skipit.router import (
 )
 from skipit.router.folders import save_tensors
 from skipit.theory.artefact import check_same_model, load_plan, load_profile, save_plan, save_profile
-from skipit.theory.calibrate import calibrate, default_threshold, measured_share
+from skipit.theory.calibrate import calibrate, measured_share
 from skipit.theory.cost import CostModel
 from skipit.theory.damage import LayerStates, apart_output
 from skipit.theory.identity import fingerprint
@@ -463,8 +463,8 @@ class TestCalibrate:
         threshold, share = calibrate(model, batches, costs, 0.6, kv, tolerance=0.01)  # type: ignore[arg-type]
         assert share == pytest.approx(0.6, abs=0.03)
         assert measured_share(model, batches, costs, kv, threshold) == share  # type: ignore[arg-type]
-        default_threshold(model, threshold, "0.6")
-        config = find_router(model)[1].config
+        router = find_router(model)[1]
+        config = router.config = router.config.with_point(0.6, threshold, default=True)
         assert config.threshold == config.threshold_at(0.6) == threshold
         trace = Trace()
         with running(budget=0.6, trace=trace, kv=kv), torch.no_grad():

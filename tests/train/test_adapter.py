@@ -23,7 +23,8 @@ from skipit.theory.plan import make_plan
 from skipit.train.adapter import ADAPTER_WEIGHTS, export_adapter, shape_hash
 from skipit.train.card import ADAPTER_CONFIG
 from skipit.train.config import TrainConfig
-from skipit.train.export import export, profile_model
+from skipit.train.export import export
+from skipit.train.profiling import profile_model
 from skipit.train.run import train
 
 ROWS: list[list[int | str]] = [[5, "image", 6, 7, 8, 9]]

@@ -20,7 +20,8 @@ from skipit.router.folders import provenance, save_json
 from skipit.theory.artefact import save_plan
 from skipit.theory.plan import make_plan
 from skipit.train.card import CARD, PROVENANCE_FILE, card, measured_table
-from skipit.train.export import export_again, export_plan, is_checkpoint, profile_model
+from skipit.train.export import export_again, export_plan, is_checkpoint
+from skipit.train.profiling import profile_model
 
 RUN = {
     "base": "someone/llava",

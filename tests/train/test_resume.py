@@ -26,7 +26,8 @@ from skipit.train.config import TrainConfig
 from skipit.train.reference.data import reference_dataset
 from skipit.train.reference.model import build_model, build_processor
 from skipit.train.run import train
-from skipit.train.trainer import STATE_FILE, TrainingError, last_checkpoint
+from skipit.train.run_folder import STATE_FILE, last_checkpoint
+from skipit.train.trainer import TrainingError
 
 # Ten rows in batches of two, twice per step: an epoch ends in the middle of a step's batches.
 CONFIG = TrainConfig(steps=7, batch_size=2, accumulation=2, lora_rank=2, save_steps=3, learning_rate=1e-3)
@@ -188,7 +189,7 @@ import os, random, signal, sys, time
 from pathlib import Path
 import accelerate, datasets, peft, torch, transformers
 from skipit.cli.main import main
-from skipit.train.trainer import last_checkpoint
+from skipit.train.run_folder import last_checkpoint
 
 torch.set_num_threads(1)
 line = sys.argv[1:]

@@ -1,24 +1,17 @@
-"""From rows in the conversational vision format to batches of a model, with labels on the completion only."""
+"""From rows to batches of a model, with labels on the completion only."""
 
-import hashlib
-import io
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from inspect import signature
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset, IterableDataset
 
 from skipit.router import InputError
 from skipit.theory.labels import IGNORE
 
-FORMAT = (
-    "Rows need images or videos, prompt and completion, or images or videos and messages of which the assistant has "
-    "the last (TRL's conversational vision format)."
-)
+from .rows import Row, check_columns, films, numbered, pictures, turns_of
 
 
 @dataclass(frozen=True)
@@ -54,7 +47,7 @@ class Collator:
         if "suffix" in signature(self.processor.__call__).parameters:
             # A prefix LM, such as PaliGemma: a prompt's tokens see each other, so it must know where the answer begins.
             return self._process(places, prompts, media, "right", [_plain(row.reply) for row in read])
-        batch = self._process(places, [row.whole for row in read], media, "right")
+        batch = self._process(places, [row.conversation for row in read], media, "right")
         # The prompt alone, expanded the same way, says where the completion begins.
         lengths = self._process(places, prompts, media, "right")["attention_mask"].sum(-1)
         place = torch.arange(batch["input_ids"].shape[1])
@@ -62,7 +55,7 @@ class Collator:
         batch["labels"] = batch["input_ids"].masked_fill(~inside, IGNORE)
         return batch
 
-    def checked(self, row: "Row") -> "Row":
+    def checked(self, row: Row) -> Row:
         """A row that can be collated as far as can be told without its processor, with its images opened.
 
         Raises:
@@ -77,16 +70,16 @@ class Collator:
         images, videos = pictures(row, where), films(row, where)
         turns = turns_of(row, "prompt", "user", where)
         turns = _with_placeholders(turns, {"image": len(images), "video": len(videos)}, where)
-        prompt, reply, whole = self._template(turns, True, where), [], ""
+        prompt, reply, conversation = self._template(turns, True, where), [], ""
         if self.with_completion:
             reply = turns_of(row, "completion", "assistant", where)
-            whole = self._template([*turns, *reply], False, where)
+            conversation = self._template([*turns, *reply], False, where)
         token = getattr(self.processor, "image_token", None)
-        if token and (found := (whole or prompt).count(token)) > len(images):
+        if token and (count := (conversation or prompt).count(token)) > len(images):
             raise InputError(
-                f"{where}: {found} image tokens, {len(images)} images. Its text must not hold `{token}` itself."
+                f"{where}: {count} image tokens, {len(images)} images. Its text must not hold `{token}` itself."
             )
-        return _Read(prompt, whole, reply, images, videos)
+        return _Read(prompt, conversation, reply, images, videos)
 
     def _template(self, turns: list[dict[str, Any]], generation: bool, where: str) -> str:
         try:
@@ -127,10 +120,10 @@ class Collator:
 
 
 class _Read(NamedTuple):
-    """A row before processing: the prompt and the whole as text, the reply's messages, open images, and videos."""
+    """A row before processing: the prompt and all of it as text, the reply's messages, open images, and videos."""
 
     prompt: str
-    whole: str
+    conversation: str
     reply: list[dict[str, Any]]
     images: list[Any]
     videos: list[Any]
@@ -144,29 +137,6 @@ def _plain(turns: list[dict[str, Any]]) -> str:
     contents = [turn["content"] for turn in turns]
     parts = [[{"text": content}] if isinstance(content, str) else content for content in contents]
     return "".join(part.get("text", "") for content in parts for part in content)
-
-
-def turns_of(row: Mapping[str, Any], column: str, role: str, where: str) -> list[dict[str, Any]]:
-    """Messages as chat templates want them: a data set fills keys a part lacks with None.
-
-    Raises:
-        InputError: they are neither a text nor messages; the message names the row.
-    """
-    messages = row[column]
-    if isinstance(messages, str):
-        return [{"role": role, "content": messages}]
-    turns = []
-    try:
-        for message in messages:
-            content = message["content"]
-            if not isinstance(content, str):
-                content = [{key: value for key, value in part.items() if value is not None} for part in content]
-            turns.append({"role": message["role"], "content": content})
-    except (TypeError, KeyError, AttributeError) as error:
-        raise InputError(
-            f"{where}: `{column}` is not a text or a list of messages with role and content: {repr(messages)[:200]}"
-        ) from error
-    return turns
 
 
 def _with_placeholders(turns: list[dict[str, Any]], media: Mapping[str, int], where: str) -> list[dict[str, Any]]:
@@ -187,193 +157,8 @@ def _with_placeholders(turns: list[dict[str, Any]], media: Mapping[str, int], wh
     return turns
 
 
-def check_columns(row: Mapping[str, Any], where: str, *needed: str) -> None:
-    """Refuse a row that lacks a column.
-
-    Raises:
-        InputError: it does; the message names the row and the columns it has.
-    """
-    if missing := [name for name in needed if name not in row]:
-        raise InputError(f"{where}: no column {', '.join(missing)}; found: {', '.join(row)}. {FORMAT}")
-
-
-def pictures(row: Mapping[str, Any], where: str) -> list[Any]:
-    """A row's pictures; files and bytes are opened.
-
-    Raises:
-        InputError: one cannot be read; the message names the row.
-    """
-    opened = []
-    given = [] if row.get("images") is None else row["images"]
-    # A column of one image per row is as good as one of lists.
-    for number, image in enumerate(given if isinstance(given, list | tuple) else [given]):
-        try:
-            opened.append(_open(image))
-        except (OSError, ValueError, SyntaxError) as error:  # PIL calls a broken PNG a syntax error
-            raise InputError(f"{where}: image {number} cannot be read: {error}") from error
-    return opened
-
-
-def films(row: Mapping[str, Any], where: str) -> list[Any]:
-    """A row's videos: one that is a list of pictures becomes an array of its frames.
-
-    Raises:
-        InputError: a frame cannot be read; the message names the row.
-    """
-    given = row.get("videos") or []
-    try:
-        return [
-            np.stack([np.asarray(_open(frame)) for frame in video]) if isinstance(video, list | tuple) else video
-            for video in given
-        ]
-    except (OSError, ValueError, SyntaxError) as error:
-        raise InputError(f"{where}: a video cannot be read: {error}") from error
-
-
-def _open(image: Any) -> Any:
-    from PIL import Image
-
-    if isinstance(image, Mapping):
-        image = io.BytesIO(image["bytes"]) if image.get("bytes") else image.get("path")
-    if isinstance(image, str | io.BytesIO):
-        with Image.open(image) as file:
-            return file.convert("RGB")
-    if not isinstance(image, Image.Image):
-        return image  # an array or a tensor, which processors take
-    image.load()
-    # Processors fail on palettes, transparency and greys.
-    return image if image.mode == "RGB" else image.convert("RGB")
-
-
-def answer_apart(row: Mapping[str, Any]) -> Mapping[str, Any]:
-    """A row whose `messages` are a conversation, with the last answer as `completion` and the rest as `prompt`."""
-    messages = row.get("messages")
-    if "prompt" in row or "completion" in row or not isinstance(messages, list) or len(messages) < 2:
-        return row
-    last = messages[-1]
-    if not isinstance(last, Mapping) or last.get("role") != "assistant":
-        return row
-    return {**row, "prompt": messages[:-1], "completion": [last]}
-
-
-class Row(dict[str, Any]):
-    """A row that knows where it comes from, so that an error about it can say so."""
-
-    def __init__(self, values: Mapping[str, Any], where: str) -> None:
-        super().__init__(answer_apart(values))
-        self.where = where
-
-
-class Broken:
-    """Rows that cannot be read: each is named once and counted, and those after too many stop the run.
-
-    Args:
-        limit: how many there may be.
-        note: is told of each.
-    """
-
-    def __init__(self, limit: int = 0, note: Callable[[str], None] | None = None) -> None:
-        self.limit, self.note = limit, note
-        self._seen: set[str] = set()
-
-    @property
-    def count(self) -> int:
-        """How many different rows there were."""
-        return len(self._seen)
-
-    def __call__(self, row: str, error: InputError) -> None:
-        """Count a row.
-
-        Args:
-            row: what tells it from others, however often it is met.
-            error: why it cannot be read.
-
-        Raises:
-            InputError: it is one too many.
-        """
-        if row in self._seen:
-            return
-        self._seen.add(row)
-        if self.limit == 0:
-            raise error
-        if self.count > self.limit:
-            raise InputError(f"more than {self.limit} rows cannot be read (`max_broken_rows`); the last: {error}")
-        if self.note is not None:
-            self.note(f"skipped: {error}")
-
-
-class Rows(Dataset[dict[str, Any]]):
-    """A data set whose rows know their number, and where the next good row stands in for a broken one.
-
-    Args:
-        rows: a `datasets.Dataset` or any sequence of mappings.
-        collate: checks rows; None takes them as they are.
-        broken: counts those that cannot be read; without it the first is an error.
-    """
-
-    def __init__(self, rows: Any, collate: Collator | None = None, broken: Broken | None = None) -> None:
-        self.rows, self.collate, self.broken = rows, collate, broken or Broken()
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __iter__(self) -> Iterator[Row]:
-        return (self[index] for index in range(len(self)))
-
-    def __getitem__(self, index: int) -> Row:
-        if index >= len(self):
-            raise IndexError(index)
-        for number in (*range(index, len(self)), *range(index)):
-            where = f"row {number}"
-            try:
-                row = Row(self._at(number), where)
-                return row if self.collate is None else self.collate.checked(row)
-            except InputError as error:
-                self.broken(where, error)
-        raise InputError("no row of the data can be read.")
-
-    def _at(self, number: int) -> Any:
-        try:
-            return self.rows[number]
-        except Exception as error:  # reading a row decodes its images, which fails in many ways
-            raise InputError(f"row {number} cannot be read: {error}") from error
-
-
-class RowStream(IterableDataset[dict[str, Any]]):
-    """Rows that are read one by one and have no number of their own; broken ones are left out.
-
-    Args:
-        rows: a `datasets.IterableDataset` or any iterable of mappings that can be started again.
-        collate: checks rows.
-        broken: counts those that cannot be read.
-    """
-
-    def __init__(self, rows: Any, collate: Collator, broken: Broken) -> None:
-        # Images are opened here, where an error about one does not end the stream.
-        self.rows = rows.decode(False) if hasattr(rows, "decode") else rows
-        self.collate, self.broken = collate, broken
-
-    def __iter__(self) -> Iterator[Row]:
-        for row in _readable(self.rows):
-            try:
-                yield self.collate.checked(row)
-            except InputError as error:
-                # A stream that is shuffled has it in another place each time.
-                self.broken(hashlib.blake2b(repr(row).encode(), digest_size=16).hexdigest(), error)
-
-    def set_epoch(self, epoch: int) -> None:
-        """Shuffle anew where the stream can."""
-        if hasattr(self.rows, "set_epoch"):
-            self.rows.set_epoch(epoch)
-
-
-def training_rows(rows: Any, collate: Collator, broken: Broken) -> Rows | RowStream:
-    """Rows to train on; without a length they are a stream."""
-    return Rows(rows, collate, broken) if hasattr(rows, "__len__") else RowStream(rows, collate, broken)
-
-
 def batches(
-    rows: Any, collate: Callable[[list["Row"]], dict[str, Tensor]], batch_size: int
+    rows: Any, collate: Callable[[list[Row]], dict[str, Tensor]], batch_size: int
 ) -> Iterator[dict[str, Tensor]]:
     """Batches of consecutive rows of a data set, the last one possibly smaller.
 
@@ -382,7 +167,7 @@ def batches(
     """
     held: list[Row] = []
     empty = True
-    for row in _readable(rows):
+    for row in numbered(rows):
         empty = False
         held.append(row)
         if len(held) == batch_size:
@@ -392,18 +177,3 @@ def batches(
         yield collate(held)
     if empty:
         raise InputError("the data set is empty; expected at least one row.")
-
-
-def _readable(rows: Any) -> Iterator[Row]:
-    iterator, number = iter(rows), 0
-    while True:
-        try:
-            row = next(iterator)
-        except StopIteration:
-            return
-        except InputError:  # `Rows` has named the row
-            raise
-        except Exception as error:
-            raise InputError(f"row {number} cannot be read: {error}") from error
-        yield Row(row, f"row {number}")
-        number += 1

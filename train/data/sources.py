@@ -70,13 +70,13 @@ def load_data(
         InputError: it cannot be read, or has no rows, or not the columns.
     """
     if columns:
-        found = load_data(source, split, samples, seed, streaming=streaming, shuffle_buffer=shuffle_buffer)
-        return _renamed(found, columns, source)
+        rows = load_data(source, split, samples, seed, streaming=streaming, shuffle_buffer=shuffle_buffer)
+        return _renamed(rows, columns, source)
     if shuffle_buffer and not streaming:
         raise InputError(f"a shuffle buffer of {shuffle_buffer} rows is of a stream: add --streaming.")
     if streaming:
-        found = load_data(source, split, samples, seed) if source == REFERENCE else _read(source, split, streaming)
-        stream = found.to_iterable_dataset() if hasattr(found, "to_iterable_dataset") else found
+        rows = load_data(source, split, samples, seed) if source == REFERENCE else _read(source, split, streaming)
+        stream = rows.to_iterable_dataset() if hasattr(rows, "to_iterable_dataset") else rows
         stream = stream.shuffle(seed=seed, buffer_size=shuffle_buffer) if shuffle_buffer else stream
         return stream.take(samples) if samples else stream
     if source == REFERENCE:

@@ -13,7 +13,8 @@ from skipit.router import gated_layers, running
 from skipit.theory.cost import CostModel
 from skipit.theory.plan import Plan
 from skipit.train.config import TrainConfig
-from skipit.train.data.collate import Collator, Rows
+from skipit.train.data.collate import Collator
+from skipit.train.data.rows import Rows
 from skipit.train.launch import training_arguments
 from skipit.train.run import prepare
 from skipit.train.trainer import SkipTrainer

@@ -4,7 +4,6 @@ Heavy imports happen inside the verbs, so `skipit --help` answers at once.
 """
 
 import argparse
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -36,9 +35,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return int(stop.code or 0)
     status = _run(arguments)
     if arguments.verb == "train":
-        from skipit.train.launch import leave
+        from skipit.train.launch import end_process
 
-        leave(status)
+        end_process(status)
     return status
 
 
@@ -64,19 +63,9 @@ def _run(arguments: argparse.Namespace) -> int:
 
 def _check_out(arguments: argparse.Namespace) -> None:
     """Refuse an output folder before hours of work, not after them."""
-    from skipit.router.errors import CheckpointError
+    from skipit.router.folders import check_out
 
-    out: Path = arguments.out
-    if out.exists():
-        if not arguments.overwrite:
-            raise CheckpointError(f"{out} exists. Choose another --out, or pass --overwrite to replace it.")
-        if not out.is_dir():
-            raise CheckpointError(f"{out} is a file, expected a folder or nothing.")
-        if any(out.iterdir()) and not any((out / name).exists() for name in MADE):
-            raise CheckpointError(f"{out} holds nothing that skipit made. Delete it yourself or choose another --out.")
-    parent = next(folder for folder in out.absolute().parents if folder.exists())
-    if not parent.is_dir() or not os.access(parent, os.W_OK):
-        raise CheckpointError(f"{out} cannot be written: no permission to make a folder in {parent}.")
+    check_out(arguments.out, arguments.overwrite, MADE)
 
 
 def _profile(arguments: argparse.Namespace) -> None:
@@ -84,7 +73,7 @@ def _profile(arguments: argparse.Namespace) -> None:
     from skipit.theory.partial import Partial
     from skipit.train.data.sources import load_model, name_data
     from skipit.train.display import loading, note, progress
-    from skipit.train.export import profile_model
+    from skipit.train.profiling import profile_model
 
     _check_out(arguments)
     if arguments.part != "decoder":
@@ -125,7 +114,7 @@ def _profile_part(arguments: argparse.Namespace) -> None:
     from skipit.router.errors import InputError
     from skipit.theory.artefact import save_backbone
     from skipit.train.display import loading, progress
-    from skipit.train.parts import load_part, part_table, profile_part
+    from skipit.train.profiling import load_part, part_table, profile_part
 
     if arguments.resume:
         raise InputError(f"--part {arguments.part} takes one forward pass and keeps nothing to --resume. Start anew.")
@@ -281,7 +270,8 @@ def _train(arguments: argparse.Namespace) -> None:
     from skipit.train.data.sources import load_data, load_held_out, load_model, name_model
     from skipit.train.display import loading, note, on_one_process, training_progress
     from skipit.train.launch import launched
-    from skipit.train.run import DTYPES, RUN_FILE, check_folder, train
+    from skipit.train.run import DTYPES, train
+    from skipit.train.run_folder import RUN_FILE, check_folder
 
     out = arguments.out
     check_folder(out, resume=arguments.resume, overwrite=arguments.overwrite)
@@ -348,8 +338,8 @@ def _plan_for_training(
     from skipit.theory.identity import fingerprint
     from skipit.theory.plan import make_plan
     from skipit.train.display import progress
-    from skipit.train.export import profile_model
     from skipit.train.launch import stage_of
+    from skipit.train.profiling import profile_model
 
     if arguments.profile is not None:
         measured = load_profile(arguments.profile)

@@ -7,7 +7,7 @@ from skipit.eval.claims import controlled_skipping, pattern
 from skipit.router import find_router
 from skipit.router.errors import SkipItError
 from skipit.train.data.sources import load_data, load_model
-from skipit.train.export import profile_model
+from skipit.train.profiling import profile_model
 
 
 def test_controlled_skipping_leaves_the_dense_model_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:

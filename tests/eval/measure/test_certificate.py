@@ -110,7 +110,7 @@ def test_random_splits_of_measured_answers_violate_the_risk_less_often_than_prom
     from skipit.router.checkpoint import load_dense
     from skipit.theory.plan import make_plan
     from skipit.train.data.collate import Collator
-    from skipit.train.export import profile_model
+    from skipit.train.profiling import profile_model
     from skipit.train.reference.data import reference_dataset
     from skipit.train.reference.model import WEIGHTS
 

@@ -11,7 +11,8 @@ from skipit.eval.evaluate import Request, evaluate
 from skipit.theory.artefact import save_plan, save_profile
 from skipit.theory.plan import make_plan
 from skipit.train.data.sources import load_data, load_model
-from skipit.train.export import export_plan, profile_model
+from skipit.train.export import export_plan
+from skipit.train.profiling import profile_model
 
 
 def entry(system: str, accuracy: float, compute: float, **more: Any) -> dict[str, Any]:

@@ -546,7 +546,7 @@ class TestStops:
         def interrupt(*_: Any, **__: Any) -> None:
             raise KeyboardInterrupt
 
-        monkeypatch.setattr("skipit.train.export.profile", interrupt)
+        monkeypatch.setattr("skipit.train.profiling.profile", interrupt)
         assert "interrupted; nothing was written" in refused(
             "profile", "reference", "reference", "--samples", 2, "--out", tmp_path / "x", code=130
         )

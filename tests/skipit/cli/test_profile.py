@@ -102,7 +102,7 @@ class TestResume:
             (tmp_path / "p.partial").mkdir()
             raise KeyboardInterrupt
 
-        monkeypatch.setattr("skipit.train.export.profile", interrupt)
+        monkeypatch.setattr("skipit.train.profiling.profile", interrupt)
         code, _, err = skipit("profile", *self.LINE, "--out", tmp_path / "p")
         assert code == 130
         assert "interrupted. The same command with --resume goes on from the last save." in err
@@ -263,7 +263,7 @@ class TestPart:
 
 def test_a_streamed_profile_needs_no_length() -> None:
     model, processor = load_model("reference")
-    from skipit.train.export import profile_model
+    from skipit.train.profiling import profile_model
 
     rows = load_data("reference", "test", 2, streaming=True)
     assert profile_model(model, processor, rows, draws=1).about["rows"] == 2

@@ -9,7 +9,8 @@ from PIL import Image
 from torch import Tensor
 
 from skipit.router import InputError
-from skipit.train.data.collate import Collator, Rows, batches
+from skipit.train.data.collate import Collator, batches
+from skipit.train.data.rows import Rows
 from skipit.train.reference.data import reference_dataset
 from skipit.train.reference.model import IMAGE_TOKENS, build_processor
 

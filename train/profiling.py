@@ -1,4 +1,4 @@
-"""Redundancy of one part of a model alone: its vision tower, or a bare vision or text encoder."""
+"""Profiles from rows: of a whole vision-language model, or of one part alone, its vision tower or a bare encoder."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,11 +12,18 @@ from skipit.router.checkpoint import load_dense
 from skipit.router.files import check_files
 from skipit.theory.accumulate import prox
 from skipit.theory.backbone import Backbone, profile_backbone
-from skipit.train.data.collate import Row, batches, check_columns, pictures, turns_of
+from skipit.theory.profile import Profile, profile
+from skipit.train.data.collate import Collator, batches
+from skipit.train.data.rows import Row, check_columns, pictures, turns_of
 from skipit.train.data.sources import resolve_model
 
 # Cosine distances at which proximal redundancy is shown.
 DISTANCES = (0.01, 0.1)
+
+
+def profile_model(model: Any, processor: Any, rows: Any, *, batch_size: int = 16, **options: Any) -> Profile:
+    """Measure a dense model on rows in the conversational vision format; options as of `profile`."""
+    return profile(model, batches(rows, Collator(processor), batch_size), **options)
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,8 @@ from skipit.router import InputError
 from skipit.theory.identity import fingerprint
 from skipit.theory.plan import Plan
 from skipit.train.config import TrainConfig
-from skipit.train.data.collate import Broken, Collator, Rows, RowStream, training_rows
+from skipit.train.data.collate import Collator
+from skipit.train.data.rows import Broken, Check, Rows, RowStream, training_rows
 from skipit.train.reference.data import reference_dataset
 from skipit.train.reference.model import build_model, build_processor
 from skipit.train.run import train
@@ -26,8 +27,8 @@ LAYERS = 2
 
 
 @pytest.fixture(scope="module")
-def collate() -> Collator:
-    return Collator(build_processor())
+def check() -> Check:
+    return Collator(build_processor()).checked
 
 
 @pytest.fixture
@@ -51,10 +52,10 @@ def completions(rows: Any) -> list[str]:
 
 
 class TestRows:
-    def test_the_next_good_row_stands_in(self, rows: Dataset, collate: Collator) -> None:
+    def test_the_next_good_row_stands_in(self, rows: Dataset, check: Check) -> None:
         said: list[str] = []
         broken = Broken(2, said.append)
-        read = Rows(rows, collate, broken)
+        read = Rows(rows, check, broken)
         assert len(read) == 6
         assert completions(read) == ["0", "1", "3", "3", "5", "5"]
         assert completions(read) == ["0", "1", "3", "3", "5", "5"]
@@ -63,35 +64,35 @@ class TestRows:
         assert said[0].startswith("skipped: row 2: image 0 cannot be read: cannot identify image file")
         assert said[1].startswith("skipped: row 4: 2 image tokens, 1 images.")
 
-    def test_the_last_row_is_followed_by_the_first(self, rows: Dataset, collate: Collator) -> None:
-        assert completions([Rows(rows.select([0, 2]), collate, Broken(1))[1]]) == ["0"]
+    def test_the_last_row_is_followed_by_the_first(self, rows: Dataset, check: Check) -> None:
+        assert completions([Rows(rows.select([0, 2]), check, Broken(1))[1]]) == ["0"]
 
-    def test_one_too_many(self, rows: Dataset, collate: Collator) -> None:
+    def test_one_too_many(self, rows: Dataset, check: Check) -> None:
         message = r"more than 1 rows cannot be read \(`max_broken_rows`\); the last: row 4: 2 image tokens, 1 images"
         with pytest.raises(InputError, match=message):
-            list(Rows(rows, collate, Broken(1)))
+            list(Rows(rows, check, Broken(1)))
 
-    def test_none_is_allowed_unasked(self, rows: Dataset, collate: Collator) -> None:
+    def test_none_is_allowed_unasked(self, rows: Dataset, check: Check) -> None:
         with pytest.raises(InputError, match=r"^row 2: image 0 cannot be read"):
-            list(Rows(rows, collate))
+            list(Rows(rows, check))
 
-    def test_no_good_row(self, rows: Dataset, collate: Collator) -> None:
+    def test_no_good_row(self, rows: Dataset, check: Check) -> None:
         with pytest.raises(InputError, match="no row of the data can be read"):
-            Rows(rows.select([2, 4]), collate, Broken(9))[0]
+            Rows(rows.select([2, 4]), check, Broken(9))[0]
 
 
 class TestStream:
-    def test_broken_rows_are_left_out(self, rows: Dataset, collate: Collator) -> None:
+    def test_broken_rows_are_left_out(self, rows: Dataset, check: Check) -> None:
         broken = Broken(2)
-        stream = training_rows(rows.to_iterable_dataset(), collate, broken)
+        stream = training_rows(rows.to_iterable_dataset(), check, broken)
         assert isinstance(stream, RowStream)
         assert completions(stream) == completions(stream) == ["0", "1", "3", "5"]
         assert broken.count == 2
 
-    def test_a_shuffle_moves_a_row_and_does_not_make_it_another(self, rows: Dataset, collate: Collator) -> None:
+    def test_a_shuffle_moves_a_row_and_does_not_make_it_another(self, rows: Dataset, check: Check) -> None:
         said: list[str] = []
         broken = Broken(2, said.append)
-        stream = RowStream(rows.to_iterable_dataset().shuffle(seed=0, buffer_size=6), collate, broken)
+        stream = RowStream(rows.to_iterable_dataset().shuffle(seed=0, buffer_size=6), check, broken)
         orders = []
         for epoch in range(4):
             stream.set_epoch(epoch)
@@ -99,16 +100,16 @@ class TestStream:
         assert len(set(map(tuple, orders))) > 1
         assert broken.count == len(said) == 2
 
-    def test_a_picture_that_cannot_be_decoded_does_not_end_it(self, collate: Collator) -> None:
+    def test_a_picture_that_cannot_be_decoded_does_not_end_it(self, check: Check) -> None:
         whole = reference_dataset("train", 3)
         values = whole.with_format("arrow")[:].to_pylist()
         values[1]["images"][0]["bytes"] = b"no picture"
         stream = Dataset.from_list(values, features=whole.features).to_iterable_dataset()
-        assert completions(RowStream(stream, collate, Broken(1))) == [whole[0]["completion"], whole[2]["completion"]]
+        assert completions(RowStream(stream, check, Broken(1))) == [whole[0]["completion"], whole[2]["completion"]]
 
-    def test_one_too_many(self, rows: Dataset, collate: Collator) -> None:
+    def test_one_too_many(self, rows: Dataset, check: Check) -> None:
         with pytest.raises(InputError, match=r"more than 1 rows cannot be read .*; the last: row 4"):
-            list(RowStream(rows.to_iterable_dataset(), collate, Broken(1)))
+            list(RowStream(rows.to_iterable_dataset(), check, Broken(1)))
 
 
 @pytest.fixture(scope="module")

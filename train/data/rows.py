@@ -1,0 +1,247 @@
+"""Rows in the conversational vision format: what is in one, where it comes from, and what becomes of broken ones."""
+
+import hashlib
+import io
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import numpy as np
+from torch.utils.data import Dataset, IterableDataset
+
+from skipit.router import InputError
+
+FORMAT = (
+    "Rows need images or videos, prompt and completion, or images or videos and messages of which the assistant has "
+    "the last (TRL's conversational vision format)."
+)
+
+
+class Row(dict[str, Any]):
+    """A row that knows where it comes from, so that an error about it can say so."""
+
+    def __init__(self, values: Mapping[str, Any], where: str) -> None:
+        super().__init__(answer_apart(values))
+        self.where = where
+
+
+def answer_apart(row: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A row whose `messages` are a conversation, with the last answer as `completion` and the rest as `prompt`."""
+    messages = row.get("messages")
+    if "prompt" in row or "completion" in row or not isinstance(messages, list) or len(messages) < 2:
+        return row
+    last = messages[-1]
+    if not isinstance(last, Mapping) or last.get("role") != "assistant":
+        return row
+    return {**row, "prompt": messages[:-1], "completion": [last]}
+
+
+def check_columns(row: Mapping[str, Any], where: str, *needed: str) -> None:
+    """Refuse a row that lacks a column.
+
+    Raises:
+        InputError: it does; the message names the row and the columns it has.
+    """
+    if missing := [name for name in needed if name not in row]:
+        raise InputError(f"{where}: no column {', '.join(missing)}; found: {', '.join(row)}. {FORMAT}")
+
+
+def pictures(row: Mapping[str, Any], where: str) -> list[Any]:
+    """A row's pictures; files and bytes are opened.
+
+    Raises:
+        InputError: one cannot be read; the message names the row.
+    """
+    opened = []
+    given = [] if row.get("images") is None else row["images"]
+    # A column of one image per row is as good as one of lists.
+    for number, image in enumerate(given if isinstance(given, list | tuple) else [given]):
+        try:
+            opened.append(_open(image))
+        except (OSError, ValueError, SyntaxError) as error:  # PIL calls a broken PNG a syntax error
+            raise InputError(f"{where}: image {number} cannot be read: {error}") from error
+    return opened
+
+
+def films(row: Mapping[str, Any], where: str) -> list[Any]:
+    """A row's videos: one that is a list of pictures becomes an array of its frames.
+
+    Raises:
+        InputError: a frame cannot be read; the message names the row.
+    """
+    given = row.get("videos") or []
+    try:
+        return [
+            np.stack([np.asarray(_open(frame)) for frame in video]) if isinstance(video, list | tuple) else video
+            for video in given
+        ]
+    except (OSError, ValueError, SyntaxError) as error:
+        raise InputError(f"{where}: a video cannot be read: {error}") from error
+
+
+def _open(image: Any) -> Any:
+    from PIL import Image
+
+    if isinstance(image, Mapping):
+        image = io.BytesIO(image["bytes"]) if image.get("bytes") else image.get("path")
+    if isinstance(image, str | io.BytesIO):
+        with Image.open(image) as file:
+            return file.convert("RGB")
+    if not isinstance(image, Image.Image):
+        return image  # an array or a tensor, which processors take
+    image.load()
+    # Processors fail on palettes, transparency and greys.
+    return image if image.mode == "RGB" else image.convert("RGB")
+
+
+def turns_of(row: Mapping[str, Any], column: str, role: str, where: str) -> list[dict[str, Any]]:
+    """Messages as chat templates want them: a data set fills keys a part lacks with None.
+
+    Raises:
+        InputError: they are neither a text nor messages; the message names the row.
+    """
+    messages = row[column]
+    if isinstance(messages, str):
+        return [{"role": role, "content": messages}]
+    turns = []
+    try:
+        for message in messages:
+            content = message["content"]
+            if not isinstance(content, str):
+                content = [{key: value for key, value in part.items() if value is not None} for part in content]
+            turns.append({"role": message["role"], "content": content})
+    except (TypeError, KeyError, AttributeError) as error:
+        raise InputError(
+            f"{where}: `{column}` is not a text or a list of messages with role and content: {repr(messages)[:200]}"
+        ) from error
+    return turns
+
+
+Check = Callable[[Row], Row]
+
+
+class Broken:
+    """Rows that cannot be read: each is named once and counted, and those after too many stop the run.
+
+    Args:
+        limit: how many there may be.
+        note: called with the reason for each.
+    """
+
+    def __init__(self, limit: int = 0, note: Callable[[str], None] | None = None) -> None:
+        self.limit, self.note = limit, note
+        self._seen: set[str] = set()
+
+    @property
+    def count(self) -> int:
+        """How many different rows there were."""
+        return len(self._seen)
+
+    def __call__(self, row: str, error: InputError) -> None:
+        """Count a row.
+
+        Args:
+            row: what tells it from others, however often it is met.
+            error: why it cannot be read.
+
+        Raises:
+            InputError: it is one too many.
+        """
+        if row in self._seen:
+            return
+        self._seen.add(row)
+        if self.limit == 0:
+            raise error
+        if self.count > self.limit:
+            raise InputError(f"more than {self.limit} rows cannot be read (`max_broken_rows`); the last: {error}")
+        if self.note is not None:
+            self.note(f"skipped: {error}")
+
+
+class Rows(Dataset[dict[str, Any]]):
+    """A data set whose rows know their number, and where the next good row stands in for a broken one.
+
+    Args:
+        rows: a `datasets.Dataset` or any sequence of mappings.
+        check: gives a row that can be collated, or raises `InputError`; None takes them as they are.
+        broken: counts those that cannot be read; without it the first is an error.
+    """
+
+    def __init__(self, rows: Any, check: Check | None = None, broken: Broken | None = None) -> None:
+        self.rows, self.check, self.broken = rows, check, broken or Broken()
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __iter__(self) -> Iterator[Row]:
+        return (self[index] for index in range(len(self)))
+
+    def __getitem__(self, index: int) -> Row:
+        if index >= len(self):
+            raise IndexError(index)
+        for number in (*range(index, len(self)), *range(index)):
+            where = f"row {number}"
+            try:
+                row = Row(self._at(number), where)
+                return row if self.check is None else self.check(row)
+            except InputError as error:
+                self.broken(where, error)
+        raise InputError("no row of the data can be read.")
+
+    def _at(self, number: int) -> Any:
+        try:
+            return self.rows[number]
+        except Exception as error:  # reading a row decodes its images, which fails in many ways
+            raise InputError(f"row {number} cannot be read: {error}") from error
+
+
+class RowStream(IterableDataset[dict[str, Any]]):
+    """Rows that are read one by one and have no number of their own; broken ones are left out.
+
+    Args:
+        rows: a `datasets.IterableDataset` or any iterable of mappings that can be started again.
+        check: gives a row that can be collated, or raises `InputError`.
+        broken: counts those that cannot be read.
+    """
+
+    def __init__(self, rows: Any, check: Check, broken: Broken) -> None:
+        # Images are opened here, where an error about one does not end the stream.
+        self.rows = rows.decode(False) if hasattr(rows, "decode") else rows
+        self.check, self.broken = check, broken
+
+    def __iter__(self) -> Iterator[Row]:
+        for row in numbered(self.rows):
+            try:
+                yield self.check(row)
+            except InputError as error:
+                # A stream that is shuffled has it in another place each time.
+                self.broken(hashlib.blake2b(repr(row).encode(), digest_size=16).hexdigest(), error)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Shuffle anew where the stream can."""
+        if hasattr(self.rows, "set_epoch"):
+            self.rows.set_epoch(epoch)
+
+
+def training_rows(rows: Any, check: Check, broken: Broken) -> Rows | RowStream:
+    """Rows to train on; without a length they are a stream."""
+    return Rows(rows, check, broken) if hasattr(rows, "__len__") else RowStream(rows, check, broken)
+
+
+def numbered(rows: Any) -> Iterator[Row]:
+    """Rows that know their number.
+
+    Raises:
+        InputError: one cannot be read; the message names it.
+    """
+    iterator, number = iter(rows), 0
+    while True:
+        try:
+            row = next(iterator)
+        except StopIteration:
+            return
+        except InputError:  # `Rows` has named the row
+            raise
+        except Exception as error:
+            raise InputError(f"row {number} cannot be read: {error}") from error
+        yield Row(row, f"row {number}")
+        number += 1

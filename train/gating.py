@@ -1,0 +1,44 @@
+"""A plan's gates on a dense model, before or without training."""
+
+from typing import Any
+
+from skipit.router import Router, RouterConfig, attach, set_gates
+from skipit.theory.artefact import check_same_model
+from skipit.theory.calibrate import calibrate
+from skipit.theory.cost import CostModel
+from skipit.theory.identity import fingerprint
+from skipit.theory.plan import Plan
+from skipit.train.data.collate import Collator, batches
+
+
+def attach_plan(model: Any, plan: Plan, config: RouterConfig | None = None) -> Router:
+    """Attach a plan's gates to a dense model.
+
+    Args:
+        model: the one the plan was made for.
+        plan: weights and biases of the gates.
+        config: settings of the router; None is the plan's K/V policy, and defaults.
+
+    Raises:
+        CheckpointError: the plan was made for another model.
+    """
+    check_same_model(plan, fingerprint(model))
+    router = attach(model, config or RouterConfig(kv=plan.kv))
+    set_gates(model, plan.weight, plan.bias)
+    return router
+
+
+def gate_by_plan(model: Any, processor: Any, plan: Plan, calibration: Any, *, batch_size: int = 16) -> float:
+    """Attach a plan's gates to a dense model and set the threshold that meets its budget on held-out rows.
+
+    Returns:
+        The share of dense FLOPs measured there.
+
+    Raises:
+        CheckpointError: the plan was made for another model.
+    """
+    router = attach_plan(model, plan)
+    held_out = list(batches(calibration, Collator(processor), batch_size))
+    threshold, share = calibrate(model, held_out, CostModel.of(model), plan.budget, plan.kv)
+    router.config = router.config.with_point(plan.budget, threshold, default=True)
+    return share
