@@ -1,4 +1,4 @@
-"""Profiles, plans and measured backbones on disk: a folder with JSON to read and safetensors with the numbers."""
+"""Profiles, plans, measured backbones and probes on disk: folders with JSON to read, safetensors with the numbers."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,10 +13,11 @@ from .accumulate import Redundancy
 from .backbone import MISSING, Backbone
 from .cost import CostModel
 from .plan import Plan
+from .probes import Probes
 from .profile import Profile
 
 # Of every artefact, counted up when what is written changes. Profile 2: the cost of an MLP alone.
-VERSIONS = {"profile": 2, "plan": 1, "backbone": 1}
+VERSIONS = {"profile": 2, "plan": 1, "backbone": 1, "probes": 1}
 AGAIN = {
     "profile": "Profile again: `skipit profile MODEL DATA --out P`.",
     "plan": "Plan again: `skipit plan P --out PLAN`.",
@@ -106,6 +107,16 @@ def load_plan(path: str | Path) -> Plan:
         return Plan(**tensors, **{key: values[key] for key in keys})  # type: ignore[arg-type]
 
 
+def save_probes(probes: Probes, out: str | Path, overwrite: bool = False) -> None:
+    """Write what probes know about the answer as `probes.json`, which nothing reads back.
+
+    Raises:
+        CheckpointError: `out` exists and is not to be overwritten, or cannot be made.
+    """
+    with new_directory(out, overwrite) as folder:
+        save_json(folder / "probes.json", {"version": VERSIONS["probes"], **probes.to_json(), "made_by": provenance()})
+
+
 def check_same_model(artefact: Profile | Plan, model_fingerprint: str) -> None:
     """Refuse an artefact that was made for another model.
 
@@ -151,5 +162,6 @@ __all__ = [
     "load_profile",
     "save_backbone",
     "save_plan",
+    "save_probes",
     "save_profile",
 ]

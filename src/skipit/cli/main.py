@@ -251,13 +251,14 @@ def _theory(arguments: argparse.Namespace) -> None:
 
 
 def _probe(arguments: argparse.Namespace) -> None:
+    from skipit.theory.artefact import save_probes
     from skipit.theory.pooling import pool_states
     from skipit.theory.probes import probe_states
     from skipit.train.data.collate import Collator, batches
     from skipit.train.data.sources import load_data, load_model
     from skipit.train.display import loading, progress
 
-    from .probing import PROBES_FILE, probe_table, save_probes
+    from .probing import probe_table
 
     _check_out(arguments)
     with loading("loading"):
@@ -269,7 +270,7 @@ def _probe(arguments: argparse.Namespace) -> None:
         found = probe_states(pooled, penalty=arguments.penalty, splits=arguments.splits, seed=arguments.seed)
     save_probes(found, arguments.out, arguments.overwrite)
     print(probe_table(found))
-    print(f"{arguments.out}: {PROBES_FILE}")
+    print(f"{arguments.out}: probes.json")
 
 
 def _train(arguments: argparse.Namespace) -> None:
