@@ -6,6 +6,9 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
+from skipit.router.config import KVPolicy
 from skipit.router.errors import CheckpointError
 from skipit.router.folders import load_json, load_tensors, new_directory, provenance, save_json, save_tensors
 
@@ -14,10 +17,14 @@ from .backbone import MISSING, Backbone
 from .cost import CostModel
 from .plan import Plan
 from .probes import Probes
-from .profile import Profile
+from .profile import Damage, Profile
+from .profile_sums import POLICIES
+from .ridge import RidgeFit
 
 # Of every artefact, counted up when what is written changes. Profile 2: the cost of an MLP alone.
 VERSIONS = {"profile": 2, "plan": 1, "backbone": 1, "probes": 1}
+# The tables of a profile that no K/V policy changes.
+UNIT_TABLES = ("geometric", "update", "histogram", "count", "keys", "tokens_per_row", "var_text", "var_last")
 AGAIN = {
     "profile": "Profile again: `skipit profile MODEL DATA --out P`.",
     "plan": "Plan again: `skipit plan P --out PLAN`.",
@@ -27,9 +34,9 @@ AGAIN = {
 
 def save_profile(profile: Profile, out: str | Path, overwrite: bool = False) -> None:
     """Write a profile as `profile.json` (tables one can read, costs, provenance) and `profile.safetensors`."""
-    small = {name: table for name, table in profile.tables.items() if table.dim() <= 2}
+    tables = profile_tables(profile)
     with new_directory(out, overwrite) as folder:
-        save_tensors(folder / "profile.safetensors", profile.tables)
+        save_tensors(folder / "profile.safetensors", tables)
         save_json(
             folder / "profile.json",
             {
@@ -37,10 +44,19 @@ def save_profile(profile: Profile, out: str | Path, overwrite: bool = False) -> 
                 "model": profile.model,
                 "about": profile.about,
                 "costs": profile.costs.to_json(),
-                "tables": small,
+                "tables": {name: table for name, table in tables.items() if table.dim() <= 2},
                 "made_by": provenance(),
             },
         )
+
+
+def profile_tables(profile: Profile) -> dict[str, Tensor]:
+    """Everything that was measured, by the names that it has on disk."""
+    tables = {name: getattr(profile, name) for name in UNIT_TABLES}
+    for kv, damage in profile.damage.items():
+        tables |= {f"damage_{kv}": damage.unit, f"damage_tokens_{kv}": damage.tokens}
+        tables |= {f"ridge_{name}_{kv}": table for name, table in damage.ridge._asdict().items()}
+    return tables
 
 
 def load_profile(path: str | Path) -> Profile:
@@ -58,7 +74,18 @@ def load_profile(path: str | Path) -> Profile:
     values = _load(Path(path), "profile", ("model", "about", "costs"))
     tables = load_tensors(Path(path) / "profile.safetensors")
     with _naming(Path(path)):
-        return Profile(tables, CostModel.from_json(values["costs"]), values["model"], values["about"])
+        return Profile(
+            **{name: tables[name] for name in UNIT_TABLES},
+            damage={kv: _damage(tables, kv) for kv in POLICIES},
+            costs=CostModel.from_json(values["costs"]),
+            model=values["model"],
+            about=values["about"],
+        )
+
+
+def _damage(tables: dict[str, Tensor], kv: KVPolicy) -> Damage:
+    ridge = RidgeFit(**{name: tables[f"ridge_{name}_{kv}"] for name in RidgeFit._fields})
+    return Damage(tables[f"damage_{kv}"], tables[f"damage_tokens_{kv}"], ridge)
 
 
 def save_backbone(found: Backbone, out: str | Path, overwrite: bool = False) -> None:
@@ -136,6 +163,8 @@ def _naming(folder: Path) -> Iterator[None]:
     """Turn what constructors say about wrong contents into an error that names the folder."""
     try:
         yield
+    except KeyError as error:
+        raise CheckpointError(f"{folder}: its safetensors have no {error}; the file is incomplete.") from error
     except TypeError as error:
         raise CheckpointError(f"{folder}: its files do not belong together or are damaged: {error}") from error
 
@@ -160,6 +189,7 @@ __all__ = [
     "load_backbone",
     "load_plan",
     "load_profile",
+    "profile_tables",
     "save_backbone",
     "save_plan",
     "save_probes",

@@ -4,7 +4,7 @@ A ratio of 1 means that the statement says exactly what happens, a ratio of 0.01
 as far as the statement knows, and a ratio above 1 that it is false. Identities have the ratio 1.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -45,6 +45,7 @@ from .labels import predicts_answer
 from .measures import angular_distance, cosine_distance, eviction_term, relative_update
 from .pooling import Pool, PooledStates, join
 from .probes import fit_probe
+from .profile import Profile
 
 THRESHOLDS = (0.01, 0.1, 1.0)
 CODES = 24  # size of the alphabet that statements 5 and 6 quantize states to
@@ -95,13 +96,13 @@ class _Ratios:
         return [Tightness(number, claim, torch.cat(parts)) for (number, claim), parts in sorted(self.held.items())]
 
 
-def from_tables(tables: Mapping[str, Tensor]) -> list[Tightness]:
+def from_profile(profile: Profile) -> list[Tightness]:
     """What a profile alone can tell: the statements about means and distributions of its units."""
     ratios = _Ratios()
-    geometric = tables["geometric"]
+    geometric = profile.geometric
     here = geometric.isfinite()
     for t in THRESHOLDS:
-        _, prox = prox_bounds(tables["histogram"], t)
+        _, prox = prox_bounds(profile.histogram, t)
         ratios.add(1, "prox(t) <= geo / t, per unit", prox[here], proximal_from_geometric(geometric[here], t))
         bound = geometric_from_proximal(prox[here], t)
         ratios.add(1, "geo <= (1 - prox) t + 2 prox, per unit", geometric[here], bound)

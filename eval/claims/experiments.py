@@ -12,7 +12,6 @@ from skipit.eval.measure.runner import right_answer
 from skipit.router import InputError, RouterConfig, attach, detach
 from skipit.router.config import KVPolicy
 from skipit.theory.cost import CostModel
-from skipit.theory.plan import unit_cost, unit_damage
 from skipit.theory.profile import Profile
 from skipit.train.data.collate import Collator, batches
 from skipit.train.display import note, progress
@@ -48,7 +47,7 @@ def controlled_skipping(
     complete = [_completed(row, number) for number, row in enumerate(rows)]
     read: list[dict[str, Tensor]] = list(batches(complete, Collator(processor), batch_size))
     read = [{name: value.to(device) for name, value in batch.items()} for batch in read]
-    damage, cost, costs = unit_damage(profile, kv), unit_cost(profile, kv), CostModel.of(dense)
+    damage, cost, costs = profile.damage[kv].unit, profile.unit_cost(kv), CostModel.of(dense)
     layers = len(damage)
     found: dict[str, Any] = {}
     attach(dense, RouterConfig(kv=kv))
@@ -95,7 +94,7 @@ def spending_by_input(dense: Any, gated: Any, processor: Any, rows: Any) -> Spen
 def outer_layers(profile: Profile, rates: ArrayLike) -> dict[str, Any] | None:
     """Late entry and early exit of vision tokens as JSON has them; None where there are too few layers or images."""
     try:
-        if not bool(profile.tables["var_text"].isfinite().any()):
+        if not bool(profile.var_text.isfinite().any()):
             raise InputError("the profile was measured on rows without images.")
         return find_pattern(profile, rates).to_json()
     except InputError as error:

@@ -177,9 +177,7 @@ def find_pattern(
         InputError: thresholds or rates are out of range, rates are of another number of layers or fewer than three, no
             row has vision tokens, or the profile has none.
     """
-    tables = profile.tables
-    attention = torch.maximum(tables["var_text"], tables["var_last"])
-    geometric = tables["geometric"][:, VISION]
+    attention, geometric = profile.attention, profile.geometric[:, VISION]
     eps, nu = (
         float(np.nanmedian(values.double().numpy())) if limit is None else limit
         for limit, values in ((eps, geometric), (nu, attention))

@@ -230,13 +230,13 @@ def _theory(arguments: argparse.Namespace) -> None:
     from skipit.router.errors import InputError
     from skipit.theory.artefact import check_same_model, load_profile
     from skipit.theory.identity import fingerprint
-    from skipit.theory.tightness import from_model, from_tables, show
+    from skipit.theory.tightness import from_model, from_profile, show
     from skipit.train.data.collate import Collator, batches
     from skipit.train.data.sources import load_data, load_model
     from skipit.train.display import progress
 
     measured = load_profile(arguments.profile)
-    found = from_tables(measured.tables)
+    found = from_profile(measured)
     if (arguments.model is None) != (arguments.data is None):
         raise InputError("--model and --data go together: the model's tensors are measured on the data's rows.")
     if arguments.model is not None:
