@@ -66,9 +66,9 @@ def load_profile(path: str | Path) -> Profile:
         CheckpointError: missing, damaged, of another version, or of a part that has no decoder's measures.
     """
     if (Path(path) / "backbone.json").is_file():
-        found = load_backbone(path)
+        part = load_backbone(path)
         raise CheckpointError(
-            f"{path} is the profile of a {found.modality} stack, `{found.layers}`: {MISSING['damage_retain']}, and "
+            f"{path} is the profile of a {part.modality} stack, `{part.layers}`: {MISSING['damage_retain']}, and "
             f"{MISSING['var_text']}. Profile the decoder: `skipit profile MODEL DATA --out P`, without --part."
         )
     values = _load(Path(path), "profile", ("model", "about", "costs"))
@@ -88,11 +88,11 @@ def _damage(tables: dict[str, Tensor], kv: KVPolicy) -> Damage:
     return Damage(tables[f"damage_{kv}"], tables[f"damage_tokens_{kv}"], ridge)
 
 
-def save_backbone(found: Backbone, out: str | Path, overwrite: bool = False) -> None:
+def save_backbone(backbone: Backbone, out: str | Path, overwrite: bool = False) -> None:
     """Write what was measured about a stack of layers as `backbone.json` and `backbone.safetensors`."""
-    tables = {f.name: getattr(found.redundancy, f.name) for f in fields(found.redundancy)}
-    rest = {f.name: getattr(found, f.name) for f in fields(found) if f.name != "redundancy"}
-    small = {name: found.table(name) for name in tables if name != "histogram"}
+    tables = {f.name: getattr(backbone.redundancy, f.name) for f in fields(backbone.redundancy)}
+    rest = {f.name: getattr(backbone, f.name) for f in fields(backbone) if f.name != "redundancy"}
+    small = {name: backbone.table(name) for name in tables if name != "histogram"}
     with new_directory(out, overwrite) as folder:
         save_tensors(folder / "backbone.safetensors", tables)
         values = {"version": VERSIONS["backbone"], **rest, "tables": small, "made_by": provenance()}

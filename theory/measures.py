@@ -151,7 +151,7 @@ def visual_attention(
 
     Args:
         weights: Attention weights after softmax.
-        queries: True at the queries that count: all text tokens, or only the last prompt token (`last_true`).
+        queries: True at the queries that count: all text tokens, or only the last prompt token.
         keys: True at the keys that count: vision tokens.
 
     Returns:
@@ -165,23 +165,6 @@ def visual_attention(
     """
     mass = attention_mass(weights, keys)
     return torch.where(queries, mass, torch.zeros_like(mass)).sum(-1) / queries.sum(-1)
-
-
-def last_true(mask: Bool[Tensor, "batch seq"]) -> Bool[Tensor, "batch seq"]:
-    """Keep only the last True of each row, such as the last prompt token under left or right padding.
-
-    Args:
-        mask: True at the tokens to choose from.
-
-    Returns:
-        A mask with one True per row, none where the row has none.
-
-    Example:
-        >>> last_true(torch.tensor([[True, True, False]])).tolist()
-        [[False, True, False]]
-    """
-    still_to_come = mask.flip(-1).cumsum(-1).flip(-1)
-    return mask & (still_to_come == 1)
 
 
 def eviction_term(

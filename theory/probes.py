@@ -252,9 +252,9 @@ def _site(pooled: PooledStates, k: int, penalty: float, seeds: range) -> dict[st
         return _nothing(len(states))
     kept, z = _classes(pooled.answer, there, SITES[k])
     splits = [halves(z, seed) for seed in seeds]
-    found = [[held_out(x, z, second, penalty) for x in states[:, kept]] for second in splits]
-    loss = torch.stack([torch.stack([at.loss for at in split]) for split in found])
-    right = torch.stack([torch.stack([at.right for at in split]) for split in found]).double()
+    readings = [[held_out(x, z, second, penalty) for x in states[:, kept]] for second in splits]
+    loss = torch.stack([torch.stack([at.loss for at in split]) for split in readings])
+    right = torch.stack([torch.stack([at.right for at in split]) for split in readings]).double()
     entropy = torch.stack([prior_loss(z, second) for second in splits]).mean()
     gain, gain_error = mean_and_error(loss[:, :-1] - loss[:, 1:])
     accuracy_gain, accuracy_gain_error = mean_and_error(right[:, 1:] - right[:, :-1])
@@ -265,7 +265,7 @@ def _site(pooled: PooledStates, k: int, penalty: float, seeds: range) -> dict[st
         "gain_error": gain_error,
         "accuracy_gain": accuracy_gain,
         "accuracy_gain_error": accuracy_gain_error,
-        "norm": torch.tensor([[at.norm for at in split] for split in found]).double().amax(0),
+        "norm": torch.tensor([[at.norm for at in split] for split in readings]).double().amax(0),
         "entropy": entropy,
         "rows": torch.tensor(len(z)),
         "classes": torch.tensor(int(z.max()) + 1),

@@ -1,7 +1,6 @@
 """One pass over a data set that measures everything skipit needs to know about a model, into one artefact."""
 
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -9,13 +8,14 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from skipit.router import RouterConfig, attach, detach, find_router, running
+from skipit.router import running
 from skipit.router.config import KVPolicy
 from skipit.router.decoder import find_decoder, image_layers
-from skipit.router.errors import CheckpointError, InputError, SkipItError
+from skipit.router.errors import CheckpointError, InputError
 
 from .cost import CostModel
 from .identity import fingerprint
+from .measuring import evaluating, frozen, routed
 from .partial import Partial
 from .profile_batch import BatchMeasurement, Draws
 from .profile_sums import POLICIES, ProfileSums
@@ -129,33 +129,8 @@ def profile(
         InputError: no batch, no row with finite states, or a batch without labels or without a labelled token.
         CheckpointError: `partial` is of something else.
     """
-    gated = True
-    try:
-        find_router(model)
-    except SkipItError:
-        gated = False
-        attach(model, RouterConfig(layers=layers))
-    was_training = model.training
-    try:
-        with running(mode="dense"), _frozen(model):
-            return _profile(model.eval(), batches, Draws(draws, temperature, seed), layers, partial)
-    finally:
-        model.train(was_training)
-        if not gated:
-            detach(model)
-
-
-@contextmanager
-def _frozen(model: nn.Module) -> Iterator[None]:
-    """No parameter needs a gradient, so the graph keeps nothing for one."""
-    learning = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    for parameter in learning:
-        parameter.requires_grad_(False)
-    try:
-        yield
-    finally:
-        for parameter in learning:
-            parameter.requires_grad_(True)
+    with routed(model, layers), evaluating(model), running(mode="dense"), frozen(model):
+        return _profile(model, batches, Draws(draws, temperature, seed), layers, partial)
 
 
 def _profile(

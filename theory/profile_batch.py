@@ -18,7 +18,6 @@ from skipit.router.gathered import image_states
 from .damage import (
     Choice,
     CrossAttention,
-    LayerStates,
     apart_output,
     choice_damage,
     draw_choice,
@@ -28,6 +27,7 @@ from .damage import (
 )
 from .labels import IGNORE, predicts_answer
 from .profile_sums import POLICIES, ProfileSums
+from .states import LayerStates
 
 
 @dataclass(frozen=True)

@@ -38,9 +38,9 @@ class ProfileSums:
         self.sums = {name: torch.zeros(units, dtype=torch.float64, device=device) for name in names}
         self.var = torch.zeros(2, layers, dtype=torch.float64, device=device)
         self.var_rows = torch.zeros(2, layers, dtype=torch.float64, device=device)
-        found = projection(dim)
-        self.projection = None if found is None else found.to(device)
-        features = dim if found is None else found.shape[1]
+        columns = projection(dim)
+        self.projection = None if columns is None else columns.to(device)
+        features = dim if columns is None else columns.shape[1]
         self.ridge = [[RidgeSums.empty(features, len(POLICIES), device) for _ in MODALITIES] for _ in range(layers)]
 
     def add_rows(self, finite: Tensor) -> None:

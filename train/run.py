@@ -25,7 +25,7 @@ from skipit.theory.cost import CostModel, token_flops
 from skipit.theory.identity import fingerprint
 from skipit.theory.labels import predicts_answer
 from skipit.theory.plan import Plan
-from skipit.theory.sharded import whole
+from skipit.theory.sharded import unsharded
 from skipit.train.data.collate import Broken, Collator, batches, training_rows
 
 from .config import TrainConfig
@@ -347,7 +347,7 @@ def _finish(
     main: bool,
 ) -> None:
     """The run's results: adapter in PEFT's format, router settings and gates, and a record."""
-    with whole(parameter for parameter in model.parameters() if parameter.requires_grad):
+    with unsharded(parameter for parameter in model.parameters() if parameter.requires_grad):
         if main:
             model.save_pretrained(out / ADAPTER)
             gates = {name: value.float() for name, value in gate_state(model).items()}

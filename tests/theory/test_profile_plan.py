@@ -39,10 +39,11 @@ from skipit.theory.artefact import (
 )
 from skipit.theory.calibrate import calibrate, default_threshold, measured_share
 from skipit.theory.cost import CostModel
-from skipit.theory.damage import LayerStates, apart_output
+from skipit.theory.damage import apart_output
 from skipit.theory.identity import fingerprint
 from skipit.theory.plan import Plan, allocate, make_plan, skip_set
 from skipit.theory.profile import Profile, profile
+from skipit.theory.states import LayerStates
 
 ANSWER = 3
 # What no draw of an answer has a part in.
