@@ -14,6 +14,8 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from .measures import attention_scores
+
 # The path from a state to its opposite leads through zero, where the weight below is infinite.
 NEARLY_ONE = 1 - 1e-6
 # Below it the divergence is its second-order form to nine digits, and its exact form mostly rounding.
@@ -220,12 +222,7 @@ class CrossAttention:
 
     @torch.no_grad()
     def _measure(self, query: Tensor, key: Tensor, mask: Tensor | None, scaling: float | None) -> None:
-        groups = query.shape[1] // key.shape[1]
-        key = key.repeat_interleave(groups, dim=1)
-        scores = query @ key.transpose(-1, -2) * (query.shape[-1] ** -0.5 if scaling is None else scaling)
-        if mask is None:
-            mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()[None, None]
-        scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask
+        scores = attention_scores(query, key, mask, scaling)
         weights = torch.nan_to_num(torch.softmax(scores.float(), dim=-1)).mean(1)
         self._add((weights * self.vision[:, None, :]).sum(-1))
 

@@ -118,6 +118,27 @@ def relative_update(x: Float[Tensor, "*batch dim"], x_next: Float[Tensor, "*batc
     return torch.where(update_peak == 0, torch.zeros_like(ratio), ratio)
 
 
+def attention_scores(
+    query: Float[Tensor, "batch heads query head_dim"],
+    key: Float[Tensor, "batch kv_heads key head_dim"],
+    mask: Bool[Tensor, "#batch #heads query key"] | Float[Tensor, "#batch #heads query key"] | None,
+    scaling: float | None,
+) -> Float[Tensor, "batch heads query key"]:
+    """What attention takes the softmax of.
+
+    Args:
+        query: Query states.
+        key: Key states; with grouped-query attention `kv_heads` divides `heads`.
+        mask: True where a query sees a key, or what to add to the scores; None is causal.
+        scaling: Of the scores; None is 1 over the root of `head_dim`.
+    """
+    key = key.repeat_interleave(query.shape[1] // key.shape[1], dim=1)
+    scores = query @ key.transpose(-1, -2) * (query.shape[-1] ** -0.5 if scaling is None else scaling)
+    if mask is None:
+        mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()[None, None]
+    return scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask
+
+
 def attention_mass(
     weights: Float[Tensor, "batch heads query key"], keys: Bool[Tensor, "batch key"]
 ) -> Float[Tensor, "batch query"]:

@@ -42,7 +42,7 @@ from .bounds import (
 )
 from .damage import draw_choice
 from .labels import predicts_answer
-from .measures import block_angles, cosine_distance, eviction_term, relative_update
+from .measures import attention_scores, block_angles, cosine_distance, eviction_term, relative_update
 from .measuring import evaluating, routed
 from .pooling import Pool, PooledStates, join
 from .probes import fit_probe
@@ -299,17 +299,11 @@ def _eviction(
 ) -> None:
     """Statement 9, per head and text query, when the vision keys of a layer are evicted."""
     with torch.no_grad():
-        groups, length = query.shape[1] // key.shape[1], query.shape[2]
-        scores = query @ key.repeat_interleave(groups, dim=1).transpose(-1, -2)
-        scores = scores * (query.shape[-1] ** -0.5 if scaling is None else scaling)
-        if mask is None:
-            mask = torch.ones(length, length, dtype=torch.bool, device=query.device).tril()[None, None]
-        scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask
-        weights = torch.softmax(scores.double(), dim=-1)
+        weights = torch.softmax(attention_scores(query, key, mask, scaling).double(), dim=-1)
         vision = modality == 1
         change = eviction_term(weights, value.double(), vision).norm(dim=-1)
         mass = (weights * vision[:, None, None]).sum(-1).clamp(0, 1)
-        norms = value.double().norm(dim=-1).repeat_interleave(groups, dim=1)
+        norms = value.double().norm(dim=-1).repeat_interleave(query.shape[1] // key.shape[1], dim=1)
         seen = torch.where(weights > 0, norms[:, :, None, :], 0.0).amax(-1)
         text = ((modality == 0) & vision.any(-1)[:, None])[:, None].expand_as(mass) & (mass < 1 - ROUNDING)
         bound = eviction_output_change(mass[text], seen[text])
