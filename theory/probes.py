@@ -8,7 +8,6 @@ computation makes information usable; and one token, or the mean of one modality
 tokens. To read means is a choice of ours: what differs between tokens and cancels in their mean is not seen.
 """
 
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -18,11 +17,11 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import StratifiedKFold
-from torch import Tensor, nn
+from torch import Tensor
 
 from skipit.router.errors import InputError
 
-from .pooling import SITES, PooledStates, pool_states
+from .pooling import SITES, PooledStates
 
 FEWEST = 8  # rows that an answer must have to be told from the others, half of them to fit on
 PENALTY = 1e-2  # on |W|^2 / 2, the same for every layer; docs/findings.md says how much depends on it
@@ -208,33 +207,14 @@ class Probes:
         return {"sites": SITES, **tables}
 
 
-def probe(
-    model: nn.Module,
-    batches: Iterable[dict[str, Tensor]],
-    *,
-    penalty: float = PENALTY,
-    splits: int = SPLITS,
-    seed: int = 0,
-    layers: str | None = None,
-) -> Probes:
-    """Fit matched probes before and after every layer of a dense model: one forward pass per batch, then convex fits.
+def probe_states(pooled: PooledStates, *, penalty: float = PENALTY, splits: int = SPLITS, seed: int = 0) -> Probes:
+    """Fit matched probes before and after every layer: same rows, halves, classes, penalty and solver at a site.
 
     Args:
-        model: with or without gates, which are not asked.
-        batches: with `labels` (-100 everywhere but on answer tokens).
+        pooled: what the probes read; see `pool_states`.
         penalty: of every probe.
         splits: in random halves, to average over.
         seed: of these.
-        layers: decoder path for models whose decoder is not found.
-
-    Raises:
-        InputError: no batch, a row without an answer token, or too few rows; the message says how many are needed.
-    """
-    return probe_states(pool_states(model, batches, layers), penalty=penalty, splits=splits, seed=seed)
-
-
-def probe_states(pooled: PooledStates, *, penalty: float = PENALTY, splits: int = SPLITS, seed: int = 0) -> Probes:
-    """The same from collected states: same rows, halves, classes, penalty and solver at every boundary of a site.
 
     Raises:
         InputError: fewer than two answers have `FEWEST` rows, or a state is infinite.

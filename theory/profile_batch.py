@@ -27,7 +27,7 @@ from .damage import (
 )
 from .labels import IGNORE, predicts_answer
 from .profile_sums import POLICIES, ProfileSums
-from .states import LayerStates
+from .states import LayerRun, recorded
 
 
 @dataclass(frozen=True)
@@ -87,40 +87,38 @@ class BatchMeasurement:
         modality = token_modality(self.model.config, inputs["input_ids"], inputs.get("mm_token_type_ids"))
         real = inputs.get("attention_mask", torch.ones_like(modality)).bool()
         attention = CrossAttention(modality, real, answer.float().argmax(-1), self.of_images)
-        with torch.enable_grad(), LayerStates(self.layers) as states:
+        with torch.enable_grad(), recorded(self.layers) as runs:
             logits = self.model(**inputs, use_cache=False, **{OBSERVER_KWARG: attention}).logits
-        finite = torch.stack([left.detach().isfinite().all(-1) for left in states.left]).all(0).all(-1)
+        finite = torch.stack([run.left.detach().isfinite().all(-1) for run in runs]).all(0).all(-1)
         finite &= logits.detach().isfinite().all(-1).all(-1)
         first = sums.rows + sums.bad_rows
         sums.add_rows(finite)
         if not bool(finite.any()):
             return
-        taken = self._taken_away(states, modality, real)
+        taken, at = [self._taken_away(run, modality, real) for run in runs], [run.index for run in runs]
         real, answer = real & finite[:, None], answer & finite[:, None]
         kinds = modality.masked_fill(~real, -1)
-        sums.add_attention(attention, finite, states.at)
-        for index, kwargs in zip(states.at, states.kwargs, strict=True):
-            images = image_states(kwargs, len(real)).held if index in self.of_images else None
-            sums.add_keys(index, modality, real, images)
-        damage = _BatchDamage.zeros(sums, states.at, taken, kinds, 1 / self.draws.draws)
-        leaves = [*states.left, *attention.bias]
+        sums.add_attention(attention, finite, at)
+        for run in runs:
+            images = image_states(run.kwargs, len(real)).held if run.index in self.of_images else None
+            sums.add_keys(run.index, modality, real, images)
+        damage = _BatchDamage.zeros(sums, at, taken, kinds, 1 / self.draws.draws)
+        leaves = [*(run.left for run in runs), *attention.bias]
         for draw in range(self.draws.draws):
             uniform = self.draws.uniform(range(first, first + len(finite)), draw)
             choice = draw_choice(logits[:, :-1], answer, self.draws.temperature, uniform)
             again = draw + 1 < self.draws.draws
             damage.add(choice, torch.autograd.grad(choice.margin.sum(), leaves, retain_graph=again, allow_unused=True))
-        for place, (index, x) in enumerate(zip(states.at, states.entered, strict=True)):
-            sums.redundancy.update(index, x.detach(), states.left[place].detach(), kinds)
-            sums.add_tokens(index, x.detach(), *damage.of_layer(place), kinds)
+        for place, run in enumerate(runs):
+            entered = run.entered.detach()
+            sums.redundancy.update(run.index, entered, run.left.detach(), kinds)
+            sums.add_tokens(run.index, entered, *damage.of_layer(place), kinds)
 
-    def _taken_away(self, states: LayerStates, modality: Tensor, real: Tensor) -> list["_Taken"]:
-        taken = []
-        for index, x, y, kwargs in zip(states.at, states.entered, states.left, states.kwargs, strict=True):
-            full, entered = y.detach(), x.detach()
-            unobserved = {name: value for name, value in kwargs.items() if name != OBSERVER_KWARG}
-            apart = apart_output(self.layers[index], entered, unobserved, modality, real)
-            taken.append(_Taken(weighted_change(full, entered), weighted_change(full, apart)))
-        return taken
+    def _taken_away(self, run: LayerRun, modality: Tensor, real: Tensor) -> "_Taken":
+        full, entered = run.left.detach(), run.entered.detach()
+        unobserved = {name: value for name, value in run.kwargs.items() if name != OBSERVER_KWARG}
+        apart = apart_output(self.layers[run.index], entered, unobserved, modality, real)
+        return _Taken(weighted_change(full, entered), weighted_change(full, apart))
 
 
 class _Taken(NamedTuple):

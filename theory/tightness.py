@@ -47,7 +47,7 @@ from .measuring import evaluating, routed
 from .pooling import Pool, PooledStates, join
 from .probes import fit_probe
 from .profile import Profile
-from .states import LayerStates
+from .states import recorded
 
 THRESHOLDS = (0.01, 0.1, 1.0)
 CODES = 24  # size of the alphabet that statements 5 and 6 quantize states to
@@ -143,13 +143,13 @@ def _evaluate(model: nn.Module, batch: dict[str, Tensor], ratios: _Ratios, gener
             _eviction(query, key, value, mask, scaling, modality, ratios)
         return mask
 
-    with torch.enable_grad(), running(mode="dense"), LayerStates(layers) as states:
+    with torch.enable_grad(), running(mode="dense"), recorded(layers) as runs:
         logits = model(**inputs, use_cache=False, **{OBSERVER_KWARG: evict}).logits[:, :-1]
     margin = draw_choice(logits, answer, 1.0, torch.rand(len(logits), 2, generator=generator)).margin
-    grads = torch.autograd.grad(margin.sum(), states.left)
-    for grad, x, y in zip(grads, states.entered, states.left, strict=True):
-        _sums(grad, (y - x).detach(), modality, ratios)
-    chain = [states.entered[0].detach(), *(left.detach() for left in states.left)]
+    grads = torch.autograd.grad(margin.sum(), [run.left for run in runs])
+    for grad, run in zip(grads, runs, strict=True):
+        _sums(grad, (run.left - run.entered).detach(), modality, ratios)
+    chain = [runs[0].entered.detach(), *(run.left.detach() for run in runs)]
     with torch.no_grad():
         for x, y in pairwise(chain):
             _states(x, y, modality, ratios)
@@ -363,11 +363,8 @@ def _replaced(layer: nn.Module, states: Tensor) -> Iterator[None]:
     def replace(layer: nn.Module, args: Any, output: Any) -> Any:
         return (states, *output[1:]) if isinstance(output, tuple) else states
 
-    handle = layer.register_forward_hook(replace)
-    try:
+    with layer.register_forward_hook(replace):
         yield
-    finally:
-        handle.remove()
 
 
 def _outputs(full: Tensor, skipped: Tensor, kl: Tensor, ratios: _Ratios) -> None:

@@ -43,7 +43,7 @@ from skipit.theory.damage import apart_output
 from skipit.theory.identity import fingerprint
 from skipit.theory.plan import Plan, allocate, make_plan, skip_set
 from skipit.theory.profile import Profile, profile
-from skipit.theory.states import LayerStates
+from skipit.theory.states import recorded
 
 ANSWER = 3
 # What no draw of an answer has a part in.
@@ -225,7 +225,7 @@ class TestProfile:
     def test_the_output_after_eviction_is_exact(self, family: str, m: int) -> None:
         model, batch = build(family), prompts(labelled(family))
         layers = model.get_decoder().layers
-        with LayerStates(layers) as states:
+        with recorded(layers) as dense:
             model(**batch, use_cache=False)
         attach(model)
         real, modality = batch["attention_mask"].bool(), (batch["input_ids"] == IMAGE).long()
@@ -233,12 +233,12 @@ class TestProfile:
         for layer in range(LAYERS):
             run = torch.ones(LAYERS, 2, dtype=torch.bool)
             run[layer, m] = False
-            with running(policy=FixedUnits(run), kv="evict", mode="masked"), LayerStates(layers) as skipping:
+            with running(policy=FixedUnits(run), kv="evict", mode="masked"), recorded(layers) as skipping:
                 model(**batch, use_cache=False)
-            entered = states.entered[layer].detach()
-            apart = apart_output(layers[layer], entered, states.kwargs[layer], modality, real)
+            entered = dense[layer].entered.detach()
+            apart = apart_output(layers[layer], entered, dense[layer].kwargs, modality, real)
             got = torch.where(chosen[..., None], entered, apart)
-            torch.testing.assert_close(got[real], skipping.left[layer][real], atol=1e-4, rtol=1e-4)
+            torch.testing.assert_close(got[real], skipping[layer].left[real], atol=1e-4, rtol=1e-4)
 
     def test_a_layer_that_attends_to_images(self) -> None:
         """Nothing can be evicted from it, and rows that do not have it say nothing about it."""
@@ -352,10 +352,10 @@ class TestPlan:
         for seed in range(2):
             batch = prompts(labelled("llava", seed=seed))
             modality, real = (batch["input_ids"] == IMAGE).long(), batch["attention_mask"].bool()
-            with torch.no_grad(), running(mode="dense"), LayerStates(model.get_decoder().layers) as states:
+            with torch.no_grad(), running(mode="dense"), recorded(model.get_decoder().layers) as runs:
                 model(**batch, use_cache=False)
             for layer, module in enumerate(model.get_decoder().layers):
-                run = module.layer_gate(states.entered[layer].detach(), modality) > 0
+                run = module.layer_gate(runs[layer].entered.detach(), modality) > 0
                 for m in range(2):
                     chosen = real & (modality == m)
                     ran[layer, m] += run[chosen].sum()

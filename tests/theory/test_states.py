@@ -1,12 +1,14 @@
 """The one recorder of layer states: what it tells, and that it leaves nothing behind."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 from tiny_models import LAYERS, build, inputs
 from torch import nn
 
 from skipit.theory.measuring import evaluating, frozen, routed
-from skipit.theory.states import LayerRun, LayerStates, watching
+from skipit.theory.states import LayerRun, recorded, watching
 
 
 class Doubling(nn.Module):
@@ -31,15 +33,15 @@ def test_watching_tells_of_each_layer_however_it_is_called_and_then_stops() -> N
     assert not layers[0]._forward_hooks
 
 
-def test_layer_states_hold_the_graph_between_layers_and_nothing_of_a_cache() -> None:
+def test_recorded_layers_hold_the_graph_between_layers_and_nothing_of_a_cache() -> None:
     model, batch = build("llava"), inputs("llava", [[5, "image", 6, 7]])
     layers = model.get_decoder().layers
-    with LayerStates(layers) as states:
+    with recorded(layers) as runs:
         model(**batch)
-    assert states.at == list(range(LAYERS))
-    assert all(torch.equal(left, entered) for left, entered in zip(states.left, states.entered[1:], strict=False))
-    assert torch.autograd.grad(states.left[-1].sum(), states.entered[0])[0].any()
-    assert not any("past_key_values" in kwargs for kwargs in states.kwargs)
+    assert [run.index for run in runs] == list(range(LAYERS))
+    assert all(torch.equal(run.left, after.entered) for run, after in pairwise(runs))
+    assert torch.autograd.grad(runs[-1].left.sum(), runs[0].entered)[0].any()
+    assert not any("past_key_values" in run.kwargs for run in runs)
     assert not any(layer._forward_hooks or layer._forward_pre_hooks for layer in layers)
 
 
