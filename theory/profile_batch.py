@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 from skipit.router import MODALITIES, token_modality
 from skipit.router.attention import OBSERVER_KWARG
+from skipit.router.call import image_states
 from skipit.router.config import KVPolicy
 from skipit.router.errors import InputError
-from skipit.router.gathered import image_states
 
 from .damage import (
     Choice,
