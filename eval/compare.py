@@ -13,6 +13,7 @@ from skipit.eval.measure.recorded import Kinds
 from skipit.eval.measure.runner import Outcome, run_dataset
 from skipit.eval.metrics import agreement
 from skipit.router import find_router
+from skipit.router.config import KVPolicy
 from skipit.theory.cost import CostModel
 from skipit.theory.plan import skip_set
 from skipit.theory.profile import Profile
@@ -172,14 +173,13 @@ def compare(
     return Comparison(outcomes, latency, same, tracking)
 
 
-def theory_tables(profile: Profile, kv: str) -> dict[str, Any]:
+def theory_tables(profile: Profile, kv: KVPolicy) -> dict[str, Any]:
     """The profile's tables that predict skips, small where redundant; cross-attention belongs to vision units."""
-    tables = profile.tables
-    var = tables["var_text"][:, None].expand(-1, 2).clone()
+    var = profile.var_text[:, None].expand(-1, 2).clone()
     var[:, 0] = float("nan")  # the notion is about vision keys
     return {
-        "damage": tables[f"damage_{kv}"].numpy(),
-        "geometric": tables["geometric"].numpy(),
+        "damage": profile.damage[kv].unit.numpy(),
+        "geometric": profile.geometric.numpy(),
         "cross-attention": var.numpy(),
     }
 

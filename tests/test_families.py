@@ -76,10 +76,9 @@ def test_data_flow(family: str, tmp_path: Path) -> None:
     model.save_pretrained(tmp_path / "base")
     processor(family).save_pretrained(tmp_path / "base")
     profile = profile_model(model, processor(family), data, batch_size=4)
-    assert profile.tables["damage_retain"].shape == (LAYERS, 2)
-    assert all(
-        profile.tables[name].isfinite().all() for name in ("geometric", "damage_retain", "damage_evict", "var_text")
-    )
+    assert profile.geometric.shape == (LAYERS, 2)
+    damages = [damage.unit for damage in profile.damage.values()]
+    assert all(table.isfinite().all() for table in (profile.geometric, *damages, profile.var_text))
     settings = TrainConfig(budget=0.6, steps=2, batch_size=2, accumulation=1, lora_rank=2)
     plan = make_plan(profile, budget=0.6)
     train(

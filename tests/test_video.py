@@ -134,7 +134,7 @@ def test_data_flow(family: str, tmp_path: Path) -> None:
     model.save_pretrained(tmp_path / "base")
     processor(family).save_pretrained(tmp_path / "base")
     profile = profile_model(model, processor(family), every, batch_size=4)
-    assert all(profile.tables[name].isfinite().all() for name in ("geometric", "damage_retain", "var_text"))
+    assert all(t.isfinite().all() for t in (profile.geometric, profile.damage["retain"].unit, profile.var_text))
     settings = TrainConfig(budget=0.6, steps=2, batch_size=2, accumulation=1, lora_rank=2)
     plan, base = make_plan(profile, budget=0.6), str(tmp_path / "base")
     train(model, processor(family), every, plan, settings, tmp_path / "run", calibration=every, base=base)

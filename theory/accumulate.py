@@ -138,62 +138,6 @@ class RedundancyMetric(Metric):
         )
 
 
-class UnitMeanMetric(Metric):
-    """The mean of any one value per token for every layer and modality: damage, attention mass, eviction term.
-
-    Non-finite values are counted in `dropped` and left out.
-
-    Args:
-        num_layers: Decoder layers.
-        **kwargs: Passed to `torchmetrics.Metric`.
-
-    Raises:
-        ValueError: If there is no layer.
-
-    Example:
-        >>> metric = UnitMeanMetric(num_layers=1)
-        >>> metric.update(0, torch.tensor([[1.0, 3.0, 5.0]]), torch.tensor([[0, 0, 1]]))
-        >>> metric.compute().tolist()
-        [[2.0, 5.0]]
-    """
-
-    full_state_update = False
-    is_differentiable = False
-
-    total: Tensor
-    count: Tensor
-    dropped: Tensor
-
-    def __init__(self, num_layers: int, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
-        self.num_layers = num_layers
-        units = _units(num_layers)
-        self.add_state("total", torch.zeros(units, dtype=torch.float64), dist_reduce_fx="sum")
-        self.add_state("count", torch.zeros(units, dtype=torch.int64), dist_reduce_fx="sum")
-        self.add_state("dropped", torch.zeros(units, dtype=torch.int64), dist_reduce_fx="sum")
-
-    def update(self, layer: int, values: Float[Tensor, "batch seq"], modality: Int[Tensor, "batch seq"]) -> None:
-        """Add one layer's values of one batch.
-
-        Args:
-            layer: Index of the layer, 0..num_layers-1.
-            values: One value per token.
-            modality: 0 text, 1 vision, -1 for tokens that must not count.
-
-        Raises:
-            ValueError: If there is no such layer or modality.
-        """
-        _check_layer(layer, self.num_layers)
-        sums = per_unit_sums(values, modality)
-        self.total[layer] += sums.total
-        self.count[layer] += sums.count
-        self.dropped[layer] += sums.dropped
-
-    def compute(self) -> Float[Tensor, "layers modality"]:
-        """The means so far; NaN where nothing was counted."""
-        return self.total / self.count
-
-
 def distance_histogram(
     distance: Float[Tensor, "batch seq"], modality: Int[Tensor, "batch seq"]
 ) -> Int[Tensor, "modality bins"]:

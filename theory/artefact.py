@@ -1,4 +1,4 @@
-"""Profiles, plans and measured backbones on disk: a folder with JSON to read and safetensors with the numbers."""
+"""Profiles, plans, measured backbones and probes on disk: folders with JSON to read, safetensors with the numbers."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -6,6 +6,9 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
+from skipit.router.config import KVPolicy
 from skipit.router.errors import CheckpointError
 from skipit.router.folders import load_json, load_tensors, new_directory, provenance, save_json, save_tensors
 
@@ -13,10 +16,15 @@ from .accumulate import Redundancy
 from .backbone import MISSING, Backbone
 from .cost import CostModel
 from .plan import Plan
-from .profile import Profile
+from .probes import Probes
+from .profile import Damage, Profile
+from .profile_sums import POLICIES
+from .ridge import RidgeFit
 
 # Of every artefact, counted up when what is written changes. Profile 2: the cost of an MLP alone.
-VERSIONS = {"profile": 2, "plan": 1, "backbone": 1}
+VERSIONS = {"profile": 2, "plan": 1, "backbone": 1, "probes": 1}
+# The tables of a profile that no K/V policy changes.
+UNIT_TABLES = ("geometric", "update", "histogram", "count", "keys", "tokens_per_row", "var_text", "var_last")
 AGAIN = {
     "profile": "Profile again: `skipit profile MODEL DATA --out P`.",
     "plan": "Plan again: `skipit plan P --out PLAN`.",
@@ -26,9 +34,9 @@ AGAIN = {
 
 def save_profile(profile: Profile, out: str | Path, overwrite: bool = False) -> None:
     """Write a profile as `profile.json` (tables one can read, costs, provenance) and `profile.safetensors`."""
-    small = {name: table for name, table in profile.tables.items() if table.dim() <= 2}
+    tables = profile_tables(profile)
     with new_directory(out, overwrite) as folder:
-        save_tensors(folder / "profile.safetensors", profile.tables)
+        save_tensors(folder / "profile.safetensors", tables)
         save_json(
             folder / "profile.json",
             {
@@ -36,10 +44,19 @@ def save_profile(profile: Profile, out: str | Path, overwrite: bool = False) -> 
                 "model": profile.model,
                 "about": profile.about,
                 "costs": profile.costs.to_json(),
-                "tables": small,
+                "tables": {name: table for name, table in tables.items() if table.dim() <= 2},
                 "made_by": provenance(),
             },
         )
+
+
+def profile_tables(profile: Profile) -> dict[str, Tensor]:
+    """Everything that was measured, by the names that it has on disk."""
+    tables = {name: getattr(profile, name) for name in UNIT_TABLES}
+    for kv, damage in profile.damage.items():
+        tables |= {f"damage_{kv}": damage.unit, f"damage_tokens_{kv}": damage.tokens}
+        tables |= {f"ridge_{name}_{kv}": table for name, table in damage.ridge._asdict().items()}
+    return tables
 
 
 def load_profile(path: str | Path) -> Profile:
@@ -49,22 +66,33 @@ def load_profile(path: str | Path) -> Profile:
         CheckpointError: missing, damaged, of another version, or of a part that has no decoder's measures.
     """
     if (Path(path) / "backbone.json").is_file():
-        found = load_backbone(path)
+        part = load_backbone(path)
         raise CheckpointError(
-            f"{path} is the profile of a {found.modality} stack, `{found.layers}`: {MISSING['damage_retain']}, and "
+            f"{path} is the profile of a {part.modality} stack, `{part.layers}`: {MISSING['damage_retain']}, and "
             f"{MISSING['var_text']}. Profile the decoder: `skipit profile MODEL DATA --out P`, without --part."
         )
     values = _load(Path(path), "profile", ("model", "about", "costs"))
     tables = load_tensors(Path(path) / "profile.safetensors")
     with _naming(Path(path)):
-        return Profile(tables, CostModel.from_json(values["costs"]), values["model"], values["about"])
+        return Profile(
+            **{name: tables[name] for name in UNIT_TABLES},
+            damage={kv: _damage(tables, kv) for kv in POLICIES},
+            costs=CostModel.from_json(values["costs"]),
+            model=values["model"],
+            about=values["about"],
+        )
 
 
-def save_backbone(found: Backbone, out: str | Path, overwrite: bool = False) -> None:
+def _damage(tables: dict[str, Tensor], kv: KVPolicy) -> Damage:
+    ridge = RidgeFit(**{name: tables[f"ridge_{name}_{kv}"] for name in RidgeFit._fields})
+    return Damage(tables[f"damage_{kv}"], tables[f"damage_tokens_{kv}"], ridge)
+
+
+def save_backbone(backbone: Backbone, out: str | Path, overwrite: bool = False) -> None:
     """Write what was measured about a stack of layers as `backbone.json` and `backbone.safetensors`."""
-    tables = {f.name: getattr(found.redundancy, f.name) for f in fields(found.redundancy)}
-    rest = {f.name: getattr(found, f.name) for f in fields(found) if f.name != "redundancy"}
-    small = {name: found.table(name) for name in tables if name != "histogram"}
+    tables = {f.name: getattr(backbone.redundancy, f.name) for f in fields(backbone.redundancy)}
+    rest = {f.name: getattr(backbone, f.name) for f in fields(backbone) if f.name != "redundancy"}
+    small = {name: backbone.table(name) for name in tables if name != "histogram"}
     with new_directory(out, overwrite) as folder:
         save_tensors(folder / "backbone.safetensors", tables)
         values = {"version": VERSIONS["backbone"], **rest, "tables": small, "made_by": provenance()}
@@ -106,6 +134,16 @@ def load_plan(path: str | Path) -> Plan:
         return Plan(**tensors, **{key: values[key] for key in keys})  # type: ignore[arg-type]
 
 
+def save_probes(probes: Probes, out: str | Path, overwrite: bool = False) -> None:
+    """Write what probes know about the answer as `probes.json`, which nothing reads back.
+
+    Raises:
+        CheckpointError: `out` exists and is not to be overwritten, or cannot be made.
+    """
+    with new_directory(out, overwrite) as folder:
+        save_json(folder / "probes.json", {"version": VERSIONS["probes"], **probes.to_json(), "made_by": provenance()})
+
+
 def check_same_model(artefact: Profile | Plan, model_fingerprint: str) -> None:
     """Refuse an artefact that was made for another model.
 
@@ -125,6 +163,8 @@ def _naming(folder: Path) -> Iterator[None]:
     """Turn what constructors say about wrong contents into an error that names the folder."""
     try:
         yield
+    except KeyError as error:
+        raise CheckpointError(f"{folder}: its safetensors have no {error}; the file is incomplete.") from error
     except TypeError as error:
         raise CheckpointError(f"{folder}: its files do not belong together or are damaged: {error}") from error
 
@@ -149,7 +189,9 @@ __all__ = [
     "load_backbone",
     "load_plan",
     "load_profile",
+    "profile_tables",
     "save_backbone",
     "save_plan",
+    "save_probes",
     "save_profile",
 ]

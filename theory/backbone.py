@@ -19,6 +19,8 @@ from skipit.router.modality import MODALITIES
 
 from .accumulate import Redundancy, RedundancyMetric
 from .identity import fingerprint
+from .measuring import evaluating
+from .states import LayerRun, watching
 
 # What only a decoder over text and vision has, by the name of its table in a profile, and why a stack has none.
 MISSING = {
@@ -61,8 +63,8 @@ class Backbone:
         known = list(vars(self.redundancy))
         if name not in known:
             raise InputError(f"`name` is {name!r}, expected one of {', '.join(known)}.")
-        found: Tensor = getattr(self.redundancy, name)[:, MODALITIES.index(self.modality)]
-        return found
+        table: Tensor = getattr(self.redundancy, name)
+        return table[:, MODALITIES.index(self.modality)]
 
 
 @torch.no_grad()
@@ -89,31 +91,28 @@ def profile_backbone(
     metric = RedundancyMetric(len(stack))
     device = next(model.parameters()).device
     metric.to(device)
-    was_training, rows = model.training, 0
-    model.eval()
+    column, rows = MODALITIES.index(modality), 0
     current: dict[str, Tensor] = {}
-    handles = [
-        layer.register_forward_hook(_recorder(index, metric, MODALITIES.index(modality), current), with_kwargs=True)
-        for index, layer in enumerate(stack)
-    ]
-    try:
+
+    def add(layer: LayerRun) -> None:
+        before, after = layer.entered, layer.left
+        if before.dim() == 2:  # some encoders run all images as one sequence
+            before, after = before[None], after[None]
+        metric.update(layer.index, before, after, _kinds(before, column, current.get("attention_mask")))
+
+    with evaluating(model), watching(stack, add):
         for batch in batches:
-            current.clear()
-            current.update({key: value.to(device) for key, value in batch.items() if key in (accepted or batch)})
+            current = {key: value.to(device) for key, value in batch.items() if key in (accepted or batch)}
             if not current:  # no image in these rows
                 continue
             # Some towers get the patches of all images side by side, and beside them one line per image.
             rows += min(map(len, current.values()))
             run(**current)
-    finally:
-        model.train(was_training)
-        for handle in handles:
-            handle.remove()
     if rows == 0:
         what = "image" if modality == "vision" else "batch"
         raise InputError(f"the profile got no {what}; expected at least one.")
-    found: Redundancy = metric.cpu().compute()
-    return Backbone(found, modality, path, rows, fingerprint(model, path))
+    redundancy: Redundancy = metric.cpu().compute()
+    return Backbone(redundancy, modality, path, rows, fingerprint(model, path))
 
 
 def find_part(model: nn.Module, modality: str, layers: str | None = None) -> tuple[str, nn.ModuleList]:
@@ -156,17 +155,6 @@ def find_stack(model: nn.Module, layers: str | None = None, within: str = "") ->
     raise DecoderNotFoundError(
         f"{wanted} in `{type(model).__name__}`. Stacks found: {described or 'none'}. Name one with `layers`."
     )
-
-
-def _recorder(index: int, metric: RedundancyMetric, column: int, current: dict[str, Tensor]) -> Any:
-    def record(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        before = args[0] if args else kwargs["hidden_states"]
-        after = output[0] if isinstance(output, tuple) else output
-        if before.dim() == 2:  # some encoders run all images as one sequence
-            before, after = before[None], after[None]
-        metric.update(index, before, after, _kinds(before, column, current.get("attention_mask")))
-
-    return record
 
 
 def _kinds(states: Tensor, column: int, mask: Tensor | None) -> Int[Tensor, "batch seq"]:

@@ -7,13 +7,14 @@ backward pass per drawn choice gives it for every layer and token at once.
 """
 
 from collections.abc import Callable
-from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
-from torch import Tensor, nn
+from torch import Tensor
+
+from .measures import attention_scores
 
 # The path from a state to its opposite leads through zero, where the weight below is infinite.
 NEARLY_ONE = 1 - 1e-6
@@ -167,51 +168,6 @@ def apart_output(
     return alone
 
 
-class LayerStates:
-    """Records what enters and leaves every decoder layer in one forward pass, with the graph between them.
-
-    Attributes:
-        at: indices of the layers that were there, in order: a model leaves cross-attention layers out when there is no
-            image.
-        entered: per such layer, [batch, seq, dim].
-        left: the same.
-        kwargs: its other arguments, without a cache.
-    """
-
-    def __init__(self, layers: nn.ModuleList) -> None:
-        self.layers = layers
-        self.at: list[int] = []
-        self.entered: list[Tensor] = []
-        self.left: list[Tensor] = []
-        self.kwargs: list[dict[str, Any]] = []
-
-    def __enter__(self) -> "LayerStates":
-        """Start recording."""
-        self._handles = [
-            self.layers[0].register_forward_pre_hook(self._require_grad),
-            *(
-                layer.register_forward_hook(partial(self._record, index), with_kwargs=True)
-                for index, layer in enumerate(self.layers)
-            ),
-        ]
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        """Stop recording; what was recorded stays."""
-        for handle in self._handles:
-            handle.remove()
-
-    def _require_grad(self, layer: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        # The graph begins here: the embeddings and the vision tower need no gradient.
-        return (args[0].detach().requires_grad_(), *args[1:])
-
-    def _record(self, index: int, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        self.at.append(index)
-        self.entered.append(args[0])
-        self.left.append(output[0] if isinstance(output, tuple) else output)
-        self.kwargs.append({k: v for k, v in kwargs.items() if k not in ("past_key_values", "use_cache")})
-
-
 class CrossAttention:
     """Measures how much text attends to vision (VAR), and prepares the damage of evicting a key, while a model runs.
 
@@ -266,12 +222,7 @@ class CrossAttention:
 
     @torch.no_grad()
     def _measure(self, query: Tensor, key: Tensor, mask: Tensor | None, scaling: float | None) -> None:
-        groups = query.shape[1] // key.shape[1]
-        key = key.repeat_interleave(groups, dim=1)
-        scores = query @ key.transpose(-1, -2) * (query.shape[-1] ** -0.5 if scaling is None else scaling)
-        if mask is None:
-            mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()[None, None]
-        scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask
+        scores = attention_scores(query, key, mask, scaling)
         weights = torch.nan_to_num(torch.softmax(scores.float(), dim=-1)).mean(1)
         self._add((weights * self.vision[:, None, :]).sum(-1))
 

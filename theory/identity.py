@@ -7,7 +7,7 @@ from torch import nn
 
 from skipit.router.decoder import find_decoder
 
-from .sharded import whole
+from .sharded import unsharded
 
 
 @torch.no_grad()
@@ -18,12 +18,12 @@ def fingerprint(model: nn.Module, layers: str | None = None) -> str:
     is loaded in bf16 from itself in fp32 not.
     """
     digest = hashlib.sha256()
-    _, _, found = find_decoder(model, layers)
-    for name, parameter in sorted(found.named_parameters()):
+    _, _, decoder_layers = find_decoder(model, layers)
+    for name, parameter in sorted(decoder_layers.named_parameters()):
         if "layer_gate" in name or "lora_" in name:
             continue
         name = name.replace(".base_layer.", ".")
-        with whole([parameter]):
+        with unsharded([parameter]):
             values = ["meta"] if parameter.is_meta else parameter.flatten()[:16].bfloat16().tolist()
             digest.update(f"{name}{tuple(parameter.shape)}{values}".encode())
     return digest.hexdigest()[:16]

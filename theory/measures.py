@@ -118,6 +118,27 @@ def relative_update(x: Float[Tensor, "*batch dim"], x_next: Float[Tensor, "*batc
     return torch.where(update_peak == 0, torch.zeros_like(ratio), ratio)
 
 
+def attention_scores(
+    query: Float[Tensor, "batch heads query head_dim"],
+    key: Float[Tensor, "batch kv_heads key head_dim"],
+    mask: Bool[Tensor, "#batch #heads query key"] | Float[Tensor, "#batch #heads query key"] | None,
+    scaling: float | None,
+) -> Float[Tensor, "batch heads query key"]:
+    """What attention takes the softmax of.
+
+    Args:
+        query: Query states.
+        key: Key states; with grouped-query attention `kv_heads` divides `heads`.
+        mask: True where a query sees a key, or what to add to the scores; None is causal.
+        scaling: Of the scores; None is 1 over the root of `head_dim`.
+    """
+    key = key.repeat_interleave(query.shape[1] // key.shape[1], dim=1)
+    scores = query @ key.transpose(-1, -2) * (query.shape[-1] ** -0.5 if scaling is None else scaling)
+    if mask is None:
+        mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()[None, None]
+    return scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask
+
+
 def attention_mass(
     weights: Float[Tensor, "batch heads query key"], keys: Bool[Tensor, "batch key"]
 ) -> Float[Tensor, "batch query"]:
@@ -151,7 +172,7 @@ def visual_attention(
 
     Args:
         weights: Attention weights after softmax.
-        queries: True at the queries that count: all text tokens, or only the last prompt token (`last_true`).
+        queries: True at the queries that count: all text tokens, or only the last prompt token.
         keys: True at the keys that count: vision tokens.
 
     Returns:
@@ -165,23 +186,6 @@ def visual_attention(
     """
     mass = attention_mass(weights, keys)
     return torch.where(queries, mass, torch.zeros_like(mass)).sum(-1) / queries.sum(-1)
-
-
-def last_true(mask: Bool[Tensor, "batch seq"]) -> Bool[Tensor, "batch seq"]:
-    """Keep only the last True of each row, such as the last prompt token under left or right padding.
-
-    Args:
-        mask: True at the tokens to choose from.
-
-    Returns:
-        A mask with one True per row, none where the row has none.
-
-    Example:
-        >>> last_true(torch.tensor([[True, True, False]])).tolist()
-        [[False, True, False]]
-    """
-    still_to_come = mask.flip(-1).cumsum(-1).flip(-1)
-    return mask & (still_to_come == 1)
 
 
 def eviction_term(

@@ -16,7 +16,7 @@ from skipit.router.errors import InputError
 from skipit.router.modality import VISION
 
 from .bounds import combine_damages
-from .plan import LOGIT_LIMIT, Mode, Plan, check_budget, unit_damage
+from .plan import LOGIT_LIMIT, Plan, SpanMode, check_budget
 from .profile import Profile
 
 
@@ -62,8 +62,7 @@ def redundant_and_unattended(profile: Profile, eps: float, nu: float) -> Bool[Te
         if not 0 <= value <= high:
             raise InputError(f"`{name}`: got {value!r}, expected a number in [0, {high}].")
     _check_vision(profile)
-    attention = torch.maximum(profile.tables["var_text"], profile.tables["var_last"])
-    return (profile.tables["geometric"][:, VISION] <= eps) & (attention <= nu)
+    return (profile.geometric[:, VISION] <= eps) & (profile.attention <= nu)
 
 
 def harmless(profile: Profile, limit: float, kv: KVPolicy = "retain") -> Bool[Tensor, " layers"]:
@@ -80,11 +79,11 @@ def harmless(profile: Profile, limit: float, kv: KVPolicy = "retain") -> Bool[Te
     if not limit >= 0:
         raise InputError(f"`limit`: got {limit!r}, expected a damage in nats, at least 0.")
     _check_vision(profile)
-    return unit_damage(profile, kv)[:, VISION] <= limit
+    return profile.damage[kv].unit[:, VISION] <= limit
 
 
 def span_of(
-    profile: Profile, qualifying: Bool[Tensor, " layers"], mode: Mode = "both", kv: KVPolicy = "retain"
+    profile: Profile, qualifying: Bool[Tensor, " layers"], mode: SpanMode = "both", kv: KVPolicy = "retain"
 ) -> Span:
     """The longest stretches of qualifying layers at the start, at the end, or both.
 
@@ -100,7 +99,7 @@ def span_of(
     return _span(profile, first, max(layers - last, first), kv)
 
 
-def span_for_budget(profile: Profile, budget: float, mode: Mode = "both", kv: KVPolicy = "retain") -> Span:
+def span_for_budget(profile: Profile, budget: float, mode: SpanMode = "both", kv: KVPolicy = "retain") -> Span:
     """The stretches that meet a budget with the least predicted damage; of equals, the cheapest.
 
     Args:
@@ -134,7 +133,7 @@ def span_for_budget(profile: Profile, budget: float, mode: Mode = "both", kv: KV
 
 def choose_span(
     profile: Profile,
-    mode: Mode = "both",
+    mode: SpanMode = "both",
     kv: KVPolicy = "retain",
     *,
     budget: float = 0.5,
@@ -171,7 +170,7 @@ def choose_span(
     return span
 
 
-def span_plan(profile: Profile, span: Span, mode: Mode, kv: KVPolicy = "retain") -> Plan:
+def span_plan(profile: Profile, span: Span, mode: SpanMode, kv: KVPolicy = "retain") -> Plan:
     """Constant gates that do what a span says, so that every later step runs it as it runs any other plan.
 
     Args:
@@ -181,33 +180,29 @@ def span_plan(profile: Profile, span: Span, mode: Mode, kv: KVPolicy = "retain")
         kv: K/V policy the span was made for.
     """
     bias = torch.where(span.run, LOGIT_LIMIT, -LOGIT_LIMIT)
-    weight = torch.zeros(*bias.shape, profile.tables[f"ridge_weight_{kv}"].shape[-1])
+    weight = torch.zeros_like(profile.damage[kv].ridge.weight)
     about = {**profile.about, "entry": span.entry, "exit": span.exit, "damage": span.damage}
     return Plan(weight, bias, span.compute, kv, mode, profile.model, span.run.float(), about)
 
 
 def _span(profile: Profile, entry: int, end: int, kv: KVPolicy) -> Span:
-    t = profile.tables
-    run = torch.ones(t["keys"].shape, dtype=torch.bool)
+    run = torch.ones_like(profile.keys, dtype=torch.bool)
     run[:entry, VISION] = run[end:, VISION] = False
-    keys, tokens = t["keys"].nan_to_num(1.0), t["tokens_per_row"].nan_to_num(0.0)
-    dense = profile.costs.dense(tokens, keys)
-    saved = float((tokens * profile.costs.saving(keys, kv))[~run].sum())
-    damage = combine_damages(unit_damage(profile, kv)[~run]).item()
-    return Span(entry, end, run, damage, 1 - saved / dense)
+    saved = float(profile.unit_cost(kv)[~run].sum())
+    damage = combine_damages(profile.damage[kv].unit[~run]).item()
+    return Span(entry, end, run, damage, 1 - saved / profile.total)
 
 
 def _check_vision(profile: Profile) -> None:
-    if not bool(profile.tables["geometric"][:, VISION].isfinite().all()):
+    if not bool(profile.geometric[:, VISION].isfinite().all()):
         raise InputError("the profile has no vision tokens: late entry and early exit are about them. Give images.")
 
 
 def _ends(profile: Profile, kv: KVPolicy) -> str:
-    t = profile.tables
     figures = [
-        f"the {name} layer: geo {t['geometric'][layer, VISION].item():.4f}, "
-        f"VAR {torch.maximum(t['var_text'], t['var_last'])[layer].item():.3f}, "
-        f"damage {unit_damage(profile, kv)[layer, VISION].item():.5f} nats"
+        f"the {name} layer: geo {profile.geometric[layer, VISION].item():.4f}, "
+        f"VAR {profile.attention[layer].item():.3f}, "
+        f"damage {profile.damage[kv].unit[layer, VISION].item():.5f} nats"
         for name, layer in (("first", 0), ("last", -1))
     ]
     return f"Measured for vision in {'; in '.join(figures)}."

@@ -77,11 +77,11 @@ class Partial:
         if not self.resume:
             self.remove()
             return None
-        found = load_json(self.folder / RECORD)
+        before = load_json(self.folder / RECORD)
         differs = [
-            f"{name} was {found.get(name)!r}, is {self._record.get(name)!r}"
-            for name in sorted(found.keys() | self._record.keys())
-            if found.get(name) != self._record.get(name)
+            f"{name} was {before.get(name)!r}, is {self._record.get(name)!r}"
+            for name in sorted(before.keys() | self._record.keys())
+            if before.get(name) != self._record.get(name)
         ]
         if differs:
             raise CheckpointError(

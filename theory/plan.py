@@ -20,7 +20,7 @@ from skipit.router.gates import TokenGate
 from .profile import Profile
 
 Init = Literal["theory", "theory-bias", "zero", "run"]
-Mode = Literal["late-entry", "early-exit", "both"]  # constant gates, see modes.py
+SpanMode = Literal["late-entry", "early-exit", "both"]  # constant gates, see modes.py
 LOGIT_LIMIT = 8.0  # keeps sigmoid gradients alive
 
 
@@ -43,7 +43,7 @@ class Plan:
     bias: Tensor
     budget: float
     kv: KVPolicy
-    init: Init | Mode
+    init: Init | SpanMode
     model: str
     run_rate: Tensor
     about: dict[str, Any] = field(default_factory=dict)
@@ -62,26 +62,14 @@ def check_budget(budget: float) -> float:
     return float(budget)
 
 
-def unit_damage(profile: Profile, kv: KVPolicy) -> Float[Tensor, "layers modality"]:
-    """Damage per answer token when a whole unit is skipped under a K/V policy; NaN where a unit has no tokens."""
-    return profile.tables[f"damage_{kv}"]
-
-
-def unit_cost(profile: Profile, kv: KVPolicy) -> Float[Tensor, "layers modality"]:
-    """FLOPs that a row saves when a whole unit is skipped under a K/V policy; 0 where a unit has no tokens."""
-    t = profile.tables
-    return t["tokens_per_row"].nan_to_num(0.0) * profile.costs.saving(t["keys"].nan_to_num(1.0), kv)
-
-
 def allocate(
     damage: Float[Tensor, "layers modality"],
     cost: Float[Tensor, "layers modality"],
     floor: float,
     total: float,
     budget: float,
-    temperature: float = 0.0,
 ) -> tuple[Float[Tensor, "layers modality"], float]:
-    """Probability that each unit runs so that the expected compute meets the budget.
+    """Share of each unit that runs so that the compute meets the budget: greedy by damage per FLOP, one unit in part.
 
     Args:
         damage: D per unit; a unit without tokens (NaN) costs nothing and counts as running.
@@ -89,24 +77,15 @@ def allocate(
         floor: FLOPs spent even when everything is skipped.
         total: FLOPs of the dense decoder.
         budget: share of `total` to spend, in (0, 1].
-        temperature: T of the relaxation, in units of damage; 0 is greedy by damage per FLOP with one fractional unit.
 
     Returns:
-        Run probabilities, and lambda, the price of a FLOP in damage.
+        Shares in [0, 1], and lambda, the price of a FLOP in damage.
     """
     check_budget(budget)
     here = damage.isfinite() & (cost > 0)
     d, c = damage.double().nan_to_num(0.0), torch.where(here, cost.double(), 0.0)
     wanted = min(max(budget * total - floor, 0.0), float(c.sum()))
-    if temperature == 0:
-        run, price = _greedy(d, c, wanted)
-    else:
-
-        def probability(log_price: float) -> Tensor:
-            return torch.sigmoid((d - torch.tensor(log_price).exp() * c) / temperature)
-
-        log_price = bisect(lambda x: float((probability(x) * c).sum()) - wanted, -80.0, 20.0)
-        run, price = probability(log_price), float(torch.tensor(log_price).exp())
+    run, price = _greedy(d, c, wanted)
     return torch.where(here, run, 1.0).float(), price
 
 
@@ -152,22 +131,18 @@ def make_plan(
     check_budget(budget)
     if init not in get_args(Init):
         raise ValueError(f"`init`: got {init!r}, expected one of {', '.join(get_args(Init))}.")
-    t = profile.tables
-    units = t["damage_retain"].shape
-    weight = torch.zeros(*units, t[f"ridge_weight_{kv}"].shape[-1])
+    ridge = profile.damage[kv].ridge
+    units, weight = ridge.bias.shape, torch.zeros_like(ridge.weight)
     if init in ("zero", "run"):
         bias = torch.full(units, TokenGate.OPEN if init == "run" else 0.0)
         rate = torch.full(units, 1.0 if init == "run" else 0.5)
         return Plan(weight, bias, float(budget), kv, init, profile.model, rate, dict(profile.about))
-    saving = profile.costs.saving(t["keys"].nan_to_num(1.0), kv)
-    tokens = t["tokens_per_row"].nan_to_num(0.0)
+    saving, cost = profile.saving(kv), profile.unit_cost(kv)
     mean, std = _log_damage(profile, kv, init)
     score = mean.double() - saving.log()  # log of the damage per FLOP of a typical token
     here = mean.isfinite()
     score = torch.where(here, score, 50.0)
-    cost = tokens * saving
-    total = profile.costs.dense(tokens, t["keys"].nan_to_num(1.0))
-    wanted = max(budget * total - (total - float(cost.sum())), 0.0)
+    wanted = max(budget * profile.total - profile.floor(kv), 0.0)
 
     def rate_at(log_price: float) -> Tensor:
         # A prediction is about normal over tokens. The smallest spread stands for what the prediction misses.
@@ -175,10 +150,10 @@ def make_plan(
 
     log_price = bisect(lambda x: float((rate_at(x) * cost).sum()) - wanted, -200.0, 100.0)
     if init == "theory":
-        weight = sharpness * t[f"ridge_weight_{kv}"].nan_to_num(0.0)
+        weight = sharpness * ridge.weight.nan_to_num(0.0)
     base = mean
     if init == "theory":
-        predicted = t[f"ridge_bias_{kv}"] + mean - t[f"ridge_mean_{kv}"]  # on the scale of the mean damage
+        predicted = ridge.bias + mean - ridge.mean  # on the scale of the mean damage
         # Where nothing could be regressed (a unit that no answer depends on) the unit's mean stands for every token.
         base = torch.where(predicted.isfinite(), predicted, mean)
     bias = sharpness * (base.double() - saving.log() - log_price)
@@ -196,21 +171,16 @@ def _log_damage(profile: Profile, kv: KVPolicy, init: Init) -> tuple[Tensor, Ten
     shifted until exp(prediction), averaged over the unit's tokens as a log-normal, is their mean damage. Gates that
     tell tokens apart use the damages of tokens taken one by one; a bias alone skips whole units, and uses theirs.
     """
-    t = profile.tables
+    damage = profile.damage[kv]
     if init == "theory":
-        std = t[f"ridge_std_{kv}"].nan_to_num(0.0)
-        damage = t[f"damage_tokens_{kv}"]
+        std, done = damage.ridge.std.nan_to_num(0.0), damage.tokens
     else:
-        std = torch.zeros_like(t[f"ridge_std_{kv}"])
-        damage = unit_damage(profile, kv)
-    mean = (damage / t["tokens_per_row"]).clamp(min=1e-30).log().float() - std.square() / 2
+        std, done = torch.zeros_like(damage.ridge.std), damage.unit
+    mean = (done / profile.tokens_per_row).clamp(min=1e-30).log().float() - std.square() / 2
     return mean, std
 
 
 def skip_set(profile: Profile, budget: float, kv: KVPolicy = "retain") -> Bool[Tensor, "layers modality"]:
     """The units a static plan runs at a budget: greedy by measured damage per FLOP. True runs."""
-    t = profile.tables
-    cost = unit_cost(profile, kv)
-    total = profile.costs.dense(t["tokens_per_row"].nan_to_num(0.0), t["keys"].nan_to_num(1.0))
-    run, _ = allocate(unit_damage(profile, kv), cost, total - float(cost.sum()), total, budget)
+    run, _ = allocate(profile.damage[kv].unit, profile.unit_cost(kv), profile.floor(kv), profile.total, budget)
     return run > 0.5

@@ -2,7 +2,6 @@
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +15,8 @@ from skipit.router.errors import InputError
 from .identity import fingerprint
 from .labels import IGNORE, predicts_answer
 from .measures import cosine_distance
+from .measuring import evaluating
+from .states import LayerRun, watching
 
 # The mean over a prompt's text tokens, over its vision tokens, and the state of the last prompt token alone, from which
 # the model itself predicts the answer. Answer tokens are never read: they would tell.
@@ -79,6 +80,12 @@ class Pool:
             self.distance.append(torch.einsum("kbs,bs->kb", weight, moved.float()).cpu())
         self._before = states
 
+    def add_layer(self, run: LayerRun) -> None:
+        """Add what leaves a layer, and what enters the first."""
+        if not self.states:
+            self.add(run.entered)
+        self.add(run.left)
+
 
 def join(pools: Iterable[Pool], model: str = "") -> PooledStates:
     """Batches side by side, without rows whose states are not finite.
@@ -118,43 +125,16 @@ def pool_states(model: nn.Module, batches: Iterable[dict[str, Tensor]], layers: 
     """
     _, _, stack = find_decoder(model, layers)
     device = next(model.parameters()).device
-    was_training, pools = model.training, []
-    model.eval()
-    try:
+    pools = []
+    with evaluating(model), running(mode="dense"):
         for batch in batches:
             inputs = {key: value.to(device) for key, value in batch.items() if key != "labels"}
             modality = token_modality(model.config, inputs["input_ids"], inputs.get("mm_token_type_ids"))
             real = inputs.get("attention_mask", torch.ones_like(modality)).bool()
-            pool = Pool(modality.masked_fill(~real, -1), _labels(batch).to(device))
-            with running(mode="dense"), _Reading(stack, pool):
+            pools.append(Pool(modality.masked_fill(~real, -1), _labels(batch).to(device)))
+            with watching(stack, pools[-1].add_layer):
                 model(**inputs, use_cache=False)
-            pools.append(pool)
-    finally:
-        model.train(was_training)
     return join(pools, fingerprint(model, layers))
-
-
-class _Reading:
-    """Adds every boundary of a forward pass to a pool."""
-
-    def __init__(self, layers: nn.ModuleList, pool: Pool) -> None:
-        self.layers, self.pool = layers, pool
-
-    def __enter__(self) -> None:
-        self._handles = [
-            self.layers[0].register_forward_pre_hook(self._entering, with_kwargs=True),
-            *(layer.register_forward_hook(self._leaving) for layer in self.layers),
-        ]
-
-    def __exit__(self, *exception: object) -> None:
-        for handle in self._handles:
-            handle.remove()
-
-    def _entering(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self.pool.add(args[0] if args else kwargs["hidden_states"])
-
-    def _leaving(self, layer: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        self.pool.add(output[0] if isinstance(output, tuple) else output)
 
 
 def _labels(batch: dict[str, Tensor]) -> Tensor:

@@ -8,7 +8,6 @@ computation makes information usable; and one token, or the mean of one modality
 tokens. To read means is a choice of ours: what differs between tokens and cancels in their mean is not seen.
 """
 
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -18,11 +17,11 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import StratifiedKFold
-from torch import Tensor, nn
+from torch import Tensor
 
 from skipit.router.errors import InputError
 
-from .pooling import SITES, PooledStates, pool_states
+from .pooling import SITES, PooledStates
 
 FEWEST = 8  # rows that an answer must have to be told from the others, half of them to fit on
 PENALTY = 1e-2  # on |W|^2 / 2, the same for every layer; docs/findings.md says how much depends on it
@@ -208,33 +207,14 @@ class Probes:
         return {"sites": SITES, **tables}
 
 
-def probe(
-    model: nn.Module,
-    batches: Iterable[dict[str, Tensor]],
-    *,
-    penalty: float = PENALTY,
-    splits: int = SPLITS,
-    seed: int = 0,
-    layers: str | None = None,
-) -> Probes:
-    """Fit matched probes before and after every layer of a dense model: one forward pass per batch, then convex fits.
+def probe_states(pooled: PooledStates, *, penalty: float = PENALTY, splits: int = SPLITS, seed: int = 0) -> Probes:
+    """Fit matched probes before and after every layer: same rows, halves, classes, penalty and solver at a site.
 
     Args:
-        model: with or without gates, which are not asked.
-        batches: with `labels` (-100 everywhere but on answer tokens).
+        pooled: what the probes read; see `pool_states`.
         penalty: of every probe.
         splits: in random halves, to average over.
         seed: of these.
-        layers: decoder path for models whose decoder is not found.
-
-    Raises:
-        InputError: no batch, a row without an answer token, or too few rows; the message says how many are needed.
-    """
-    return probe_states(pool_states(model, batches, layers), penalty=penalty, splits=splits, seed=seed)
-
-
-def probe_states(pooled: PooledStates, *, penalty: float = PENALTY, splits: int = SPLITS, seed: int = 0) -> Probes:
-    """The same from collected states: same rows, halves, classes, penalty and solver at every boundary of a site.
 
     Raises:
         InputError: fewer than two answers have `FEWEST` rows, or a state is infinite.
@@ -252,9 +232,9 @@ def _site(pooled: PooledStates, k: int, penalty: float, seeds: range) -> dict[st
         return _nothing(len(states))
     kept, z = _classes(pooled.answer, there, SITES[k])
     splits = [halves(z, seed) for seed in seeds]
-    found = [[held_out(x, z, second, penalty) for x in states[:, kept]] for second in splits]
-    loss = torch.stack([torch.stack([at.loss for at in split]) for split in found])
-    right = torch.stack([torch.stack([at.right for at in split]) for split in found]).double()
+    readings = [[held_out(x, z, second, penalty) for x in states[:, kept]] for second in splits]
+    loss = torch.stack([torch.stack([at.loss for at in split]) for split in readings])
+    right = torch.stack([torch.stack([at.right for at in split]) for split in readings]).double()
     entropy = torch.stack([prior_loss(z, second) for second in splits]).mean()
     gain, gain_error = mean_and_error(loss[:, :-1] - loss[:, 1:])
     accuracy_gain, accuracy_gain_error = mean_and_error(right[:, 1:] - right[:, :-1])
@@ -265,7 +245,7 @@ def _site(pooled: PooledStates, k: int, penalty: float, seeds: range) -> dict[st
         "gain_error": gain_error,
         "accuracy_gain": accuracy_gain,
         "accuracy_gain_error": accuracy_gain_error,
-        "norm": torch.tensor([[at.norm for at in split] for split in found]).double().amax(0),
+        "norm": torch.tensor([[at.norm for at in split] for split in readings]).double().amax(0),
         "entropy": entropy,
         "rows": torch.tensor(len(z)),
         "classes": torch.tensor(int(z.max()) + 1),

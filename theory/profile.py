@@ -1,59 +1,107 @@
 """One pass over a data set that measures everything skipit needs to know about a model, into one artefact."""
 
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field
+from typing import Any
 
-import numpy as np
 import torch
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from skipit.router import MODALITIES, RouterConfig, attach, detach, find_router, running, token_modality
-from skipit.router.attention import OBSERVER_KWARG
-from skipit.router.call import image_states
+from skipit.router import running
 from skipit.router.config import KVPolicy
 from skipit.router.decoder import find_decoder, image_layers
-from skipit.router.errors import CheckpointError, InputError, SkipItError
+from skipit.router.errors import CheckpointError, InputError
 
 from .cost import CostModel
-from .damage import (
-    Choice,
-    CrossAttention,
-    LayerStates,
-    apart_output,
-    choice_damage,
-    draw_choice,
-    slopes,
-    tempered_damage,
-    weighted_change,
-)
 from .identity import fingerprint
-from .labels import IGNORE, predicts_answer
+from .measuring import evaluating, frozen, routed
 from .partial import Partial
+from .profile_batch import BatchMeasurement, Draws
 from .profile_sums import POLICIES, ProfileSums
+from .ridge import RidgeFit
+
+
+@dataclass(frozen=True)
+class Damage:
+    """What skipping under one K/V policy does to the answer: a KL divergence, in nats per answer token.
+
+    Attributes:
+        unit: when all tokens of the unit skip this layer.
+        tokens: the sum of the damages of a row's tokens of the unit, each skipping alone.
+        ridge: prediction of a token's log damage from its state, `weight` [layers, modality, dim].
+    """
+
+    unit: Float[Tensor, "layers modality"]
+    tokens: Float[Tensor, "layers modality"]
+    ridge: RidgeFit
 
 
 @dataclass(frozen=True)
 class Profile:
-    """What was measured about a model. Tables are [layers, modalities], NaN where a unit has no tokens.
+    """What was measured about a model, per unit: a layer and a modality. NaN where a unit has no tokens.
 
     Attributes:
-        tables: `geometric`, `update`, `damage_retain`, `damage_evict` (KL per answer token when all tokens of the unit
-            skip this layer), `damage_tokens` (sum of the damages of its tokens taken one by one), `log_damage` (its
-            mean over tokens), `keys` (keys a token sees), `count`; `var_text` and `var_last` are [layers]; `histogram`
-            (of the cosine distance) [layers, modalities, bins]; `ridge_*` the prediction of a token's log damage from
-            its state.
+        geometric: mean cosine distance between what enters and leaves the layer, in [0, 2].
+        update: mean size of the layer's update relative to its input.
+        histogram: tokens per bin of `DISTANCE_EDGES`, by their cosine distance.
+        count: tokens measured.
+        keys: keys that a token sees, on average.
+        tokens_per_row: tokens of a row that has the unit, on average.
+        var_text: VAR, the share of attention that text queries pay to vision keys, in [0, 1].
+        var_last: VAR of the last prompt token alone.
+        damage: by K/V policy.
         costs: of the model's layers.
         model: fingerprint of the model it belongs to.
         about: `rows` measured, `skipped_rows` that were not finite and `skipped_row_numbers` (the first of them, by
             their place in the data), draws, seed and temperature, and whatever the caller wants recorded.
     """
 
-    tables: dict[str, Tensor]
+    geometric: Float[Tensor, "layers modality"]
+    update: Float[Tensor, "layers modality"]
+    histogram: Int[Tensor, "layers modality bins"]
+    count: Int[Tensor, "layers modality"]
+    keys: Float[Tensor, "layers modality"]
+    tokens_per_row: Float[Tensor, "layers modality"]
+    var_text: Float[Tensor, " layers"]
+    var_last: Float[Tensor, " layers"]
+    damage: dict[KVPolicy, Damage]
     costs: CostModel
     model: str
     about: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def attention(self) -> Float[Tensor, " layers"]:
+        """VAR, the larger of all text queries' and the last prompt token's, in [0, 1]."""
+        return torch.maximum(self.var_text, self.var_last)
+
+    @property
+    def block_influence(self) -> Float[Tensor, " layers"]:
+        """ShortGPT's measure: the mean cosine distance over all tokens, whatever their modality."""
+        count = self.count.double()
+        return (self.geometric.double().nan_to_num(0.0) * count).sum(-1) / count.sum(-1)
+
+    @property
+    def tokens(self) -> Float[Tensor, "layers modality"]:
+        """Tokens of a row that has the unit; 0 where no row has."""
+        return self.tokens_per_row.nan_to_num(0.0)
+
+    @property
+    def total(self) -> float:
+        """FLOPs of the dense decoder for a row with `tokens`."""
+        return self.costs.dense(self.tokens, self.keys.nan_to_num(1.0))
+
+    def saving(self, kv: KVPolicy) -> Float[Tensor, "layers modality"]:
+        """FLOPs that one skipped token of a unit saves."""
+        return self.costs.saving(self.keys.nan_to_num(1.0), kv)
+
+    def unit_cost(self, kv: KVPolicy) -> Float[Tensor, "layers modality"]:
+        """FLOPs that a row saves when a whole unit is skipped; 0 where a unit has no tokens."""
+        return self.tokens * self.saving(kv)
+
+    def floor(self, kv: KVPolicy) -> float:
+        """FLOPs of a row of which every unit is skipped."""
+        return self.total - float(self.unit_cost(kv).sum())
 
 
 def profile(
@@ -81,59 +129,28 @@ def profile(
         InputError: no batch, no row with finite states, or a batch without labels or without a labelled token.
         CheckpointError: `partial` is of something else.
     """
-    gated = True
-    try:
-        find_router(model)
-    except SkipItError:
-        gated = False
-        attach(model, RouterConfig(layers=layers))
-    was_training = model.training
-    try:
-        with running(mode="dense"), _frozen(model):
-            return _profile(model.eval(), batches, draws, temperature, seed, layers, partial)
-    finally:
-        model.train(was_training)
-        if not gated:
-            detach(model)
-
-
-@contextmanager
-def _frozen(model: nn.Module) -> Iterator[None]:
-    """No parameter needs a gradient, so the graph keeps nothing for one."""
-    learning = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    for parameter in learning:
-        parameter.requires_grad_(False)
-    try:
-        yield
-    finally:
-        for parameter in learning:
-            parameter.requires_grad_(True)
+    with routed(model, layers), evaluating(model), running(mode="dense"), frozen(model):
+        return _profile(model, batches, Draws(draws, temperature, seed), layers, partial)
 
 
 def _profile(
-    model: nn.Module,
-    batches: Iterable[dict[str, Tensor]],
-    draws: int,
-    temperature: float,
-    seed: int,
-    path: str | None,
-    partial: Partial | None,
+    model: nn.Module, batches: Iterable[dict[str, Tensor]], draws: Draws, path: str | None, partial: Partial | None
 ) -> Profile:
     _, decoder, layers = find_decoder(model, path)
     sums = ProfileSums(len(layers), int(decoder.config.hidden_size), next(model.parameters()).device)  # type: ignore[union-attr, arg-type]
-    of: dict[str, Any] = {"model": fingerprint(model, path), "draws": draws, "temperature": temperature, "seed": seed}
+    measurement = BatchMeasurement(model, layers, image_layers(decoder.config), draws, sums)
+    of = {"model": fingerprint(model, path), **asdict(draws)}
     if partial is not None:
         _restore(sums, partial, of)
     for number, batch in enumerate(batches) if partial is None else partial.unmeasured(batches):
-        _measure(model, layers, image_layers(decoder.config), batch, number, sums, draws, temperature, seed)
+        measurement.add(number, batch)
         if partial is not None:
             partial.save(number, sums.state)
     if sums.rows == 0:
         seen = f"{sums.bad_rows} rows, none of which gave finite states and logits" if sums.bad_rows else "no batch"
         raise InputError(f"the profile got {seen}; expected at least one row with labels.")
     rows = {"rows": sums.rows, "skipped_rows": sums.bad_rows, "skipped_row_numbers": sums.bad_numbers}
-    about = {**rows, "draws": draws, "temperature": temperature, "seed": seed}
-    return Profile(sums.tables(), CostModel.of(model, path), of["model"], about)
+    return _from_sums(sums, CostModel.of(model, path), of["model"], {**rows, **asdict(draws)})
 
 
 def _restore(sums: ProfileSums, partial: Partial, of: dict[str, Any]) -> None:
@@ -146,118 +163,25 @@ def _restore(sums: ProfileSums, partial: Partial, of: dict[str, Any]) -> None:
         raise CheckpointError(f"{partial.folder} is damaged, or of another version: {error}") from error
 
 
-def _measure(
-    model: nn.Module,
-    layers: nn.ModuleList,
-    of_images: frozenset[int],
-    batch: dict[str, Tensor],
-    number: int,
-    sums: ProfileSums,
-    draws: int,
-    temperature: float,
-    seed: int,
-) -> None:
-    labels = batch.get("labels")
-    if labels is None or not bool(predicts_answer(labels).any(-1).all()):
-        raise InputError(f"batch {number}: every row needs `labels` with at least one answer token (not {IGNORE}).")
-    inputs = {k: v.to(sums.device) for k, v in batch.items() if k != "labels"}
-    answer = predicts_answer(labels).to(sums.device)
-    modality = token_modality(model.config, inputs["input_ids"], inputs.get("mm_token_type_ids"))
-    real = inputs.get("attention_mask", torch.ones_like(modality)).bool()
-    attention = CrossAttention(modality, real, answer.float().argmax(-1), of_images)
-    with torch.enable_grad(), LayerStates(layers) as states:
-        logits = model(**inputs, use_cache=False, **{OBSERVER_KWARG: attention}).logits
-    finite = torch.stack([left.detach().isfinite().all(-1) for left in states.left]).all(0).all(-1)
-    finite &= logits.detach().isfinite().all(-1).all(-1)
-    first = sums.rows + sums.bad_rows
-    numbers = range(first, first + len(finite))
-    sums.add_rows(finite)
-    if not bool(finite.any()):
-        return
-    taken = _taken_away(layers, states, modality, real)
-    real, answer = real & finite[:, None], answer & finite[:, None]
-    kinds = modality.masked_fill(~real, -1)
-    sums.add_attention(attention, finite, states.at)
-    for index, kwargs in zip(states.at, states.kwargs, strict=True):
-        sums.add_keys(index, modality, real, image_states(kwargs, len(real)).held if index in of_images else None)
-    tokens = _TokenSums.zeros(real, len(states.at))
-    for draw in range(draws):
-        choice = draw_choice(logits[:, :-1], answer, temperature, _uniform(seed, numbers, draw))
-        grads = torch.autograd.grad(
-            choice.margin.sum(), [*states.left, *attention.bias], retain_graph=draw + 1 < draws, allow_unused=True
-        )
-        _add_draw(choice, grads, taken, kinds, sums, tokens, 1 / draws, states.at)
-    for place, (index, x) in enumerate(zip(states.at, states.entered, strict=True)):
-        sums.redundancy.update(index, x.detach(), states.left[place].detach(), kinds)
-        damage, signal = ({kv: table[kv][place] for kv in POLICIES} for table in tokens)
-        sums.add_tokens(index, x.detach(), damage, signal, kinds)
-
-
-def _uniform(seed: int, rows: Iterable[int], draw: int) -> Tensor:
-    """Numbers in [0, 1) for the draws of each row: the same whatever the batches, and when a run goes on."""
-    # In fp32 they stay below 1 when they are scaled in fp64.
-    drawn = [np.random.default_rng([seed, row, draw]).random(2, dtype=np.float32) for row in rows]
-    return torch.from_numpy(np.stack(drawn))
-
-
-class _TokenSums(NamedTuple):
-    """Per K/V policy, [layers, batch, seq]: damages of tokens taken one by one, and what gates learn them from."""
-
-    damage: dict[KVPolicy, Tensor]
-    signal: dict[KVPolicy, Tensor]
-
-    @classmethod
-    def zeros(cls, like: Tensor, layers: int) -> "_TokenSums":
-        shape = (layers, *like.shape)
-        return cls(
-            {kv: torch.zeros(shape, dtype=torch.float64, device=like.device) for kv in POLICIES},
-            {kv: torch.zeros(shape, device=like.device) for kv in POLICIES},
-        )
-
-
-class _Taken(NamedTuple):
-    """What skips of one layer take away from its output, ready for slopes."""
-
-    own: Tensor
-    """From a token that skips."""
-    apart: Tensor
-    """From a token when all tokens of the other modality skip, and their keys and values do not exist."""
-
-
-def _taken_away(layers: nn.ModuleList, states: LayerStates, modality: Tensor, real: Tensor) -> list[_Taken]:
-    taken = []
-    for index, x, y, kwargs in zip(states.at, states.entered, states.left, states.kwargs, strict=True):
-        full, entered = y.detach(), x.detach()
-        unobserved = {name: value for name, value in kwargs.items() if name != OBSERVER_KWARG}
-        apart = apart_output(layers[index], entered, unobserved, modality, real)
-        taken.append(_Taken(weighted_change(full, entered), weighted_change(full, apart)))
-    return taken
-
-
-def _add_draw(
-    choice: Choice,
-    grads: tuple[Tensor | None, ...],
-    taken: list[_Taken],
-    kinds: Tensor,
-    sums: ProfileSums,
-    tokens: _TokenSums,
-    weight: float,
-    at: list[int],
-) -> None:
-    """Add the damages that one drawn choice per row shows, of every layer, modality and policy."""
-    count = len(taken)
-    states = [grad for grad in grads[:count] if grad is not None]
-    own = torch.stack([slopes(grad, change.own) for grad, change in zip(states, taken, strict=True)])
-    apart = torch.stack([slopes(grad, change.apart) for grad, change in zip(states, taken, strict=True)])
-    seen = torch.stack([torch.zeros_like(own[0]) if bias is None else bias[:, 0, 0].float() for bias in grads[count:]])
-    margin, mass = choice.margin[:, None], choice.mass[:, None]
-    drops: dict[KVPolicy, Tensor] = {"retain": own, "evict": own + seen}
-    for kv, alone in drops.items():
-        tokens.damage[kv].add_(choice_damage(margin, mass, alone), alpha=weight)
-        tokens.signal[kv].add_(tempered_damage(margin, alone), alpha=weight)
-    for m in range(len(MODALITIES)):
-        chosen, rest = kinds == m, (kinds >= 0) & (kinds != m)
-        drop = (own * chosen).sum(-1)
-        retain = choice_damage(choice.margin, choice.mass, drop)
-        evict = choice_damage(choice.margin, choice.mass, drop + (apart * rest).sum(-1))
-        sums.add_damage(m, weight * retain, weight * evict, chosen.any(-1), at)
+def _from_sums(sums: ProfileSums, costs: CostModel, model: str, about: dict[str, Any]) -> Profile:
+    """Means of what was added up, on the CPU."""
+    redundancy, ridge = sums.redundancy.cpu().compute(), sums.ridge_fits()
+    unit = {name: table.cpu() for name, table in sums.sums.items()}
+    var_text, var_last = ((mass / rows).cpu() for mass, rows in zip(sums.var, sums.var_rows, strict=True))
+    return Profile(
+        geometric=redundancy.geometric,
+        update=redundancy.update,
+        histogram=redundancy.histogram,
+        count=redundancy.count,
+        keys=unit["keys"] / unit["count"],
+        tokens_per_row=unit["count"] / unit["unit_rows"],
+        var_text=var_text,
+        var_last=var_last,
+        damage={
+            kv: Damage(unit[kv] / unit["unit_rows"], unit[f"tokens_{kv}"] / unit["unit_rows"], ridge[kv])
+            for kv in POLICIES
+        },
+        costs=costs,
+        model=model,
+        about=about,
+    )

@@ -1,4 +1,4 @@
-"""Everything a profile adds up over batches, and the tables that come of it."""
+"""Everything a profile adds up over batches."""
 
 from dataclasses import fields
 
@@ -38,9 +38,9 @@ class ProfileSums:
         self.sums = {name: torch.zeros(units, dtype=torch.float64, device=device) for name in names}
         self.var = torch.zeros(2, layers, dtype=torch.float64, device=device)
         self.var_rows = torch.zeros(2, layers, dtype=torch.float64, device=device)
-        found = projection(dim)
-        self.projection = None if found is None else found.to(device)
-        features = dim if found is None else found.shape[1]
+        columns = projection(dim)
+        self.projection = None if columns is None else columns.to(device)
+        features = dim if columns is None else columns.shape[1]
         self.ridge = [[RidgeSums.empty(features, len(POLICIES), device) for _ in MODALITIES] for _ in range(layers)]
 
     def add_rows(self, finite: Tensor) -> None:
@@ -105,34 +105,20 @@ class ProfileSums:
                 tokens = used & chosen & (half == number)[:, None]
                 self.ridge[layer][m].add(number, states[tokens], targets[tokens].log())
 
-    def tables(self) -> dict[str, Tensor]:
-        """The tables of a profile, on the CPU."""
-        s = self.sums
-        redundancy = self.redundancy.compute()
+    def ridge_fits(self) -> dict[KVPolicy, RidgeFit]:
+        """Predictions of a token's log damage under each K/V policy, on the CPU, of every layer and modality."""
         fits = [[unit.solve() for unit in layer] for layer in self.ridge]
-        ridge = {
-            f"ridge_{name}_{kv}": torch.stack([torch.stack([getattr(unit, name)[at] for unit in row]) for row in fits])
-            for name in RidgeFit._fields
-            for at, kv in enumerate(POLICIES)
-        }
-        if self.projection is not None:
-            back = self.projection.T.cpu()
-            ridge |= {name: table @ back for name, table in ridge.items() if name.startswith("ridge_weight")}
-        tables = {
-            "geometric": redundancy.geometric,
-            "update": redundancy.update,
-            "histogram": redundancy.histogram,
-            "count": redundancy.count,
-            "damage_retain": s["retain"] / s["unit_rows"],
-            "damage_evict": s["evict"] / s["unit_rows"],
-            "damage_tokens_retain": s["tokens_retain"] / s["unit_rows"],
-            "damage_tokens_evict": s["tokens_evict"] / s["unit_rows"],
-            "keys": s["keys"] / s["count"],
-            "tokens_per_row": s["count"] / s["unit_rows"],
-            "var_text": self.var[0] / self.var_rows[0],
-            "var_last": self.var[1] / self.var_rows[1],
-        }
-        return {k: v.cpu().contiguous() for k, v in (tables | ridge).items()}
+        back = None if self.projection is None else self.projection.T.cpu()
+
+        def stacked(at: int) -> RidgeFit:
+            tables = (
+                torch.stack([torch.stack([getattr(unit, name)[at] for unit in layer]) for layer in fits])
+                for name in RidgeFit._fields
+            )
+            fit = RidgeFit(*tables)
+            return fit if back is None else fit._replace(weight=fit.weight @ back)
+
+        return {kv: stacked(at) for at, kv in enumerate(POLICIES)}
 
     def state(self) -> dict[str, Tensor]:
         """All sums, by name; `restore` of a new object takes them back."""

@@ -18,22 +18,22 @@ MOST_FEATURES = 1024
 
 
 class RidgeFit(NamedTuple):
-    """Linear predictions of log damage, one per target.
+    """Linear predictions of log damage, one per unit of any kind: a target, or a layer and modality.
 
     Attributes:
-        weight: [targets, dim].
-        bias: [targets].
+        weight: on the state.
+        bias: beside it.
         mean: of the prediction over the samples.
         std: of the prediction over the samples.
         r2: share of the variance of log damage predicted in the half that was not fitted; below 0 is worse than
             the mean; NaN without samples.
     """
 
-    weight: Float[Tensor, "targets dim"]
-    bias: Float[Tensor, " targets"]
-    mean: Float[Tensor, " targets"]
-    std: Float[Tensor, " targets"]
-    r2: Float[Tensor, " targets"]
+    weight: Float[Tensor, "*units dim"]
+    bias: Float[Tensor, "*units"]
+    mean: Float[Tensor, "*units"]
+    std: Float[Tensor, "*units"]
+    r2: Float[Tensor, "*units"]
 
 
 @dataclass

@@ -7,7 +7,7 @@ from torch import nn
 
 
 @contextmanager
-def whole(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
+def unsharded(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
     """Every process has these parameters whole within the block; nothing happens to those that are whole anyway.
 
     All processes must enter it together. What is changed inside is lost.

@@ -4,7 +4,8 @@ A ratio of 1 means that the statement says exactly what happens, a ratio of 0.01
 as far as the statement knows, and a ratio above 1 that it is false. Identities have the ratio 1.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -13,11 +14,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from skipit.router import MODALITIES, FixedUnits, attach, detach, running, token_modality
+from skipit.router import MODALITIES, FixedUnits, running, token_modality
 from skipit.router.attach import find_router
 from skipit.router.attention import OBSERVER_KWARG
 from skipit.router.decoder import find_decoder
-from skipit.router.errors import SkipItError
 
 from .accumulate import prox_bounds
 from .bounds import (
@@ -40,11 +40,14 @@ from .bounds import (
     total_variation_from_kl,
     update_norm_from_cosine,
 )
-from .damage import LayerStates, draw_choice
+from .damage import draw_choice
 from .labels import predicts_answer
-from .measures import angular_distance, cosine_distance, eviction_term, relative_update
+from .measures import attention_scores, block_angles, cosine_distance, eviction_term, relative_update
+from .measuring import evaluating, routed
 from .pooling import Pool, PooledStates, join
 from .probes import fit_probe
+from .profile import Profile
+from .states import recorded
 
 THRESHOLDS = (0.01, 0.1, 1.0)
 CODES = 24  # size of the alphabet that statements 5 and 6 quantize states to
@@ -95,13 +98,13 @@ class _Ratios:
         return [Tightness(number, claim, torch.cat(parts)) for (number, claim), parts in sorted(self.held.items())]
 
 
-def from_tables(tables: Mapping[str, Tensor]) -> list[Tightness]:
+def from_profile(profile: Profile) -> list[Tightness]:
     """What a profile alone can tell: the statements about means and distributions of its units."""
     ratios = _Ratios()
-    geometric = tables["geometric"]
+    geometric = profile.geometric
     here = geometric.isfinite()
     for t in THRESHOLDS:
-        _, prox = prox_bounds(tables["histogram"], t)
+        _, prox = prox_bounds(profile.histogram, t)
         ratios.add(1, "prox(t) <= geo / t, per unit", prox[here], proximal_from_geometric(geometric[here], t))
         bound = geometric_from_proximal(prox[here], t)
         ratios.add(1, "geo <= (1 - prox) t + 2 prox, per unit", geometric[here], bound)
@@ -118,21 +121,9 @@ def from_model(model: nn.Module, batches: Iterable[dict[str, Tensor]], *, seed: 
         batches: with labels.
         seed: of the codebooks, probes and draws.
     """
-    gated = True
-    try:
-        find_router(model)
-    except SkipItError:
-        gated = False
-        attach(model)
     ratios, generator = _Ratios(), torch.Generator().manual_seed(seed)
-    was_training, pools = model.training, []
-    try:
-        for batch in batches:
-            pools.append(_evaluate(model.eval(), batch, ratios, generator))
-    finally:
-        model.train(was_training)
-        if not gated:
-            detach(model)
+    with routed(model), evaluating(model):
+        pools = [_evaluate(model, batch, ratios, generator) for batch in batches]
     _fitted_probes(join(pools), ratios)
     return ratios.list()
 
@@ -152,13 +143,13 @@ def _evaluate(model: nn.Module, batch: dict[str, Tensor], ratios: _Ratios, gener
             _eviction(query, key, value, mask, scaling, modality, ratios)
         return mask
 
-    with torch.enable_grad(), running(mode="dense"), LayerStates(layers) as states:
+    with torch.enable_grad(), running(mode="dense"), recorded(layers) as runs:
         logits = model(**inputs, use_cache=False, **{OBSERVER_KWARG: evict}).logits[:, :-1]
     margin = draw_choice(logits, answer, 1.0, torch.rand(len(logits), 2, generator=generator)).margin
-    grads = torch.autograd.grad(margin.sum(), states.left)
-    for grad, x, y in zip(grads, states.entered, states.left, strict=True):
-        _sums(grad, (y - x).detach(), modality, ratios)
-    chain = [states.entered[0].detach(), *(left.detach() for left in states.left)]
+    grads = torch.autograd.grad(margin.sum(), [run.left for run in runs])
+    for grad, run in zip(grads, runs, strict=True):
+        _sums(grad, (run.left - run.entered).detach(), modality, ratios)
+    chain = [runs[0].entered.detach(), *(run.left.detach() for run in runs)]
     with torch.no_grad():
         for x, y in pairwise(chain):
             _states(x, y, modality, ratios)
@@ -201,22 +192,18 @@ def _states(x: Tensor, y: Tensor, modality: Tensor, ratios: _Ratios) -> None:
 def _blocks(chain: list[Tensor], modality: Tensor, ratios: _Ratios) -> None:
     """Statement 3, for blocks of 2 layers, of 4 and so on, and of all."""
     real = modality >= 0
-    layers = list(pairwise(chain))
-    angles = torch.stack([angular_distance(x, y)[real] for x, y in layers], dim=-1)
-    geos = torch.stack([cosine_distance(x, y)[real].double().mean() for x, y in layers])
-    for length in {2, 4, len(layers)} & set(range(2, len(layers) + 1)):
-        for start in range(len(layers) - length + 1):
-            ends, block = (chain[start], chain[start + length]), slice(start, start + length)
-            ratios.add(
-                3,
-                "angle of a block <= sum of its layers', per token",
-                angular_distance(*ends)[real],
-                block_angle_bound(angles[:, block]),
-            )
+    states, layers = torch.stack([state[real] for state in chain]), len(chain) - 1
+    angles = block_angles(states, 1).T
+    geos = cosine_distance(states[:-1], states[1:]).double().mean(-1)
+    for length in {2, 4, layers} & set(range(2, layers + 1)):
+        for start, turned in enumerate(block_angles(states, length)):
+            block = slice(start, start + length)
+            bound = block_angle_bound(angles[:, block])
+            ratios.add(3, "angle of a block <= sum of its layers', per token", turned, bound)
             ratios.add(
                 3,
                 "geo of a block <= (sum of sqrt geo)^2, mean",
-                cosine_distance(*ends)[real].double().mean(),
+                cosine_distance(states[start], states[start + length]).double().mean(),
                 block_geometric_bound(geos[block]),
             )
 
@@ -312,17 +299,11 @@ def _eviction(
 ) -> None:
     """Statement 9, per head and text query, when the vision keys of a layer are evicted."""
     with torch.no_grad():
-        groups, length = query.shape[1] // key.shape[1], query.shape[2]
-        scores = query @ key.repeat_interleave(groups, dim=1).transpose(-1, -2)
-        scores = scores * (query.shape[-1] ** -0.5 if scaling is None else scaling)
-        if mask is None:
-            mask = torch.ones(length, length, dtype=torch.bool, device=query.device).tril()[None, None]
-        scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask
-        weights = torch.softmax(scores.double(), dim=-1)
+        weights = torch.softmax(attention_scores(query, key, mask, scaling).double(), dim=-1)
         vision = modality == 1
         change = eviction_term(weights, value.double(), vision).norm(dim=-1)
         mass = (weights * vision[:, None, None]).sum(-1).clamp(0, 1)
-        norms = value.double().norm(dim=-1).repeat_interleave(groups, dim=1)
+        norms = value.double().norm(dim=-1).repeat_interleave(query.shape[1] // key.shape[1], dim=1)
         seen = torch.where(weights > 0, norms[:, :, None, :], 0.0).amax(-1)
         text = ((modality == 0) & vision.any(-1)[:, None])[:, None].expand_as(mass) & (mass < 1 - ROUNDING)
         bound = eviction_output_change(mass[text], seen[text])
@@ -355,19 +336,19 @@ def _skip(
     ratios: _Ratios,
 ) -> None:
     """Statements 7, 8 and 11 on one real skip: along its path, and at its end."""
-    plan = torch.ones(len(layers), len(MODALITIES), dtype=torch.bool)
-    plan[index, m] = False
+    runs = torch.ones(len(layers), len(MODALITIES), dtype=torch.bool)
+    runs[index, m] = False
     with torch.no_grad():
         with running(mode="dense"):
             full = model(**inputs, use_cache=False).logits[:, :-1][answer].double().log_softmax(-1)
-        with running(policy=FixedUnits(plan), kv="retain", mode="masked"):
+        with running(policy=FixedUnits(runs), kv="retain", mode="masked"):
             skipped = model(**inputs, use_cache=False).logits[:, :-1][answer].double().log_softmax(-1)
     kl = (full.exp() * (full - skipped)).sum(-1).clamp(min=0)
 
     def rest(states: Tensor) -> Tensor:
         with running(mode="dense"), _replaced(layers[index], states):
-            found = model(**inputs, use_cache=False).logits[:, :-1][answer].double().log_softmax(-1)
-        return (full.exp() * (full - found)).sum()
+            changed = model(**inputs, use_cache=False).logits[:, :-1][answer].double().log_softmax(-1)
+        return (full.exp() * (full - changed)).sum()
 
     update = (chain[index + 1] - chain[index]) * unit[..., None]
     path = path_identity(rest, chain[index + 1], update, NODES)
@@ -375,20 +356,15 @@ def _skip(
     _outputs(full, skipped, kl, ratios)
 
 
-class _replaced:
-    """Puts other states in place of a layer's output."""
+@contextmanager
+def _replaced(layer: nn.Module, states: Tensor) -> Iterator[None]:
+    """Within the block other states stand in for a layer's output."""
 
-    def __init__(self, layer: nn.Module, states: Tensor) -> None:
-        self.layer, self.states = layer, states
+    def replace(layer: nn.Module, args: Any, output: Any) -> Any:
+        return (states, *output[1:]) if isinstance(output, tuple) else states
 
-    def __enter__(self) -> None:
-        def hook(layer: nn.Module, args: Any, output: Any) -> Any:
-            return (self.states, *output[1:]) if isinstance(output, tuple) else self.states
-
-        self.handle = self.layer.register_forward_hook(hook)
-
-    def __exit__(self, *exception: object) -> None:
-        self.handle.remove()
+    with layer.register_forward_hook(replace):
+        yield
 
 
 def _outputs(full: Tensor, skipped: Tensor, kl: Tensor, ratios: _Ratios) -> None:
@@ -419,9 +395,9 @@ def _outputs(full: Tensor, skipped: Tensor, kl: Tensor, ratios: _Ratios) -> None
     ratios.add(8, "KL of the choice between the two first answers <= KL", inner.clamp(min=0), kl)
 
 
-def show(found: list[Tightness], write: Callable[[str], None] = print) -> None:
+def show(lines: list[Tightness], write: Callable[[str], None] = print) -> None:
     """Write the table, one line per inequality."""
-    width = max((len(line.claim) for line in found), default=0)
+    width = max((len(line.claim) for line in lines), default=0)
     write(f"{'':>3} {'measured / bound':{width}} {'median':>9} {'max':>9} {'samples':>9}")
-    for line in found:
+    for line in lines:
         write(f"{line.statement:>3} {line.claim:{width}} {line.median:9.2g} {line.largest:9.2g} {len(line.ratios):9}")

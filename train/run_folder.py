@@ -12,7 +12,7 @@ from skipit.router import find_router, gate_state
 from skipit.router.checkpoint import save_router
 from skipit.router.errors import CheckpointError
 from skipit.router.folders import check_out, load_json, save_json
-from skipit.theory.sharded import whole
+from skipit.theory.sharded import unsharded
 
 from .launch import CHECKPOINTS, barrier
 
@@ -128,7 +128,7 @@ class RunFolder:
             history: figures of every step.
             record: what run.json says of the run.
         """
-        with whole(parameter for parameter in model.parameters() if parameter.requires_grad):
+        with unsharded(parameter for parameter in model.parameters() if parameter.requires_grad):
             if self.main:
                 model.save_pretrained(self.path / ADAPTER)
                 gates = {name: value.float() for name, value in gate_state(model).items()}

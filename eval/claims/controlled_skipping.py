@@ -8,7 +8,6 @@ from skipit.eval.measure.runner import completed
 from skipit.router import InputError, RouterConfig, attach, detach
 from skipit.router.config import KVPolicy
 from skipit.theory.cost import CostModel
-from skipit.theory.plan import unit_cost, unit_damage
 from skipit.theory.profile import Profile
 from skipit.train.data.collate import Collator, batches
 from skipit.train.display import note, progress
@@ -41,7 +40,7 @@ def controlled_skipping(
     complete = [completed(row, number) for number, row in enumerate(rows)]
     read: list[dict[str, Tensor]] = list(batches(complete, Collator(processor), batch_size))
     read = [{name: value.to(device) for name, value in batch.items()} for batch in read]
-    damage, cost, costs = unit_damage(profile, kv), unit_cost(profile, kv), CostModel.of(dense)
+    damage, cost, costs = profile.damage[kv].unit, profile.unit_cost(kv), CostModel.of(dense)
     layers = len(damage)
     measured: dict[str, Any] = {}
     attach(dense, RouterConfig(kv=kv))

@@ -194,8 +194,8 @@ def measure_growing(
     Args:
         model: with gates, which are not asked.
         batches: with labels.
-        damage: predicted damage of every unit, such as `skipit.theory.plan.unit_damage`.
-        cost: FLOPs that skipping it saves, such as `skipit.theory.plan.unit_cost`.
+        damage: predicted damage of every unit, such as `Profile.damage[kv].unit`.
+        cost: FLOPs that skipping it saves, such as `Profile.unit_cost`.
         kv: K/V policy of skipped tokens.
         costs: of the model's layers.
         scope: the units to skip: "text", "vision" or "all".

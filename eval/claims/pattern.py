@@ -178,9 +178,7 @@ def find_pattern(
         InputError: thresholds or rates are out of range, rates are of another number of layers or fewer than three, no
             row has vision tokens, or the profile has none.
     """
-    tables = profile.tables
-    attention = torch.maximum(tables["var_text"], tables["var_last"])
-    geometric = tables["geometric"][:, VISION]
+    attention, geometric = profile.attention, profile.geometric[:, VISION]
     eps, nu = (
         float(np.nanmedian(values.double().numpy())) if limit is None else limit
         for limit, values in ((eps, geometric), (nu, attention))
@@ -228,7 +226,7 @@ def find_pattern(
 def outer_layers(profile: Profile, rates: ArrayLike) -> dict[str, Any] | None:
     """Late entry and early exit of vision tokens as JSON has them; None where there are too few layers or images."""
     try:
-        if not bool(profile.tables["var_text"].isfinite().any()):
+        if not bool(profile.var_text.isfinite().any()):
             raise InputError("the profile was measured on rows without images.")
         return find_pattern(profile, rates).to_json()
     except InputError as error:

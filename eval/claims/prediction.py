@@ -3,7 +3,7 @@
 A unit is one (layer, modality). Tables are [layers, 2], columns text and vision, NaN where a measure says nothing.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 
 import numpy as np
@@ -18,6 +18,7 @@ from skipit.router.config import KVPolicy
 from skipit.theory.accumulate import prox
 from skipit.theory.answers import teacher_forced
 from skipit.theory.bounds import combine_damages
+from skipit.theory.profile import Profile
 
 SCOPES = ("text", "vision", "all")
 DISTANCES = (0.001, 0.01, 0.1)
@@ -70,26 +71,24 @@ def by_scope(predicted: ArrayLike, measured: ArrayLike) -> dict[str, RankCorrela
     return {scope: rank_correlation(columns[scope], truth[scope]) for scope in SCOPES}
 
 
-def predictors(tables: Mapping[str, Tensor], kv: KVPolicy) -> dict[str, Float[Tensor, "layers modality"]]:
+def predictors(profile: Profile, kv: KVPolicy) -> dict[str, Float[Tensor, "layers modality"]]:
     """What a profile says about skipping each unit, small where redundant.
 
     Args:
-        tables: of a profile.
+        profile: of the model.
         kv: policy of the skips to predict; only the damage knows it.
 
     Returns:
         `damage`, `geometric`, `relative update`, `proximal t` at a few t, `block influence` (ShortGPT: the geometric
         redundancy of all tokens together, hence equal for both modalities) and `VAR` (of vision units).
     """
-    geometric, count = tables["geometric"].double(), tables["count"].double()
-    pooled = (geometric.nan_to_num(0.0) * count).sum(-1) / count.sum(-1)
-    attention = tables["var_text"].double()
+    attention = profile.var_text.double()
     return {
-        "damage": tables[f"damage_{kv}"].double(),
-        "geometric": geometric,
-        "relative update": tables["update"].double(),
-        **{f"proximal {t:g}": prox(tables["histogram"], t) for t in DISTANCES},
-        "block influence": pooled[:, None].expand(-1, 2),
+        "damage": profile.damage[kv].unit.double(),
+        "geometric": profile.geometric.double(),
+        "relative update": profile.update.double(),
+        **{f"proximal {t:g}": prox(profile.histogram, t) for t in DISTANCES},
+        "block influence": profile.block_influence[:, None].expand(-1, 2),
         "VAR": torch.stack([torch.full_like(attention, torch.nan), attention], dim=-1),
     }
 

@@ -8,14 +8,12 @@ sets from all four quadrants are skipped. The split, and how sets are made equal
 from collections.abc import Mapping, Sequence
 
 import numpy as np
-import torch
 from jaxtyping import Float
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
 from skipit.router import VISION, InputError
 from skipit.router.config import KVPolicy
-from skipit.theory.plan import unit_cost, unit_damage
 from skipit.theory.profile import Profile
 
 BOTH, REDUNDANT, UNATTENDED, NEITHER = (
@@ -42,9 +40,8 @@ def vision_tables(
         "geometric" and "damage", small where redundant; VAR, the larger of that of the last prompt token and that of
         all text queries, as in `skipit.theory.modes.redundant_and_unattended`; FLOPs saved per row.
     """
-    tables = profile.tables
-    redundancy = {"geometric": tables["geometric"][:, VISION].double(), "damage": unit_damage(profile, kv)[:, VISION]}
-    return redundancy, torch.maximum(tables["var_text"], tables["var_last"]), unit_cost(profile, kv)[:, VISION]
+    redundancy = {"geometric": profile.geometric[:, VISION].double(), "damage": profile.damage[kv].unit[:, VISION]}
+    return redundancy, profile.attention, profile.unit_cost(kv)[:, VISION]
 
 
 def split_quadrants(redundancy: ArrayLike, attention: ArrayLike) -> dict[str, tuple[int, ...]]:

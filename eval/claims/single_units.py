@@ -61,7 +61,7 @@ def measure_units(
     Args:
         model: with gates, which are not asked.
         batches: with labels.
-        damage: predicted, such as `skipit.theory.plan.unit_damage`.
+        damage: predicted, such as `Profile.damage[kv].unit`.
         kv: K/V policy of skipped tokens.
         progress: called with 1 after each plan of each batch: one per unit, and one with every unit run.
 

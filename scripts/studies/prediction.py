@@ -82,7 +82,7 @@ def bench(study: Prediction) -> dict[str, Any]:
             name: skipping_table([max(0.0, e.kl) for e in effects(model, data, one_unit_skipped(model), kv)])
             for name, data in splits.items()
         }
-        tables = predictors(measured.tables, kv) | {"ShortV-LC": contribution}
+        tables = predictors(measured, kv) | {"ShortV-LC": contribution}
         figures = {
             name: {kind: by_scope(table, true) for kind, true in truth.items()} for name, table in tables.items()
         }

@@ -19,7 +19,7 @@ from skipit.eval.statistics import spearman
 from skipit.router import MODALITIES, find_router
 from skipit.router.config import KVPolicy
 from skipit.router.errors import InputError, SkipItError
-from skipit.theory.plan import check_budget, skip_set, unit_damage
+from skipit.theory.plan import check_budget, skip_set
 from skipit.theory.profile import Profile, profile
 
 from .study import Study, command, markdown, once
@@ -97,7 +97,7 @@ def drift(start: Profile, now: Profile, budget: float, kv: KVPolicy = "retain") 
     """
     before, after = ~skip_set(start, budget, kv), ~skip_set(now, budget, kv)
     union = int((before | after).sum())
-    old, new = unit_damage(start, kv), unit_damage(now, kv)
+    old, new = start.damage[kv].unit, now.damage[kv].unit
     columns = {"all": (old, new)} | {name: (old[:, m], new[:, m]) for m, name in enumerate(MODALITIES)}
     return {
         "jaccard": int((before & after).sum()) / union if union else 1.0,

@@ -147,6 +147,6 @@ def test_theory_tables(measured: Profile) -> None:
     for kv in ("retain", "evict"):
         tables = theory_tables(measured, kv)
         assert list(tables) == ["damage", "geometric", "cross-attention"]
-        assert np.array_equal(tables["damage"], measured.tables[f"damage_{kv}"].numpy(), equal_nan=True)
+        assert np.array_equal(tables["damage"], measured.damage[kv].unit.numpy(), equal_nan=True)
         assert np.isnan(tables["cross-attention"][:, 0]).all()
-        assert np.array_equal(tables["cross-attention"][:, 1], measured.tables["var_text"].numpy())
+        assert np.array_equal(tables["cross-attention"][:, 1], measured.var_text.numpy())

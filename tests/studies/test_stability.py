@@ -42,11 +42,16 @@ def test_a_run_records_how_the_set_moved(reference: tuple[Any, Any, list[Any], P
     assert lines[1]["skipped"] > 0
 
 
+def _with_damage(profile: Profile, unit: torch.Tensor) -> Profile:
+    retain = replace(profile.damage["retain"], unit=unit)
+    return replace(profile, damage={**profile.damage, "retain": retain})
+
+
 def test_drift_of_a_profile_from_itself_and_from_its_opposite(reference: tuple[Any, Any, list[Any], Profile]) -> None:
     start = reference[-1]
     same = drift(start, start, 0.5)
     assert (same["jaccard"], same["entered"], same["left"], same["spearman_vision"]) == (1.0, [], [], 1.0)
-    turned = replace(start, tables=start.tables | {"damage_retain": 1 / (start.tables["damage_retain"] + 1e-9)})
+    turned = _with_damage(start, 1 / (start.damage["retain"].unit + 1e-9))
     opposite = drift(start, turned, 0.5)
     assert opposite["jaccard"] < 0.5
     assert opposite["entered"]
@@ -56,9 +61,9 @@ def test_drift_of_a_profile_from_itself_and_from_its_opposite(reference: tuple[A
 
 def test_drift_without_a_modality_has_no_correlation(reference: tuple[Any, Any, list[Any], Profile]) -> None:
     start = reference[-1]
-    damage = start.tables["damage_retain"].clone()
+    damage = start.damage["retain"].unit.clone()
     damage[:, 1] = torch.nan
-    assert drift(start, replace(start, tables=start.tables | {"damage_retain": damage}), 0.5)["spearman_vision"] is None
+    assert drift(start, _with_damage(start, damage), 0.5)["spearman_vision"] is None
 
 
 @pytest.mark.parametrize(("batches", "every"), [([], 1), ([{}], 0)])

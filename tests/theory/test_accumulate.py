@@ -13,7 +13,6 @@ from skipit.theory.accumulate import (
     BINS_PER_DECADE,
     DISTANCE_EDGES,
     RedundancyMetric,
-    UnitMeanMetric,
     distance_histogram,
     prox,
     prox_bounds,
@@ -209,22 +208,10 @@ def test_histogram_keeps_shape_over_layers_and_modalities() -> None:
     assert prox(found.histogram, 0.01).shape == quantile(found.histogram, 0.9).shape == (LAYERS, 2)
 
 
-def test_unit_mean_averages_finite_values_and_counts_the_rest() -> None:
-    metric = UnitMeanMetric(2)
-    metric.update(1, torch.tensor([[1.0, math.inf, 4.0, 7.0]]), torch.tensor([[0, 0, 1, -1]]))
-    metric.update(1, torch.tensor([[2.0]]), torch.tensor([[0]]))
-    found = metric.compute()
-    assert found[1].tolist() == [1.5, 4.0]
-    assert found[0].isnan().all()
-    assert metric.dropped.tolist() == [[0, 0], [1, 0]]
-
-
-@pytest.mark.parametrize("make", [RedundancyMetric, UnitMeanMetric])
-def test_errors_say_what_was_got_and_expected(make) -> None:
+def test_errors_say_what_was_got_and_expected() -> None:
     with pytest.raises(ValueError, match=r"`num_layers` is 0, expected 1 or more. Pass the number of decoder layers."):
-        make(0)
-    values = (torch.ones(1, 2),) if make is UnitMeanMetric else (torch.ones(1, 2, 3), torch.ones(1, 2, 3))
-    metric = make(2)
+        RedundancyMetric(0)
+    values, metric = (torch.ones(1, 2, 3), torch.ones(1, 2, 3)), RedundancyMetric(2)
     with pytest.raises(ValueError, match=r"`layer` is 2, expected 0 to 1. Make the metric with the model's number"):
         metric.update(2, *values, torch.tensor([[0, 1]]))
     with pytest.raises(ValueError, match=r"`modality` holds the id 3, expected 0 text, 1 vision or -1"):

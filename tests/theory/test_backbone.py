@@ -176,7 +176,7 @@ def test_errors() -> None:
 def test_the_whole_profile_of_a_sliding_window_decoder_leaves_vision_and_attention_undefined() -> None:
     labels = WORDS["input_ids"].masked_fill(torch.tensor([[1, 1, 1, 0, 0], [1, 1, 0, 1, 1]]).bool(), -100)
     found = profile(_gemma(), [{**WORDS, "labels": labels}])
-    assert found.tables["var_text"].isnan().all()
-    assert found.tables["var_last"].isnan().all()
-    assert found.tables["damage_retain"][:, 0].isfinite().all()
-    assert found.tables["damage_retain"][:, 1].isnan().all()
+    assert found.var_text.isnan().all()
+    assert found.var_last.isnan().all()
+    assert found.damage["retain"].unit[:, 0].isfinite().all()
+    assert found.damage["retain"].unit[:, 1].isnan().all()

@@ -15,7 +15,6 @@ from skipit.theory.measures import (
     block_angles,
     cosine_distance,
     eviction_term,
-    last_true,
     per_unit_sums,
     relative_update,
     visual_attention,
@@ -186,11 +185,6 @@ def test_visual_attention_averages_over_its_queries_and_ignores_the_others() -> 
     first, second = visual_attention(weights, queries, keys).tolist()
     assert first == pytest.approx(0.35)
     assert math.isnan(second)
-
-
-def test_last_true_is_the_last_prompt_token_under_either_padding() -> None:
-    mask = torch.tensor([[True, True, False], [False, True, True], [True, False, True], [False, False, False]])
-    assert last_true(mask).int().tolist() == [[0, 1, 0], [0, 0, 1], [0, 0, 1], [0, 0, 0]]
 
 
 @examples

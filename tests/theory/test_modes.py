@@ -7,13 +7,14 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from made_profiles import made_profile
 from tiny_models import LAYERS, WIDTH, build, inputs
 from torch import Tensor
 
 from skipit.router import FixedUnits, InputError, attach, running, set_gates
 from skipit.theory.artefact import load_plan, save_plan
 from skipit.theory.bounds import combine_damages
-from skipit.theory.cost import CostModel, LayerCost
+from skipit.theory.cost import LayerCost
 from skipit.theory.modes import (
     Span,
     choose_span,
@@ -37,19 +38,16 @@ def measured(
     def units(vision: list[float], text: float) -> Tensor:
         return torch.tensor([[text, value] for value in vision], dtype=torch.float64)
 
-    tables = {
-        "geometric": units(geometric or [0.1] * layers, 0.5),
-        "var_text": torch.tensor(var_text or [0.1] * layers, dtype=torch.float64),
-        "var_last": torch.full((layers,), 0.05, dtype=torch.float64),
-        "damage_retain": units(damage, 1e6),
-        "damage_evict": units([4 * value for value in damage], 1e6),
-        "keys": units([15.0] * layers, 35.0),
-        "tokens_per_row": units([30.0] * layers, 10.0),
-        "ridge_weight_retain": torch.zeros(layers, 2, dim),
-        "ridge_weight_evict": torch.zeros(layers, 2, dim),
-    }
-    cost = LayerCost(linear=100.0, keys_values=20.0, attention=0.0, mlp=0.0, gate=1.0, kv_bytes=8)
-    return Profile(tables, CostModel((cost,) * layers), "model", {"rows": 8})
+    return made_profile(
+        LayerCost(linear=100.0, keys_values=20.0, attention=0.0, mlp=0.0, gate=1.0, kv_bytes=8),
+        {"retain": units(damage, 1e6), "evict": units([4 * value for value in damage], 1e6)},
+        dim,
+        geometric=units(geometric or [0.1] * layers, 0.5),
+        var_text=torch.tensor(var_text or [0.1] * layers, dtype=torch.float64),
+        var_last=torch.full((layers,), 0.05, dtype=torch.float64),
+        keys=units([15.0] * layers, 35.0),
+        tokens_per_row=units([30.0] * layers, 10.0),
+    )
 
 
 @examples
@@ -83,7 +81,7 @@ def test_layers_between_the_stretches_run_even_if_they_qualify() -> None:
 def test_the_papers_rule_wants_redundancy_and_little_attention() -> None:
     profile = measured([0.0] * 4, geometric=[0.01, 0.01, 0.3, 0.01], var_text=[0.1, 0.6, 0.1, 0.2])
     assert redundant_and_unattended(profile, eps=0.05, nu=0.2).tolist() == [True, False, False, True]
-    profile.tables["var_last"][3] = 0.9
+    profile.var_last[3] = 0.9
     assert redundant_and_unattended(profile, eps=0.05, nu=0.2).tolist() == [True, False, False, False]
 
 

@@ -25,7 +25,8 @@ def _rows(rows: list[list[int | str]], seed: int = 0) -> dict[str, Tensor]:
 
 def _same(a: Profile, b: Profile, tolerance: float) -> None:
     for name in ("geometric", "update", "var_text"):
-        torch.testing.assert_close(a.tables[name], b.tables[name], rtol=tolerance, atol=1e-8, equal_nan=True, msg=name)
+        one, other = getattr(a, name), getattr(b, name)
+        torch.testing.assert_close(one, other, rtol=tolerance, atol=1e-8, equal_nan=True, msg=name)
 
 
 def test_an_empty_split_is_refused() -> None:
@@ -39,8 +40,8 @@ def test_an_empty_split_is_refused() -> None:
 def test_one_sample_is_measured_and_the_counts_say_so() -> None:
     found = profile(tiny_models.build("llava"), [_rows([[5, "image", 6, 7, 8, 9]])])
     assert found.about["rows"] == 1
-    assert found.tables["count"].tolist() == [[5, 4]] * tiny_models.LAYERS
-    assert found.tables["damage_retain"].isfinite().all()
+    assert found.count.tolist() == [[5, 4]] * tiny_models.LAYERS
+    assert found.damage["retain"].unit.isfinite().all()
     plan = make_plan(found, 0.5)
     assert plan.weight.isfinite().all()
     assert plan.bias.isfinite().all()
@@ -48,11 +49,11 @@ def test_one_sample_is_measured_and_the_counts_say_so() -> None:
 
 def test_rows_without_image_have_no_vision_and_no_cross_attention() -> None:
     found = profile(tiny_models.build("llava"), [_rows([[5, 6, 7, 8, 9], [10, 11, 12, 13]])])
-    for name in ("geometric", "update", "damage_retain", "damage_evict"):
-        assert found.tables[name][:, 0].isfinite().all(), name
-        assert found.tables[name][:, 1].isnan().all(), name
-    assert found.tables["var_text"].isnan().all()
-    assert found.tables["var_last"].isnan().all()
+    for table in (found.geometric, found.update, found.damage["retain"].unit, found.damage["evict"].unit):
+        assert table[:, 0].isfinite().all()
+        assert table[:, 1].isnan().all()
+    assert found.var_text.isnan().all()
+    assert found.var_last.isnan().all()
     plan = make_plan(found, 0.5)
     assert plan.bias.isfinite().all()
 
@@ -61,8 +62,8 @@ def test_rows_without_image_beside_others_do_not_dilute_cross_attention() -> Non
     model = tiny_models.build("llava")
     image = profile(model, [_rows([[5, "image", 6, 7, 8, 9]])])
     both = profile(model, [_rows([[5, "image", 6, 7, 8, 9], [10, 11, 12, 13]])])
-    torch.testing.assert_close(both.tables["var_text"], image.tables["var_text"], rtol=1e-5, atol=1e-7)
-    assert both.tables["count"][0].tolist() == [9, 4]
+    torch.testing.assert_close(both.var_text, image.var_text, rtol=1e-5, atol=1e-7)
+    assert both.count[0].tolist() == [9, 4]
 
 
 def test_a_layer_that_writes_nothing_is_redundant_in_every_way() -> None:
@@ -71,9 +72,8 @@ def test_a_layer_that_writes_nothing_is_redundant_in_every_way() -> None:
     for linear in (layer.self_attn.o_proj, layer.mlp.down_proj):
         torch.nn.init.zeros_(linear.weight)
     found = profile(model, [_rows([[5, "image", 6, 7, 8, 9]])])
-    for name in ("geometric", "update", "damage_retain", "damage_evict"):
-        if name != "damage_evict":
-            assert found.tables[name][1].tolist() == [0.0, 0.0], name
+    for table in (found.geometric, found.update, found.damage["retain"].unit):
+        assert table[1].tolist() == [0.0, 0.0]
     assert make_plan(found, 0.5).bias.isfinite().all()
 
 
@@ -82,8 +82,8 @@ def test_constant_zero_states_have_distances_but_no_relative_update() -> None:
     torch.nn.init.zeros_(model.get_input_embeddings().weight)
     found = profile(model, [_rows([[5, 6, 7, 8]])])
     # Zero states count as one more direction: nothing moves while they stay zero.
-    assert found.tables["geometric"][:, 0].tolist() == [0.0] * tiny_models.LAYERS
-    assert found.tables["damage_retain"][:, 0].tolist() == [0.0] * tiny_models.LAYERS
+    assert found.geometric[:, 0].tolist() == [0.0] * tiny_models.LAYERS
+    assert found.damage["retain"].unit[:, 0].tolist() == [0.0] * tiny_models.LAYERS
 
 
 def test_half_precision_is_accumulated_in_full() -> None:
@@ -91,8 +91,8 @@ def test_half_precision_is_accumulated_in_full() -> None:
     half = [{k: v.bfloat16() if v.is_floating_point() else v for k, v in batch.items()} for batch in data]
     exact, rounded = profile(tiny_models.build("llava"), data), profile(tiny_models.build("llava").bfloat16(), half)
     _same(rounded, exact, tolerance=0.05)
-    assert rounded.tables["geometric"].dtype == torch.float64
-    assert rounded.tables["damage_retain"].isfinite().all()
+    assert rounded.geometric.dtype == torch.float64
+    assert rounded.damage["retain"].unit.isfinite().all()
 
 
 def test_a_row_with_nan_is_left_out_and_counted() -> None:
@@ -103,9 +103,10 @@ def test_a_row_with_nan_is_left_out_and_counted() -> None:
     first = {key: value[:1] for key, value in good.items()}
     found, alone = profile(model, [bad]), profile(model, [first])
     assert (found.about["rows"], found.about["skipped_rows"]) == (1, 1)
-    assert found.tables["count"].tolist() == alone.tables["count"].tolist()
+    assert found.count.tolist() == alone.count.tolist()
     _same(found, alone, tolerance=1e-5)
-    assert all(found.tables[name].isfinite().all() for name in ("damage_retain", "damage_evict", "keys"))
+    assert all(damage.unit.isfinite().all() for damage in found.damage.values())
+    assert found.keys.isfinite().all()
 
 
 def test_nothing_but_nan_is_refused_with_the_count() -> None:

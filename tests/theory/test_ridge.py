@@ -106,13 +106,11 @@ def test_wide_states_are_regressed_through_the_projection(monkeypatch: pytest.Mo
     sums.add_tokens(
         0, x, {"retain": signal, "evict": signal}, {"retain": signal, "evict": 2 * signal}, torch.zeros(4, 300).long()
     )
-    nothing = torch.zeros(0, 1, 24)
-    sums.redundancy.update(0, nothing, nothing, nothing[..., 0].long())  # or its metric warns
-    tables = sums.tables()
-    assert tables["ridge_weight_retain"].shape == (1, 2, 24)
-    predicted = x @ tables["ridge_weight_retain"][0, 0] + tables["ridge_bias_retain"][0, 0]
+    fits = sums.ridge_fits()
+    assert fits["retain"].weight.shape == (1, 2, 24)
+    predicted = x @ fits["retain"].weight[0, 0] + fits["retain"].bias[0, 0]
     torch.testing.assert_close(predicted, signal.log(), atol=0.02, rtol=0.02)
-    assert tables["ridge_r2_evict"][0, 0] > 0.99
+    assert fits["evict"].r2[0, 0] > 0.99
 
 
 def test_halves_are_rows_of_the_data_whatever_the_batches() -> None:

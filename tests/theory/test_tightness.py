@@ -7,7 +7,7 @@ import torch
 
 from skipit.router.checkpoint import load_dense
 from skipit.theory.profile import profile
-from skipit.theory.tightness import Tightness, from_model, from_tables, show
+from skipit.theory.tightness import Tightness, from_model, from_profile, show
 from skipit.train.data.collate import Collator, batches
 from skipit.train.reference.data import reference_dataset
 from skipit.train.reference.model import WEIGHTS
@@ -42,7 +42,7 @@ def test_identities_are_exact(found: list[Tightness]) -> None:
 
 
 def test_a_profile_alone_shows_the_statements_about_distributions(reference: tuple[Any, list[Any]]) -> None:
-    found = from_tables(profile(*reference).tables)
+    found = from_profile(profile(*reference))
     assert {line.statement for line in found} == {1}
     assert all(line.largest <= 1 + 1e-9 for line in found)
 

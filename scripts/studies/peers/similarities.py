@@ -5,7 +5,6 @@ Re-implemented from the formulas of ShortGPT (block influence), Gromov et al. (a
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -15,6 +14,7 @@ from skipit.router import VISION, UnsupportedModelError, running, token_modality
 from skipit.router.decoder import find_decoder
 from skipit.theory.labels import IGNORE, predicts_answer
 from skipit.theory.measures import angular_distance, cosine_distance
+from skipit.theory.states import LayerRun, recorded, watching
 
 
 @dataclass(frozen=True)
@@ -37,37 +37,6 @@ class Similarities:
     angles: Float[Tensor, "boundaries boundaries"]
 
 
-class _Record:
-    """Takes what enters and leaves each layer, and what leaves its attention, in one forward pass."""
-
-    def __init__(self, layers: nn.ModuleList) -> None:
-        self.layers = layers
-        self.entered: list[Tensor] = []
-        self.left: list[Tensor] = []
-        self.attended: list[Tensor] = []
-
-    def __enter__(self) -> "_Record":
-        self._handles = []
-        for layer in self.layers:
-            attention = next((child for child in layer.children() if hasattr(child, "head_dim")), None)
-            if attention is None:
-                raise UnsupportedModelError(f"`{type(layer).__name__}` has no one attention to compare states around.")
-            self._handles.append(layer.register_forward_hook(self._layer))
-            self._handles.append(attention.register_forward_hook(self._attention))
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        for handle in self._handles:
-            handle.remove()
-
-    def _layer(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        self.entered.append(args[0])
-        self.left.append(output[0] if isinstance(output, tuple) else output)
-
-    def _attention(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        self.attended.append(output[0] if isinstance(output, tuple) else output)
-
-
 @torch.no_grad()
 def similarities(model: nn.Module, batches: Iterable[dict[str, Tensor]]) -> Similarities:
     """Measure a dense model, or a gated one with everything running.
@@ -79,6 +48,7 @@ def similarities(model: nn.Module, batches: Iterable[dict[str, Tensor]]) -> Simi
         batches: with labels, which tell where the prompt ends; -100 everywhere is a prompt alone.
     """
     _, _, layers = find_decoder(model)
+    attentions = [_attention(layer) for layer in layers]
     device = next(model.parameters()).device
     sums = torch.zeros(4, len(layers), dtype=torch.float64)
     counts = torch.zeros(2, dtype=torch.float64)
@@ -87,22 +57,31 @@ def similarities(model: nn.Module, batches: Iterable[dict[str, Tensor]]) -> Simi
         inputs = {key: value.to(device) for key, value in batch.items() if key != "labels"}
         real = inputs["attention_mask"].bool()
         vision = real & (token_modality(model.config, inputs["input_ids"], inputs.get("mm_token_type_ids")) == VISION)
-        with running(mode="dense"), _Record(layers) as states:
+        attended: list[LayerRun] = []
+        with running(mode="dense"), recorded(layers) as runs, watching(attentions, attended.append):
             model(**inputs, use_cache=False)
-        for index, (x, y, attended) in enumerate(zip(states.entered, states.left, states.attended, strict=True)):
+        for index, (run, attention) in enumerate(zip(runs, attended, strict=True)):
+            x, y, middle = run.entered, run.left, run.entered + attention.left
             turned = cosine_distance(x, y)
-            middle = x + attended
             found = (turned[real], turned[vision], cosine_distance(x, middle)[real], cosine_distance(middle, y)[real])
             sums[:, index] += torch.stack([values.double().sum() for values in found]).cpu()
         counts += torch.stack([real.sum(), vision.sum()]).double().cpu()
         last = _last_prompt(batch["labels"].to(device), real)
-        ends = [state[torch.arange(len(last), device=device), last] for state in [states.entered[0], *states.left]]
+        states = [runs[0].entered, *(run.left for run in runs)]
+        ends = [state[torch.arange(len(last), device=device), last] for state in states]
         for first in range(len(ends)):
             for end in range(first + 1, len(ends)):
                 angles[first, end] += angular_distance(ends[first], ends[end]).double().sum().cpu() / torch.pi
         rows += len(last)
     influence, of_vision = sums[0] / counts[0], sums[1] / counts[1]
     return Similarities(influence, of_vision, 1 - sums[2] / counts[0], 1 - sums[3] / counts[0], angles / rows)
+
+
+def _attention(layer: nn.Module) -> nn.Module:
+    attention = next((child for child in layer.children() if hasattr(child, "head_dim")), None)
+    if attention is None:
+        raise UnsupportedModelError(f"`{type(layer).__name__}` has no one attention to compare states around.")
+    return attention
 
 
 def _last_prompt(labels: Tensor, real: Tensor) -> Tensor:

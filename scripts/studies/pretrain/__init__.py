@@ -57,8 +57,7 @@ def layer_dropping(model: Any) -> dict[str, dict[str, float]]:
     """
     rows = reference_dataset("calibration", 96)
     measured = profile(model, batches(rows, Collator(build_processor()), 16), draws=1)
-    counts, geometric = measured.tables["count"].double(), measured.tables["geometric"]
-    influence = (geometric * counts).sum(1) / counts.sum(1)
+    influence = measured.block_influence
     layers = len(CostModel.of(model).layers)
     attach(model)
     results = {}

@@ -219,13 +219,13 @@ def _theory(arguments: argparse.Namespace) -> None:
     from skipit.router.errors import InputError
     from skipit.theory.artefact import check_same_model, load_profile
     from skipit.theory.identity import fingerprint
-    from skipit.theory.tightness import from_model, from_tables, show
+    from skipit.theory.tightness import from_model, from_profile, show
     from skipit.train.data.collate import Collator, batches
     from skipit.train.data.sources import load_data, load_model
     from skipit.train.display import progress
 
     measured = load_profile(arguments.profile)
-    found = from_tables(measured.tables)
+    found = from_profile(measured)
     if (arguments.model is None) != (arguments.data is None):
         raise InputError("--model and --data go together: the model's tensors are measured on the data's rows.")
     if arguments.model is not None:
@@ -240,13 +240,14 @@ def _theory(arguments: argparse.Namespace) -> None:
 
 
 def _probe(arguments: argparse.Namespace) -> None:
+    from skipit.theory.artefact import save_probes
     from skipit.theory.pooling import pool_states
     from skipit.theory.probes import probe_states
     from skipit.train.data.collate import Collator, batches
     from skipit.train.data.sources import load_data, load_model
     from skipit.train.display import loading, progress
 
-    from .probing import PROBES_FILE, probe_table, save_probes
+    from .probing import probe_table
 
     _check_out(arguments)
     with loading("loading"):
@@ -258,7 +259,7 @@ def _probe(arguments: argparse.Namespace) -> None:
         found = probe_states(pooled, penalty=arguments.penalty, splits=arguments.splits, seed=arguments.seed)
     save_probes(found, arguments.out, arguments.overwrite)
     print(probe_table(found))
-    print(f"{arguments.out}: {PROBES_FILE}")
+    print(f"{arguments.out}: probes.json")
 
 
 def _train(arguments: argparse.Namespace) -> None:

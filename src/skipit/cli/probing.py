@@ -1,25 +1,11 @@
-"""Matched probes as the command line shows and writes them."""
+"""Matched probes as the command line shows them."""
 
 import io
-from pathlib import Path
 
 from torch import Tensor
 
-from skipit.router.folders import new_directory, provenance, save_json
 from skipit.theory.pooling import SITES
 from skipit.theory.probes import Probes
-
-PROBES_FILE = "probes.json"
-
-
-def save_probes(probes: Probes, out: str | Path, overwrite: bool = False) -> None:
-    """Write `probes.json` into a new folder.
-
-    Raises:
-        CheckpointError: `out` exists and is not to be overwritten, or cannot be made.
-    """
-    with new_directory(out, overwrite) as folder:
-        save_json(folder / PROBES_FILE, {"version": 1, **probes.to_json(), "made_by": provenance()})
 
 
 def probe_table(probes: Probes) -> str:

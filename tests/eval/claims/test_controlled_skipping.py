@@ -26,8 +26,8 @@ def test_controlled_skipping_leaves_the_dense_model_as_it_was(monkeypatch: pytes
     with pytest.raises(SkipItError, match="has no gates"):
         find_router(model)
     # A measure that cannot be had leaves the others standing.
-    measured.tables["var_text"].fill_(torch.nan)
-    measured.tables["var_last"].fill_(torch.nan)
+    measured.var_text.fill_(torch.nan)
+    measured.var_last.fill_(torch.nan)
     assert skipping(model, processor, answers, measured, "evict").keys() == {"units", "growing"}
     assert notes.pop().startswith("the 2x2 experiment is left out: ")
     assert pattern.outer_layers(measured, torch.full((12,), torch.nan).numpy()) is None

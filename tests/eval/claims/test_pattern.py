@@ -9,13 +9,15 @@ import numpy as np
 import pytest
 import tiny_models
 import torch
+from made_profiles import made_profile
 from torch import Tensor
 
 from skipit.eval.claims.pattern import find_pattern, row_skip_rates
 from skipit.eval.measure.recorded import Record
 from skipit.eval.statistics import Resampling
 from skipit.router import InputError
-from skipit.theory.cost import CostModel, LayerCost
+from skipit.router.config import KVPolicy
+from skipit.theory.cost import LayerCost
 from skipit.theory.modes import redundant_and_unattended, span_of
 from skipit.theory.profile import Profile
 from skipit.theory.profile import profile as measure
@@ -30,11 +32,10 @@ def made(geometric: list[float], attention: list[float]) -> Profile:
     layers = len(geometric)
     vision = torch.tensor(geometric, dtype=torch.float64)
     table = torch.stack([torch.ones(layers).double(), vision], -1)
-    names = ("keys", "tokens_per_row", "damage_retain", "damage_evict")
-    tables = dict.fromkeys(names, torch.ones(layers, 2).double())
     var = torch.tensor(attention, dtype=torch.float64)
-    tables |= {"geometric": table, "var_text": var, "var_last": var / 2}
-    return Profile(tables, CostModel((LayerCost(100.0, 10.0, 1.0, 60.0, 0.5, 8),) * layers), "made")
+    cost, damage = LayerCost(100.0, 10.0, 1.0, 60.0, 0.5, 8), torch.ones(layers, 2).double()
+    damages: dict[KVPolicy, torch.Tensor] = {"retain": damage, "evict": damage}
+    return made_profile(cost, damages, geometric=table, var_text=var, var_last=var / 2)
 
 
 # Early and late layers are redundant; text looks at vision in layers 1 and 4 to 7.
@@ -76,7 +77,7 @@ def test_a_real_profile_gives_the_stretches_of_the_fixed_modes() -> None:
     qualifying = redundant_and_unattended(profile, found.eps, found.nu)
     assert found.entry == span_of(profile, qualifying, "late-entry").entry
     assert found.exit == tiny_models.LAYERS - span_of(profile, qualifying, "early-exit").exit
-    assert found.geometric == tuple(profile.tables["geometric"][:, 1].tolist())
+    assert found.geometric == tuple(profile.geometric[:, 1].tolist())
 
 
 @pytest.mark.parametrize(

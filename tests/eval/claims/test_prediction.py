@@ -64,7 +64,7 @@ def test_sets_add_up_or_align() -> None:
 
 
 def test_every_measure_has_one_value_per_unit() -> None:
-    found = predictors(profile(tiny_models.build("llava"), [_batch()]).tables, "evict")
+    found = predictors(profile(tiny_models.build("llava"), [_batch()]), "evict")
     assert {name: tuple(table.shape) for name, table in found.items()} == dict.fromkeys(found, (tiny_models.LAYERS, 2))
     assert found["VAR"][:, 0].isnan().all()
     assert (found["block influence"][:, 0] == found["block influence"][:, 1]).all()

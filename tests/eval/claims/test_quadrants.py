@@ -24,7 +24,6 @@ from skipit.eval.measure.controlled import RowEffects, row_effects
 from skipit.eval.statistics import Resampling
 from skipit.router import InputError, attach
 from skipit.theory.cost import CostModel, LayerCost
-from skipit.theory.plan import unit_cost
 from skipit.theory.profile import profile
 
 FEW = Resampling(resamples=300)
@@ -70,11 +69,11 @@ def test_sets_save_what_the_smallest_quadrant_saves() -> None:
 def test_tables_are_those_of_vision() -> None:
     measured = profile(tiny_models.build("llava"), batches())
     redundancy, attention, cost = vision_tables(measured, "evict")
-    assert torch.equal(redundancy["geometric"], measured.tables["geometric"][:, 1].double())
-    assert torch.equal(redundancy["damage"], measured.tables["damage_evict"][:, 1])
-    assert (attention >= measured.tables["var_text"]).all()
-    assert (attention >= measured.tables["var_last"]).all()
-    assert torch.equal(cost, unit_cost(measured, "evict")[:, 1])
+    assert torch.equal(redundancy["geometric"], measured.geometric[:, 1].double())
+    assert torch.equal(redundancy["damage"], measured.damage["evict"].unit[:, 1])
+    assert (attention >= measured.var_text).all()
+    assert (attention >= measured.var_last).all()
+    assert torch.equal(cost, measured.unit_cost("evict")[:, 1])
 
 
 def test_cells_are_the_mean_of_what_their_sets_do() -> None:
