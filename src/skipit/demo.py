@@ -6,8 +6,10 @@ from typing import Any
 
 import torch
 
-from skipit.eval.compare import Comparison, compare
+from skipit.eval.compare import Comparison, compare, theory_tables
 from skipit.eval.measure.answer import answer
+from skipit.eval.plots import plot_layer_modality_heatmaps
+from skipit.router import find_router
 from skipit.router.checkpoint import load, save_gated
 from skipit.router.config import KVPolicy
 from skipit.router.folders import new_directory, provenance, save_json
@@ -20,8 +22,6 @@ from skipit.train.data.sources import load_data, load_model
 from skipit.train.display import loading, progress, training_progress
 from skipit.train.export import export, gate_by_plan, profile_model
 from skipit.train.run import train
-
-from .router import find_router
 
 PROFILE_ROWS = 192
 CALIBRATION_ROWS = 192
@@ -176,9 +176,6 @@ Ask it: {ask}"""
 
 
 def _plots(folder: Path, measured: Profile, result: Comparison, kv: KVPolicy) -> None:
-    from skipit.eval.compare import theory_tables
-    from skipit.eval.plots import plot_layer_modality_heatmaps
-
     tables = theory_tables(measured, kv)
     plot_layer_modality_heatmaps(
         folder / "redundancy.png",

@@ -12,10 +12,9 @@ from PIL import Image
 from rich.progress import Progress
 
 from skipit.eval.measure.runner import leave_out_finished
+from skipit.router import InputError, Trace, find_router, running
 from skipit.theory.cost import CostModel, trace_compute
 from skipit.train.adapter import load
-
-from .router import InputError, Trace, find_router, running
 
 MAX_NEW_TOKENS = 1024  # where a task does not say; lmms-eval's own default for LLaVA
 _SAMPLING = ("temperature", "top_p", "top_k")
