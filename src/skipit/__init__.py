@@ -21,10 +21,9 @@ if TYPE_CHECKING:
     from skipit.train.config import TrainConfig as TrainConfig
     from skipit.train.data.collate import Collator as Collator
     from skipit.train.data.collate import batches as batches
-    from skipit.train.run import train as train
 
 # Where each public name lives. They are imported when first used: `import skipit` itself loads neither torch
-# nor transformers.
+# nor transformers. A name of a folder, such as `train`, cannot be one: it is the folder as soon as that is imported.
 _PUBLIC = {
     "Collator": "skipit.train.data.collate",
     "Gated": "skipit.router",
@@ -43,7 +42,6 @@ _PUBLIC = {
     "running": "skipit.router",
     "save_gated": "skipit.router.checkpoint",
     "set_gates": "skipit.router",
-    "train": "skipit.train.run",
 }
 __all__ = list(_PUBLIC)
 __version__ = "0.1.0"

@@ -1,6 +1,5 @@
 """`skipit profile`: killed and resumed, from a stream, rows left out by name, and of a vision tower alone."""
 
-import io
 import json
 import os
 import re
@@ -8,12 +7,12 @@ import signal
 import subprocess
 import sys
 import time
-from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from command_line import skipit
 from datasets import Dataset, IterableDataset
 from tiny_models import build
 from transformers import (
@@ -25,7 +24,6 @@ from transformers import (
     SiglipVisionModel,
 )
 
-from skipit.cli.main import main
 from skipit.router import InputError
 from skipit.router.folders import load_json, load_tensors
 from skipit.theory.artefact import load_backbone
@@ -34,13 +32,6 @@ from skipit.train.reference.data import reference_dataset
 from skipit.train.reference.model import build_processor
 
 SMALL = dict(hidden_size=16, intermediate_size=24, num_hidden_layers=3, num_attention_heads=2)
-
-
-def skipit(*argv: Any) -> tuple[int, str, str]:
-    out, err = io.StringIO(), io.StringIO()
-    with redirect_stdout(out), redirect_stderr(err):
-        code = main([str(argument) for argument in argv])
-    return code, out.getvalue(), err.getvalue()
 
 
 def measured(*argv: Any) -> str:
@@ -66,6 +57,11 @@ def same_profile(one: Path, other: Path) -> None:
     assert (one / "profile.safetensors").read_bytes() == (other / "profile.safetensors").read_bytes()
     ours, theirs = (load_json(path / "profile.json") for path in (one, other))
     assert {**ours, "made_by": None} == {**theirs, "made_by": None}
+
+
+def test_what_is_printed(chain: Path) -> None:
+    assert (chain / "profile.out").read_text().startswith(f"{chain}/profile: 12 rows measured, 0 not finite.")
+    assert re.fullmatch(r"profile +12/12  \d+ s\n", (chain / "profile.err").read_text())
 
 
 class TestResume:
