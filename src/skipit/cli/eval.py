@@ -72,7 +72,8 @@ def run(arguments: argparse.Namespace) -> None:
     from skipit.train.card import EVALUATION
 
     check_out(arguments.out, arguments.overwrite)
-    asked = {name: getattr(arguments, name) for name in Request.__dataclass_fields__}
-    result = evaluate(Request(**{**asked, "also": tuple(asked["also"] or ())}), arguments.out, arguments.overwrite)
-    print(result.table())
+    settings = {name: getattr(arguments, name) for name in Request.__dataclass_fields__}
+    request = Request(**{**settings, "also": tuple(arguments.also or ())})
+    comparison = evaluate(request, arguments.out, arguments.overwrite)
+    print(comparison.table())
     print(f"{arguments.out}: {REPORT}, {EVALUATION}")

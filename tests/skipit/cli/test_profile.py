@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from command_line import skipit
+from command_line import refused, skipit
 from datasets import Dataset, IterableDataset
 from tiny_models import build
 from transformers import (
@@ -182,11 +182,6 @@ def test_rows_with_nan_are_left_out_by_name(tmp_path: Path, monkeypatch: pytest.
 
 
 class TestPart:
-    def refused(self, *argv: Any) -> str:
-        code, _, err = skipit(*argv)
-        assert code == 1
-        return err
-
     def test_the_reference_models_tower(self, tmp_path: Path) -> None:
         line = ("reference", "reference", "--split", "test", "--part", "vision", "--samples", 6, "--batch-size", 4)
         out = measured(*line, "--out", tmp_path / "v")
@@ -197,10 +192,10 @@ class TestPart:
         assert [float(row.split()[1]) for row in rows] == pytest.approx(found.table("geometric").tolist(), abs=1e-4)
         assert last.endswith("v: model.vision_tower.encoder.layers of 6 images.")
         for verb in (("plan", tmp_path / "v"), ("eval", tmp_path, "reference", "--profile", tmp_path / "v")):
-            said = self.refused(*verb, "--out", tmp_path / "x")
+            said = refused(*verb, "--out", tmp_path / "x")
             assert "is the profile of a vision stack" in said
             assert "damage is measured on answer tokens" in said
-        assert "keeps nothing to --resume" in self.refused("profile", *line, "--resume", "--out", tmp_path / "x")
+        assert "keeps nothing to --resume" in refused("profile", *line, "--resume", "--out", tmp_path / "x")
         measured(*line, "--streaming", "--overwrite", "--out", tmp_path / "v")
         assert torch.equal(load_backbone(tmp_path / "v").table("geometric"), found.table("geometric"))
 
@@ -217,7 +212,7 @@ class TestPart:
         torch.manual_seed(0)
         SiglipVisionModel(SiglipVisionConfig(image_size=8, patch_size=4, **SMALL)).save_pretrained(tmp_path / "siglip")
         line = ("profile", tmp_path / "siglip", lines, "--part", "vision", "--out", tmp_path / "v")
-        assert "has no image processor (preprocessor_config.json) that can be loaded" in self.refused(*line)
+        assert "has no image processor (preprocessor_config.json) that can be loaded" in refused(*line)
         SiglipImageProcessor(size={"height": 8, "width": 8}).save_pretrained(tmp_path / "siglip")
         out = measured(*line[1:])
         assert re.search(r"encoder\.layers of 10 images\.$", out.strip())
@@ -230,7 +225,7 @@ class TestPart:
         encoder.config.save_pretrained(folder)
         torch.save(encoder.state_dict(), folder / "pytorch_model.bin")
         SiglipImageProcessor(size={"height": 8, "width": 8}).save_pretrained(folder)
-        said = self.refused("profile", folder, lines, "--part", "vision", "--out", tmp_path / "v")
+        said = refused("profile", folder, lines, "--part", "vision", "--out", tmp_path / "v")
         assert "has pytorch_model.bin, which skipit does not read" in said
 
     def test_a_text_encoder(self, lines: Path, tmp_path: Path) -> None:
@@ -246,14 +241,14 @@ class TestPart:
     def test_errors(self, lines: Path, tmp_path: Path) -> None:
         Dataset.from_list([{"images": [], "prompt": "a", "completion": "b"}]).to_parquet(tmp_path / "blind.parquet")
         line = ("--part", "vision", "--out", tmp_path / "x")
-        assert "the profile got no image" in self.refused("profile", "reference", tmp_path / "blind.parquet", *line)
+        assert "the profile got no image" in refused("profile", "reference", tmp_path / "blind.parquet", *line)
         Dataset.from_list([{"prompt": "a"}]).to_parquet(tmp_path / "bare.parquet")
-        said = self.refused("profile", "reference", tmp_path / "bare.parquet", *line)
+        said = refused("profile", "reference", tmp_path / "bare.parquet", *line)
         assert "row 0: no column images; found: prompt" in said
-        said = self.refused("profile", "reference", lines, *line, "--layers", "model.tower")
+        said = refused("profile", "reference", lines, *line, "--layers", "model.tower")
         assert "no layers at `layers='model.tower'`" in said
-        assert "cannot be loaded" in self.refused("profile", tmp_path / "none", lines, *line)
-        said = self.refused("profile", "reference", lines, "--part", "text", "--out", tmp_path / "x")
+        assert "cannot be loaded" in refused("profile", tmp_path / "none", lines, *line)
+        said = refused("profile", "reference", lines, "--part", "text", "--out", tmp_path / "x")
         assert "not exactly one stack of layers" in said
 
 
