@@ -3,18 +3,7 @@
 import argparse
 from pathlib import Path
 
-from .options import (
-    BUDGET,
-    DATA,
-    Parser,
-    add_batch_size,
-    add_max_new_tokens,
-    add_samples,
-    add_seed,
-    add_split,
-    budget,
-    probability,
-)
+from .options import BUDGET, DATA, Parser, budget, probability
 
 ABOUT = "add an operating point to a checkpoint: a budget, or a certified risk"
 EXAMPLE = "skipit calibrate runs/checkpoint reference --risk 0.02 --confidence 0.95"
@@ -32,11 +21,11 @@ def add_arguments(verb: Parser) -> None:
         "--confidence", type=probability, default=0.95, help="that the risk is no larger (default %(default)s)"
     )
     verb.add_argument("--name", default="certified", help="of the point with this risk (default %(default)s)")
-    add_split(verb, "calibration")
-    add_samples(verb, 1000)
-    add_batch_size(verb)
-    add_max_new_tokens(verb)
-    add_seed(verb, "of the order of rows")
+    verb.add_split("calibration")
+    verb.add_samples(1000)
+    verb.add_batch_size()
+    verb.add_max_new_tokens()
+    verb.add_seed("of the order of rows")
     verb.add_flag("--overwrite", "replace a point of the same name")
 
 

@@ -3,8 +3,7 @@
 import argparse
 from pathlib import Path
 
-from .options import BUDGET, KV, Parser, add_out, add_samples, add_seed, budget, positive_int
-from .output import check_out
+from .options import BUDGET, KV, Parser, budget, check_out, positive_int
 
 ABOUT = "the whole data flow on the reference model"
 EXAMPLE = "skipit demo --out demo"
@@ -12,19 +11,19 @@ EXAMPLE = "skipit demo --out demo"
 
 def add_arguments(verb: Parser) -> None:
     """How much to train, and for what."""
-    add_out(verb, Path("skipit-demo"))
+    verb.add_out(Path("skipit-demo"))
     verb.add_argument("--budget", type=budget, default=0.5, help=f"{BUDGET} (default %(default)s)")
     verb.add_argument("--kv", choices=("retain", "evict"), default="retain", help=KV)
     verb.add_argument("--steps", type=positive_int, default=250, help="training steps (default %(default)s)")
-    add_samples(verb, 300, "held-out rows to answer")
-    add_seed(verb)
+    verb.add_samples(300, "held-out rows to answer")
+    verb.add_seed()
 
 
 def run(arguments: argparse.Namespace) -> None:
     """Make every artefact and print a table."""
     from skipit.demo import demo
 
-    check_out(arguments.out, arguments.overwrite)
+    check_out(arguments)
     demo(
         arguments.out,
         budget=arguments.budget,

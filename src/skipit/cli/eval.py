@@ -3,19 +3,7 @@
 import argparse
 from pathlib import Path
 
-from .options import (
-    CHECKPOINT,
-    DATA,
-    Parser,
-    add_operating_point,
-    add_out,
-    add_samples,
-    add_seed,
-    add_split,
-    nonnegative_int,
-    positive_int,
-)
-from .output import check_out
+from .options import CHECKPOINT, DATA, Parser, check_out, nonnegative_int, positive_int
 
 ABOUT = "report what a gated checkpoint costs, saves and follows: report.html and eval.json"
 EXAMPLE = "skipit eval runs/checkpoint reference --profile runs/profile --out runs/eval"
@@ -25,16 +13,16 @@ def add_arguments(verb: Parser) -> None:
     """A checkpoint, held-out rows, and what it is compared with."""
     verb.add_argument("checkpoint", type=Path, help=CHECKPOINT)
     verb.add_argument("data", help=DATA)
-    add_out(verb)
-    add_split(verb, "test")
-    add_samples(verb, 300)
-    add_seed(verb, "of the data")
+    verb.add_out()
+    verb.add_split("test")
+    verb.add_samples(300)
+    verb.add_seed("of the data")
     verb.add_argument(
         "--base",
         default=None,
         help="dense model to compare with (default: the checkpoint's own weights; of an adapter, its base)",
     )
-    add_operating_point(verb)
+    verb.add_operating_point()
     verb.add_argument("--profile", type=Path, default=None, help="profile to compare the skips with")
     verb.add_argument(
         "--also",
@@ -71,7 +59,7 @@ def run(arguments: argparse.Namespace) -> None:
     from skipit.eval.evaluate import REPORT, Request, evaluate
     from skipit.train.card import EVALUATION
 
-    check_out(arguments.out, arguments.overwrite)
+    check_out(arguments)
     settings = {name: getattr(arguments, name) for name in Request.__dataclass_fields__}
     request = Request(**{**settings, "also": tuple(arguments.also or ())})
     comparison = evaluate(request, arguments.out, arguments.overwrite)

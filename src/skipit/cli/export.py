@@ -3,8 +3,7 @@
 import argparse
 from pathlib import Path
 
-from .options import Parser, add_out
-from .output import check_out
+from .options import Parser, check_out
 
 ABOUT = "write a gated checkpoint"
 EXAMPLE = "skipit export runs/run --out runs/checkpoint"
@@ -21,7 +20,7 @@ def add_arguments(verb: Parser) -> None:
         "--eval", type=Path, default=None, help="of a checkpoint: folder made by `skipit eval`, for its model card"
     )
     verb.add_argument("--push-to-hub", metavar="OWNER/NAME", help="upload it, too; a new repository is private")
-    add_out(verb)
+    verb.add_out()
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -30,7 +29,7 @@ def run(arguments: argparse.Namespace) -> None:
     from skipit.train.export import is_checkpoint
     from skipit.train.hub import check_repository, push
 
-    check_out(arguments.out, arguments.overwrite)
+    check_out(arguments)
     if arguments.push_to_hub is not None:
         check_repository(arguments.push_to_hub)
     source, out = arguments.source, arguments.out

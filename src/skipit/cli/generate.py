@@ -4,7 +4,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from .options import CHECKPOINT, Parser, add_max_new_tokens, add_operating_point
+from .options import CHECKPOINT, Parser
 
 ABOUT = "answer a question about an image"
 EXAMPLE = 'skipit generate runs/checkpoint --image grid.png --prompt "read the top row ."'
@@ -16,8 +16,8 @@ def add_arguments(verb: Parser) -> None:
     verb.add_argument("--base", default=None, help="of an adapter: a copy of its base (default: where it was trained)")
     verb.add_argument("--image", type=Path, action="append", required=True, help="image file; repeat for several")
     verb.add_argument("--prompt", required=True, help="the question")
-    add_operating_point(verb)
-    add_max_new_tokens(verb)
+    verb.add_operating_point()
+    verb.add_max_new_tokens()
     verb.add_argument("--depth-map", type=picture, default=None, help="PNG or SVG of the layers run per patch and word")
     verb.add_flag("--dense", "run every layer")
 

@@ -1,6 +1,7 @@
 """What the verbs' arguments share: a parser, types, groups, and defaults from a YAML file."""
 
 import argparse
+import os
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -8,6 +9,18 @@ BUDGET = "share of the dense decoder's FLOPs to spend"
 CHECKPOINT = "folder made by `skipit export`, with or without --adapter"
 DATA = "`reference`, a folder, a .jsonl or .parquet file, or a Hub id"
 KV = "keys and values of skipped tokens (default %(default)s)"
+# What the folders that skipit makes hold; `--overwrite` replaces nothing else.
+MADE = (
+    "profile.json",
+    "backbone.json",
+    "plan.json",
+    "train_config.json",
+    "run.json",
+    "router_config.json",
+    "eval.json",
+    "summary.json",
+    "probes.json",
+)
 COLUMNS = ("images", "prompt", "completion", "messages", "answer")
 
 
@@ -25,71 +38,90 @@ class Parser(argparse.ArgumentParser):
         """An option that is off, with its `--no-` twin, which wins over a file that turns it on."""
         self.add_argument(name, action=argparse.BooleanOptionalAction, default=False, help=about)
 
+    def add_out(self, default: Path | None = None) -> None:
+        """The folder that a verb makes."""
+        about = "folder to make" if default is None else "folder to make (default %(default)s)"
+        self.add_argument("--out", type=Path, required=default is None, default=default, help=about)
+        self.add_flag("--overwrite", "replace --out")
 
-def add_out(verb: Parser, default: Path | None = None) -> None:
-    """The folder that a verb makes."""
-    about = "folder to make" if default is None else "folder to make (default %(default)s)"
-    verb.add_argument("--out", type=Path, required=default is None, default=default, help=about)
-    verb.add_flag("--overwrite", "replace --out")
+    def add_model_and_data(self) -> None:
+        """A model, and the rows of `load_rows`."""
+        self.add_argument("model", help="`reference`, a folder, or a Hub id")
+        self.add_argument("data", help=DATA)
+        self.add_split("train")
+        self.add_batch_size()
+        self.add_seed()
+        self.add_argument(
+            "--columns",
+            type=column_names,
+            default=None,
+            metavar="OURS=THEIRS,...",
+            help=f"columns by other names than {', '.join(COLUMNS)}: images=photo,prompt=question",
+        )
+
+    def add_streaming(self) -> None:
+        """Rows that are not read all at once."""
+        self.add_flag("--streaming", "read rows as they are needed, never all: the first --samples of the stream")
+        self.add_argument(
+            "--shuffle-buffer",
+            type=nonnegative_int,
+            default=0,
+            help="of a stream, rows among which the next is drawn (default %(default)s: in order)",
+        )
+
+    def add_split(self, default: str) -> None:
+        """Which rows of the data."""
+        self.add_argument("--split", default=default, help="of the data (default %(default)s)")
+
+    def add_samples(self, default: int, about: str = "rows") -> None:
+        """How many rows."""
+        self.add_argument("--samples", type=positive_int, default=default, help=f"{about} (default %(default)s)")
+
+    def add_batch_size(self, default: int = 16) -> None:
+        """How many rows at once."""
+        self.add_argument(
+            "--batch-size", type=positive_int, default=default, help="rows per batch (default %(default)s)"
+        )
+
+    def add_seed(self, of: str = "of everything random") -> None:
+        """What random numbers follow."""
+        self.add_argument("--seed", type=nonnegative_int, default=0, help=f"{of} (default %(default)s)")
+
+    def add_operating_point(self) -> None:
+        """At which operating point a checkpoint runs."""
+        self.add_argument(
+            "--budget",
+            type=operating_point,
+            default=None,
+            help="a calibrated budget or named point (default: the trained)",
+        )
+
+    def add_max_new_tokens(self) -> None:
+        """Where an answer is cut."""
+        self.add_argument(
+            "--max-new-tokens", type=positive_int, default=64, help="longest answer (default %(default)s)"
+        )
 
 
-def add_model_and_data(verb: Parser) -> None:
-    """A model, and the rows of `load_rows`."""
-    verb.add_argument("model", help="`reference`, a folder, or a Hub id")
-    verb.add_argument("data", help=DATA)
-    add_split(verb, "train")
-    add_batch_size(verb)
-    add_seed(verb)
-    verb.add_argument(
-        "--columns",
-        type=column_names,
-        default=None,
-        metavar="OURS=THEIRS,...",
-        help=f"columns by other names than {', '.join(COLUMNS)}: images=photo,prompt=question",
-    )
+def check_out(arguments: argparse.Namespace) -> None:
+    """Refuse the folder of `add_out` before hours of work, not after them.
 
+    Raises:
+        CheckpointError: it is there and not to be overwritten, holds what skipit did not make, or cannot be written.
+    """
+    from skipit.router.errors import CheckpointError
 
-def add_streaming(verb: Parser) -> None:
-    """Rows that are not read all at once."""
-    verb.add_flag("--streaming", "read rows as they are needed, never all: the first --samples of the stream")
-    verb.add_argument(
-        "--shuffle-buffer",
-        type=nonnegative_int,
-        default=0,
-        help="of a stream, rows among which the next is drawn (default %(default)s: in order)",
-    )
-
-
-def add_split(verb: Parser, default: str) -> None:
-    """Which rows of the data."""
-    verb.add_argument("--split", default=default, help="of the data (default %(default)s)")
-
-
-def add_samples(verb: Parser, default: int, about: str = "rows") -> None:
-    """How many rows."""
-    verb.add_argument("--samples", type=positive_int, default=default, help=f"{about} (default %(default)s)")
-
-
-def add_batch_size(verb: Parser, default: int = 16) -> None:
-    """How many rows at once."""
-    verb.add_argument("--batch-size", type=positive_int, default=default, help="rows per batch (default %(default)s)")
-
-
-def add_seed(verb: Parser, of: str = "of everything random") -> None:
-    """What random numbers follow."""
-    verb.add_argument("--seed", type=nonnegative_int, default=0, help=f"{of} (default %(default)s)")
-
-
-def add_operating_point(verb: Parser) -> None:
-    """At which operating point a checkpoint runs."""
-    verb.add_argument(
-        "--budget", type=operating_point, default=None, help="a calibrated budget or named point (default: the trained)"
-    )
-
-
-def add_max_new_tokens(verb: Parser) -> None:
-    """Where an answer is cut."""
-    verb.add_argument("--max-new-tokens", type=positive_int, default=64, help="longest answer (default %(default)s)")
+    out: Path = arguments.out
+    if out.exists():
+        if not arguments.overwrite:
+            raise CheckpointError(f"{out} exists. Choose another --out, or pass --overwrite to replace it.")
+        if not out.is_dir():
+            raise CheckpointError(f"{out} is a file, expected a folder or nothing.")
+        if any(out.iterdir()) and not any((out / name).exists() for name in MADE):
+            raise CheckpointError(f"{out} holds nothing that skipit made. Delete it yourself or choose another --out.")
+    parent = next(folder for folder in out.absolute().parents if folder.exists())
+    if not parent.is_dir() or not os.access(parent, os.W_OK):
+        raise CheckpointError(f"{out} cannot be written: no permission to make a folder in {parent}.")
 
 
 def load_rows(arguments: argparse.Namespace, samples: int) -> Any:

@@ -3,8 +3,7 @@
 import argparse
 from pathlib import Path
 
-from .options import BUDGET, KV, Parser, add_out, budget, nonnegative
-from .output import check_out
+from .options import BUDGET, KV, Parser, budget, check_out, nonnegative
 
 ABOUT = "turn a profile into gates"
 EXAMPLE = "skipit plan runs/profile --budget 0.5 --out runs/plan"
@@ -13,7 +12,7 @@ EXAMPLE = "skipit plan runs/profile --budget 0.5 --out runs/plan"
 def add_arguments(verb: Parser) -> None:
     """A profile, and which gates to make of it."""
     verb.add_argument("profile", type=Path, help="folder made by `skipit profile`")
-    add_out(verb)
+    verb.add_out()
     verb.add_argument("--budget", type=budget, default=0.5, help=f"{BUDGET} (default %(default)s)")
     verb.add_argument("--kv", choices=("retain", "evict"), default="retain", help=KV)
     verb.add_argument(
@@ -40,7 +39,7 @@ def run(arguments: argparse.Namespace) -> None:
     """Write a plan and say what its gates are expected to run."""
     from skipit.router.errors import InputError
 
-    check_out(arguments.out, arguments.overwrite)
+    check_out(arguments)
     rules = {"--max-damage": arguments.max_damage, "--eps": arguments.eps, "--nu": arguments.nu}
     rule = next((name for name, value in rules.items() if value is not None), None)
     if arguments.mode is not None:

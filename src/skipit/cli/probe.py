@@ -5,8 +5,7 @@ import io
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .options import Parser, add_model_and_data, add_out, add_samples, load_rows, positive, positive_int
-from .output import check_out
+from .options import Parser, check_out, load_rows, positive, positive_int
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -20,9 +19,9 @@ PROBES_FILE = "probes.json"
 
 def add_arguments(verb: Parser) -> None:
     """A model, rows, and how probes are fitted."""
-    add_model_and_data(verb)
-    add_out(verb)
-    add_samples(verb, 600, "rows, half to fit on")
+    verb.add_model_and_data()
+    verb.add_out()
+    verb.add_samples(600, "rows, half to fit on")
     verb.add_argument("--penalty", type=positive, default=0.01, help="L2 of every probe (default %(default)s)")
     verb.add_argument("--splits", type=positive_int, default=4, help="in random halves, averaged (default %(default)s)")
 
@@ -35,7 +34,7 @@ def run(arguments: argparse.Namespace) -> None:
     from skipit.train.data.sources import load_model
     from skipit.train.display import loading, progress
 
-    check_out(arguments.out, arguments.overwrite)
+    check_out(arguments)
     with loading("loading"):
         model, processor = load_model(arguments.model)
         rows = load_rows(arguments, arguments.samples)

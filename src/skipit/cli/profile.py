@@ -4,16 +4,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .options import (
-    Parser,
-    add_model_and_data,
-    add_out,
-    add_samples,
-    add_streaming,
-    load_rows,
-    positive_int,
-)
-from .output import check_out
+from .options import Parser, check_out, load_rows, positive_int
 
 if TYPE_CHECKING:
     from skipit.theory.backbone import Backbone
@@ -26,9 +17,9 @@ DISTANCES = (0.01, 0.1)
 
 def add_arguments(verb: Parser) -> None:
     """A model or a part of it, rows, and what is saved on the way."""
-    add_model_and_data(verb)
-    add_out(verb)
-    add_samples(verb, 256, "rows to measure")
+    verb.add_model_and_data()
+    verb.add_out()
+    verb.add_samples(256, "rows to measure")
     verb.add_argument("--draws", type=positive_int, default=2, help="sampled answers per row (default %(default)s)")
     verb.add_argument(
         "--part",
@@ -37,7 +28,7 @@ def add_arguments(verb: Parser) -> None:
         help="of the model: its decoder, or the redundancy alone of a vision tower or text encoder",
     )
     verb.add_argument("--layers", default=None, help="dotted path of the part's layers, where they are not found")
-    add_streaming(verb)
+    verb.add_streaming()
     verb.add_argument(
         "--save-every", type=positive_int, default=16, help="batches between saves to OUT.partial (default %(default)s)"
     )
@@ -46,7 +37,7 @@ def add_arguments(verb: Parser) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     """Write a profile of the decoder, or of a part, and say how many rows it holds."""
-    check_out(arguments.out, arguments.overwrite)
+    check_out(arguments)
     if arguments.part == "decoder":
         _profile_decoder(arguments)
     else:

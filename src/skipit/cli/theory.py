@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from .options import Parser, add_batch_size, add_samples, add_seed, add_split
+from .options import Parser
 
 ABOUT = "print how tight the theory's bounds are on a model"
 EXAMPLE = "skipit theory runs/profile --model reference --data reference"
@@ -14,10 +14,10 @@ def add_arguments(verb: Parser) -> None:
     verb.add_argument("profile", type=Path, help="folder made by `skipit profile`")
     verb.add_argument("--model", default=None, help="`reference`, a folder, or a Hub id: measure its tensors too")
     verb.add_argument("--data", default=None, help="rows to measure them on; needed with --model")
-    add_split(verb, "test")
-    add_samples(verb, 8)
-    add_batch_size(verb, 4)
-    add_seed(verb)
+    verb.add_split("test")
+    verb.add_samples(8)
+    verb.add_batch_size(4)
+    verb.add_seed()
 
 
 def run(arguments: argparse.Namespace) -> None:

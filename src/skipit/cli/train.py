@@ -5,18 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .options import (
-    BUDGET,
-    Parser,
-    add_model_and_data,
-    add_out,
-    add_streaming,
-    budget,
-    load_rows,
-    nonnegative,
-    nonnegative_int,
-    positive_int,
-)
+from .options import BUDGET, Parser, budget, load_rows, nonnegative, nonnegative_int, positive_int
 
 if TYPE_CHECKING:
     from skipit.theory.plan import Plan
@@ -28,8 +17,8 @@ EXAMPLE = "skipit train reference reference --budget 0.5 --out runs/run"
 
 def add_arguments(verb: Parser) -> None:
     """A model, rows, a plan or a profile, how training is launched, and the settings of `TrainConfig`."""
-    add_model_and_data(verb)
-    add_out(verb)
+    verb.add_model_and_data()
+    verb.add_out()
     verb.add_argument("--plan", type=Path, default=None, help="folder made by `skipit plan`; default: made first")
     verb.add_argument("--profile", type=Path, default=None, help="folder made by `skipit profile`, to make a plan of")
     verb.add_argument(
@@ -43,7 +32,7 @@ def add_arguments(verb: Parser) -> None:
     verb.add_argument(
         "--samples", type=positive_int, default=None, help="rows to train on (default: one per step and row)"
     )
-    add_streaming(verb)
+    verb.add_streaming()
     verb.add_argument(
         "--max-broken-rows", type=nonnegative_int, default=None, help="rows that may be unreadable (default 0)"
     )
