@@ -1,5 +1,6 @@
 """The folders at the root are the package `skipit`: what is declared, installed, shipped and imported agrees."""
 
+import ast
 import importlib.metadata
 import shutil
 import subprocess
@@ -71,6 +72,16 @@ def test_version_is_the_declared_one(pyproject: dict[str, Any]) -> None:
     assert importlib.metadata.version("skipit") == pyproject["project"]["version"]
 
 
+def test_public_names_are_there_and_type_checkers_see_the_same() -> None:
+    tree = ast.parse((ROOT / "src" / "skipit" / "__init__.py").read_text())
+    imports = [node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)]
+    typed = {alias.name: node.module for node in imports for alias in node.names if alias.asname == alias.name}
+    assert typed == skipit._PUBLIC
+    for name in skipit.__all__:  # the first look imports a module, which must not take the name's place
+        assert getattr(skipit, name) is getattr(skipit, name)
+        assert getattr(skipit, name).__name__ == name
+
+
 def test_modules_are_named_by_their_idea() -> None:
     nameless = {"utils", "util", "helpers", "helper", "common", "misc"}
     assert not [path for path in modules_in_folders().values() if nameless & {path.stem, *path.parts}]
@@ -131,7 +142,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name in ("pyproject.toml", "LICENSE", "README.md"):
         if (ROOT / name).exists():
             shutil.copy(ROOT / name, source)
-    for folder in FOLDERS.values():
+    for folder in (*FOLDERS.values(), "scripts"):  # studies are there, and are not shipped
         shutil.copytree(ROOT / folder, source / folder, ignore=shutil.ignore_patterns("__pycache__"))
     out = tmp_path_factory.mktemp("wheel")
     command = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(out), str(source)]

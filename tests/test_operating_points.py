@@ -7,8 +7,7 @@ from typing import Any
 
 import pytest
 
-from skipit.cli.main import RUNS, main
-from skipit.cli.options import build_parser
+from skipit.cli.main import build_parser, main
 
 TEXT = (Path(__file__).parents[1] / "docs" / "operating-points.md").read_text(encoding="utf-8")
 COMMANDS = [
@@ -20,7 +19,7 @@ COMMANDS = [
 
 @pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
 def test_commands_parse(command: list[str]) -> None:
-    build_parser(RUNS).parse_args(command)
+    build_parser().parse_args(command)
 
 
 @pytest.mark.slow

@@ -9,8 +9,7 @@ from typing import Any
 
 import pytest
 
-from skipit.cli.main import RUNS
-from skipit.cli.options import build_parser
+from skipit.cli.main import build_parser
 from studies.__main__ import main as run_study
 
 ROOT = Path(__file__).parents[1]
@@ -78,7 +77,7 @@ def test_every_folder_has_its_line() -> None:
 
 @pytest.mark.parametrize("command", found(r"^(skipit [^#]+)"))
 def test_commands_parse(command: str) -> None:
-    build_parser(RUNS).parse_args(shlex.split(command.replace("SEED", "0"))[1:])
+    build_parser().parse_args(shlex.split(command.replace("SEED", "0"))[1:])
 
 
 @pytest.mark.parametrize("script", found(r"^(?:scripts|\.ci)/\w+(?![\w/])"))

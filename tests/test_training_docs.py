@@ -13,8 +13,7 @@ from typing import Any
 import pytest
 import yaml
 
-from skipit.cli.main import RUNS, main
-from skipit.cli.options import build_parser, parse
+from skipit.cli.main import build_parser, main, parse
 from skipit.router.folders import load_json
 
 TEXT = (Path(__file__).parents[1] / "docs" / "training.md").read_text(encoding="utf-8")
@@ -45,13 +44,13 @@ def write_files(folder: Path) -> None:
 
 @pytest.mark.parametrize("command", [c for c in RUN + SHOWN if c[0] != "scripts/study"], ids=" ".join)
 def test_commands_parse(command: list[str]) -> None:
-    build_parser(RUNS).parse_args(verb_of(command))
+    build_parser().parse_args(verb_of(command))
 
 
 def test_the_configuration_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     write_files(tmp_path)
-    parsed = parse(verb_of(RUN[0]), RUNS)
+    parsed = parse(verb_of(RUN[0]))
     assert (parsed.budget, parsed.steps, parsed.learning_rate) == (0.6, 20, 2e-3)
     assert yaml.safe_load((tmp_path / "accelerate.yaml").read_text())["deepspeed_config"] == {"zero_stage": 2}
 

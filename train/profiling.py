@@ -10,15 +10,11 @@ from torch import Tensor
 from skipit.router import CheckpointError
 from skipit.router.checkpoint import load_dense
 from skipit.router.files import check_files
-from skipit.theory.accumulate import prox
 from skipit.theory.backbone import Backbone, profile_backbone
 from skipit.theory.profile import Profile, profile
 from skipit.train.data.collate import Collator, batches
 from skipit.train.data.rows import Row, check_columns, pictures, turns_of
 from skipit.train.data.sources import resolve_model
-
-# Cosine distances at which proximal redundancy is shown.
-DISTANCES = (0.01, 0.1)
 
 
 def profile_model(model: Any, processor: Any, rows: Any, *, batch_size: int = 16, **options: Any) -> Profile:
@@ -123,14 +119,3 @@ def profile_part(
     """
     modality = "vision" if isinstance(read, Pictures) else "text"
     return profile_backbone(model, batches(rows, read, batch_size), modality, layers=layers)
-
-
-def part_table(found: Backbone) -> str:
-    """One line per layer: geometric and proximal redundancy, relative update, tokens."""
-    near = {f"prox({t:g})": prox(found.table("histogram"), t) for t in DISTANCES}
-    columns = {"geometric": found.table("geometric"), **near, "update": found.table("update")}
-    lines = [f"{'layer':>5}" + "".join(f"{name:>12}" for name in columns) + f"{'tokens':>10}"]
-    for index, count in enumerate(found.table("count").tolist()):
-        figures = "".join(f"{float(column[index]):12.4f}" for column in columns.values())
-        lines.append(f"{index:5}{figures}{count:10}")
-    return "\n".join(lines)

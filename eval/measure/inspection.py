@@ -1,13 +1,10 @@
 """What skipit would find in a model, from its configuration alone: no weights are read, none are made."""
 
 from dataclasses import asdict, dataclass
-from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Group
-from rich.table import Table
 
 from skipit.router import MODALITIES, RouterConfig, SkipItError, attach, detach
 from skipit.router.attention import SUPPORTED
@@ -201,73 +198,3 @@ def _refused(model: Any, layers: str | None) -> str | None:
         return str(error)
     detach(model)
     return None
-
-
-def inspection_table(inspection: Inspection) -> Group:
-    """What was found, to read: one line per stretch of equal layers, and what the columns mean."""
-    about = Table.grid(padding=(0, 2))
-    whole = inspection.to_json()["totals"]
-    vision = (
-        ", ".join(f"{name} {value}" for name, value in inspection.vision_tokens.items()) or "none in the configuration"
-    )
-    attention = ", ".join(
-        f"{name}" + ("" if yes else " (not with gates)") for name, yes in inspection.attention.items()
-    )
-    lines = {
-        "model": f"{inspection.name} ({inspection.model_type}), {inspection.parameters:,} parameters in "
-        f"{inspection.dtype}",
-        "decoder": f"{inspection.decoder}, {len(inspection.layers)} layers",
-        "modalities": f"text; vision: {vision}",
-        "attention": attention,
-        "gates": f"{whole['gate_parameters']:,} parameters, one gate per layer, in fp32",
-        "per token": f"{_short(whole['flops_per_token'])} FLOPs in linear maps, {whole['kv_bytes']:,} bytes of K/V",
-        "supported": _SUPPORTED if inspection.refused is None else f"no: {inspection.refused}",
-    }
-    if inspection.router is not None:
-        points = ", ".join(inspection.router["operating_points"]) or "none"
-        lines["router"] = f"a gated checkpoint: K/V policy {inspection.router['kv']}, operating points: {points}"
-    for name, text in lines.items():
-        about.add_row(name, text)
-    table = Table("layers", "kind", "class", "FLOPs/token", "FLOPs/key", "if skipped", "K/V bytes", "gate parameters")
-    for column in table.columns[3:]:
-        column.justify = "right"
-    first = 0
-    for layer, equal in groupby(inspection.layers):
-        last = first + len(list(equal)) - 1
-        table.add_row(
-            str(first) if first == last else f"{first}-{last}",
-            layer.kind.removesuffix("_attention"),
-            layer.name,
-            _short(layer.flops_per_token),
-            _short(layer.flops_per_key),
-            _short(layer.flops_if_skipped),
-            f"{layer.kv_bytes:,}",
-            f"{layer.gate_parameters:,}",
-        )
-        first = last + 1
-    return Group(about, table, "\n".join(_legend(inspection)))
-
-
-_SUPPORTED = "yes, by its structure: a block, its attention or its MLP is skipped, keys and values retained or evicted"
-
-
-def _legend(inspection: Inspection) -> list[str]:
-    lines = [
-        "FLOPs/token: of one token, in the layer's linear maps; FLOPs/key: more for every key that it attends to.",
-        "if skipped: FLOPs of a token that skips the layer: under `retain` for its keys and values, "
-        f"{inspection.share_if_skipped:.0%} of running it; under `evict` none.",
-        f"K/V bytes: of the cache, per token that has keys and values there, in {inspection.dtype}.",
-    ]
-    images = {layer.flops_per_image_state for layer in inspection.layers} - {0.0}
-    if images:
-        costs = ", ".join(map(_short, sorted(images)))
-        lines.append(f"cross: keys and values are the images', once for all tokens: {costs} FLOPs per image state.")
-    return lines
-
-
-def _short(count: float) -> str:
-    """A count with three digits and a unit: 405M."""
-    for size, unit in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if count >= size:
-            return f"{count / size:.3g}{unit}"
-    return f"{count:g}"

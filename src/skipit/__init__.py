@@ -5,6 +5,14 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from skipit.eval.measure.traced import generate as generate
+    from skipit.router import Gated as Gated
+    from skipit.router import RouterConfig as RouterConfig
+    from skipit.router import SkipItError as SkipItError
+    from skipit.router import Trace as Trace
+    from skipit.router import attach as attach
+    from skipit.router import detach as detach
+    from skipit.router import running as running
+    from skipit.router import set_gates as set_gates
     from skipit.router.checkpoint import save_gated as save_gated
     from skipit.theory.calibrate import calibrate as calibrate
     from skipit.theory.plan import make_plan as make_plan
@@ -13,19 +21,9 @@ if TYPE_CHECKING:
     from skipit.train.config import TrainConfig as TrainConfig
     from skipit.train.data.collate import Collator as Collator
     from skipit.train.data.collate import batches as batches
-    from skipit.train.run import train as train
-
-    from .router import Gated as Gated
-    from .router import RouterConfig as RouterConfig
-    from .router import SkipItError as SkipItError
-    from .router import Trace as Trace
-    from .router import attach as attach
-    from .router import detach as detach
-    from .router import running as running
-    from .router import set_gates as set_gates
 
 # Where each public name lives. They are imported when first used: `import skipit` itself loads neither torch
-# nor transformers.
+# nor transformers. A name of a folder, such as `train`, cannot be one: it is the folder as soon as that is imported.
 _PUBLIC = {
     "Collator": "skipit.train.data.collate",
     "Gated": "skipit.router",
@@ -44,7 +42,6 @@ _PUBLIC = {
     "running": "skipit.router",
     "save_gated": "skipit.router.checkpoint",
     "set_gates": "skipit.router",
-    "train": "skipit.train.run",
 }
 __all__ = list(_PUBLIC)
 __version__ = "0.1.0"

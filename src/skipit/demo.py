@@ -6,8 +6,10 @@ from typing import Any
 
 import torch
 
-from skipit.eval.compare import Comparison, compare
+from skipit.eval.compare import Comparison, compare, theory_tables
 from skipit.eval.measure.answer import answer
+from skipit.eval.plots import plot_layer_modality_heatmaps
+from skipit.router import find_router
 from skipit.router.checkpoint import load, save_gated
 from skipit.router.config import KVPolicy
 from skipit.router.folders import new_directory, provenance, save_json
@@ -22,8 +24,6 @@ from skipit.train.export import export
 from skipit.train.gating import gate_by_plan
 from skipit.train.profiling import profile_model
 from skipit.train.run import train
-
-from .router import find_router
 
 PROFILE_ROWS = 192
 CALIBRATION_ROWS = 192
@@ -61,16 +61,16 @@ def demo(
             held_out = load_data("reference", "calibration", CALIBRATION_ROWS, seed)
             test = load_data("reference", "test", samples, seed)
         clock.lap("load")
-        measured, plan, theory = _theory(folder, rows.select(range(PROFILE_ROWS)), held_out, config, clock)
+        profile, plan, theory = _theory(folder, rows.select(range(PROFILE_ROWS)), held_out, config, clock)
         trained = _trained(folder, rows, held_out, plan, config, clock)
         dense, processor = load_model("reference")
         example = _example(folder, trained, processor, test)
         clock.lap("generate")
         with progress("eval", 3 * len(test)) as advance:
             gated = {"theory only": theory, "trained": trained}
-            result = compare(dense, gated, processor, test, measured, progress=advance)
+            result = compare(dense, gated, processor, test, profile, progress=advance)
         clock.lap("eval")
-        _plots(folder, measured, result, kv)
+        _plots(folder, profile, result, kv)
         clock.lap("plots")
         summary = {
             "budget": budget,
@@ -85,8 +85,8 @@ def demo(
         }
         save_json(folder / "summary.json", summary)
         figures = result.to_json()
-        shown = {"dense": figures["dense"], "gated": figures["trained"], "made_by": provenance()}
-        write_card(folder / "checkpoint", shown)
+        evaluation = {"dense": figures["dense"], "gated": figures["trained"], "made_by": provenance()}
+        write_card(folder / "checkpoint", evaluation)
     print(_report(out, result, example))
     return summary
 
@@ -110,16 +110,16 @@ def _theory(folder: Path, rows: Any, held_out: Any, config: TrainConfig, clock: 
     """Profile and plan, and a dense model with the plan's gates: what the theory gives without training."""
     model, processor = load_model("reference")
     with progress("profile", len(rows)) as advance:
-        measured = profile_model(model, processor, advance.over(rows), seed=config.seed)
-    save_profile(measured, folder / "profile")
+        profile = profile_model(model, processor, advance.over(rows), seed=config.seed)
+    save_profile(profile, folder / "profile")
     clock.lap("profile")
     with loading("plan"):
-        plan = make_plan(measured, config.budget, config.kv)
+        plan = make_plan(profile, config.budget, config.kv)
         save_plan(plan, folder / "plan")
         gate_by_plan(model, processor, plan, held_out)
         save_gated(model, processor, folder / "theory")
     clock.lap("plan")
-    return measured, plan, model
+    return profile, plan, model
 
 
 def _trained(folder: Path, rows: Any, held_out: Any, plan: Plan, config: TrainConfig, clock: _Clock) -> Any:
@@ -177,11 +177,8 @@ Everything is in {out}:
 Ask it: {ask}"""
 
 
-def _plots(folder: Path, measured: Profile, result: Comparison, kv: KVPolicy) -> None:
-    from skipit.eval.compare import theory_tables
-    from skipit.eval.plots import plot_layer_modality_heatmaps
-
-    tables = theory_tables(measured, kv)
+def _plots(folder: Path, profile: Profile, result: Comparison, kv: KVPolicy) -> None:
+    tables = theory_tables(profile, kv)
     plot_layer_modality_heatmaps(
         folder / "redundancy.png",
         {

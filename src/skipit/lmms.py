@@ -12,10 +12,9 @@ from PIL import Image
 from rich.progress import Progress
 
 from skipit.eval.measure.runner import leave_out_finished
+from skipit.router import InputError, Trace, find_router, running
 from skipit.theory.cost import CostModel, trace_compute
 from skipit.train.adapter import load
-
-from .router import InputError, Trace, find_router, running
 
 MAX_NEW_TOKENS = 1024  # where a task does not say; lmms-eval's own default for LLaVA
 _SAMPLING = ("temperature", "top_p", "top_k")
@@ -100,22 +99,22 @@ class SkipIt(lmms):
 
     def _batches(self, requests: list[Any]) -> Iterator[list[int]]:
         """Numbers of requests that are answered together."""
-        same: dict[str, list[int]] = {}
+        groups: dict[str, list[int]] = {}
         for number, request in enumerate(requests):
-            same.setdefault(repr(request.args[2]), []).append(number)
-        for group in same.values():
+            groups.setdefault(repr(request.args[2]), []).append(number)
+        for group in groups.values():
             yield from (group[i : i + self.batch_size] for i in range(0, len(group), self.batch_size))
 
     @torch.no_grad()
     def _answer(self, arguments: list[Any]) -> tuple[list[str], int, float, tuple[float, float]]:
         """Texts of one batch, how many tokens they have, seconds of `generate`, and FLOPs executed and dense."""
         settings = arguments[0][2]
-        talks = [
+        conversations = [
             conversation(to_messages(self.task_dict[task][split][doc]))
             for _, to_messages, _, doc, task, split in arguments
         ]
         inputs = self.processor.apply_chat_template(
-            talks,
+            conversations,
             add_generation_prompt=True,
             tokenize=True,
             return_dict=True,
@@ -168,20 +167,20 @@ def _part(part: dict[str, Any]) -> dict[str, Any]:
     return {"type": kind, kind: media.convert("RGB") if isinstance(media, Image.Image) else media}
 
 
-def generation_settings(asked: dict[str, Any]) -> dict[str, Any]:
-    """What a task asks for, as `generate` takes it; keys that are about other models are left out.
+def generation_settings(task: dict[str, Any]) -> dict[str, Any]:
+    """What a task sets, as `generate` takes it; keys that are about other models are left out.
 
     Example:
         >>> generation_settings({"max_new_tokens": 16, "temperature": 0, "top_p": 1.0, "until": ["."]})
         {'max_new_tokens': 16, 'num_beams': 1, 'do_sample': False}
     """
     settings = {
-        "max_new_tokens": asked.get("max_new_tokens", MAX_NEW_TOKENS),
-        "num_beams": asked.get("num_beams") or 1,
-        "do_sample": bool(asked.get("do_sample", True) and asked.get("temperature")),
+        "max_new_tokens": task.get("max_new_tokens", MAX_NEW_TOKENS),
+        "num_beams": task.get("num_beams") or 1,
+        "do_sample": bool(task.get("do_sample", True) and task.get("temperature")),
     }
     if settings["do_sample"]:
-        settings |= {name: asked[name] for name in _SAMPLING if asked.get(name) is not None}
+        settings |= {name: task[name] for name in _SAMPLING if task.get(name) is not None}
     return settings
 
 

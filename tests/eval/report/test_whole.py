@@ -165,8 +165,7 @@ def test_what_was_not_measured_is_absent_and_says_what_to_run(values: dict[str, 
 def test_commands_it_names_parse(values: dict[str, Any]) -> None:
     import shlex
 
-    from skipit.cli.main import RUNS
-    from skipit.cli.options import build_parser
+    from skipit.cli.main import build_parser
 
     for name in MEASURED:
         values.pop(name)
@@ -175,7 +174,7 @@ def test_commands_it_names_parse(values: dict[str, Any]) -> None:
     commands = re.findall(r"<code>(skipit .*?)</code>", report(values))
     assert len(commands) >= 4
     for command in commands:
-        build_parser(RUNS).parse_args(shlex.split(command)[1:])
+        build_parser().parse_args(shlex.split(command)[1:])
 
 
 @pytest.mark.usefixtures("undrawn")

@@ -1,6 +1,5 @@
 """`skipit profile`: killed and resumed, from a stream, rows left out by name, and of a vision tower alone."""
 
-import io
 import json
 import os
 import re
@@ -8,12 +7,12 @@ import signal
 import subprocess
 import sys
 import time
-from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from command_line import refused, skipit
 from datasets import Dataset, IterableDataset
 from tiny_models import build
 from transformers import (
@@ -25,7 +24,6 @@ from transformers import (
     SiglipVisionModel,
 )
 
-from skipit.cli.main import main
 from skipit.router import InputError
 from skipit.router.folders import load_json, load_tensors
 from skipit.theory.artefact import load_backbone
@@ -34,13 +32,6 @@ from skipit.train.reference.data import reference_dataset
 from skipit.train.reference.model import build_processor
 
 SMALL = dict(hidden_size=16, intermediate_size=24, num_hidden_layers=3, num_attention_heads=2)
-
-
-def skipit(*argv: Any) -> tuple[int, str, str]:
-    out, err = io.StringIO(), io.StringIO()
-    with redirect_stdout(out), redirect_stderr(err):
-        code = main([str(argument) for argument in argv])
-    return code, out.getvalue(), err.getvalue()
 
 
 def measured(*argv: Any) -> str:
@@ -66,6 +57,11 @@ def same_profile(one: Path, other: Path) -> None:
     assert (one / "profile.safetensors").read_bytes() == (other / "profile.safetensors").read_bytes()
     ours, theirs = (load_json(path / "profile.json") for path in (one, other))
     assert {**ours, "made_by": None} == {**theirs, "made_by": None}
+
+
+def test_what_is_printed(chain: Path) -> None:
+    assert (chain / "profile.out").read_text().startswith(f"{chain}/profile: 12 rows measured, 0 not finite.")
+    assert re.fullmatch(r"profile +12/12  \d+ s\n", (chain / "profile.err").read_text())
 
 
 class TestResume:
@@ -186,11 +182,6 @@ def test_rows_with_nan_are_left_out_by_name(tmp_path: Path, monkeypatch: pytest.
 
 
 class TestPart:
-    def refused(self, *argv: Any) -> str:
-        code, _, err = skipit(*argv)
-        assert code == 1
-        return err
-
     def test_the_reference_models_tower(self, tmp_path: Path) -> None:
         line = ("reference", "reference", "--split", "test", "--part", "vision", "--samples", 6, "--batch-size", 4)
         out = measured(*line, "--out", tmp_path / "v")
@@ -201,10 +192,10 @@ class TestPart:
         assert [float(row.split()[1]) for row in rows] == pytest.approx(found.table("geometric").tolist(), abs=1e-4)
         assert last.endswith("v: model.vision_tower.encoder.layers of 6 images.")
         for verb in (("plan", tmp_path / "v"), ("eval", tmp_path, "reference", "--profile", tmp_path / "v")):
-            said = self.refused(*verb, "--out", tmp_path / "x")
+            said = refused(*verb, "--out", tmp_path / "x")
             assert "is the profile of a vision stack" in said
             assert "damage is measured on answer tokens" in said
-        assert "keeps nothing to --resume" in self.refused("profile", *line, "--resume", "--out", tmp_path / "x")
+        assert "keeps nothing to --resume" in refused("profile", *line, "--resume", "--out", tmp_path / "x")
         measured(*line, "--streaming", "--overwrite", "--out", tmp_path / "v")
         assert torch.equal(load_backbone(tmp_path / "v").table("geometric"), found.table("geometric"))
 
@@ -221,7 +212,7 @@ class TestPart:
         torch.manual_seed(0)
         SiglipVisionModel(SiglipVisionConfig(image_size=8, patch_size=4, **SMALL)).save_pretrained(tmp_path / "siglip")
         line = ("profile", tmp_path / "siglip", lines, "--part", "vision", "--out", tmp_path / "v")
-        assert "has no image processor (preprocessor_config.json) that can be loaded" in self.refused(*line)
+        assert "has no image processor (preprocessor_config.json) that can be loaded" in refused(*line)
         SiglipImageProcessor(size={"height": 8, "width": 8}).save_pretrained(tmp_path / "siglip")
         out = measured(*line[1:])
         assert re.search(r"encoder\.layers of 10 images\.$", out.strip())
@@ -234,7 +225,7 @@ class TestPart:
         encoder.config.save_pretrained(folder)
         torch.save(encoder.state_dict(), folder / "pytorch_model.bin")
         SiglipImageProcessor(size={"height": 8, "width": 8}).save_pretrained(folder)
-        said = self.refused("profile", folder, lines, "--part", "vision", "--out", tmp_path / "v")
+        said = refused("profile", folder, lines, "--part", "vision", "--out", tmp_path / "v")
         assert "has pytorch_model.bin, which skipit does not read" in said
 
     def test_a_text_encoder(self, lines: Path, tmp_path: Path) -> None:
@@ -250,14 +241,14 @@ class TestPart:
     def test_errors(self, lines: Path, tmp_path: Path) -> None:
         Dataset.from_list([{"images": [], "prompt": "a", "completion": "b"}]).to_parquet(tmp_path / "blind.parquet")
         line = ("--part", "vision", "--out", tmp_path / "x")
-        assert "the profile got no image" in self.refused("profile", "reference", tmp_path / "blind.parquet", *line)
+        assert "the profile got no image" in refused("profile", "reference", tmp_path / "blind.parquet", *line)
         Dataset.from_list([{"prompt": "a"}]).to_parquet(tmp_path / "bare.parquet")
-        said = self.refused("profile", "reference", tmp_path / "bare.parquet", *line)
+        said = refused("profile", "reference", tmp_path / "bare.parquet", *line)
         assert "row 0: no column images; found: prompt" in said
-        said = self.refused("profile", "reference", lines, *line, "--layers", "model.tower")
+        said = refused("profile", "reference", lines, *line, "--layers", "model.tower")
         assert "no layers at `layers='model.tower'`" in said
-        assert "cannot be loaded" in self.refused("profile", tmp_path / "none", lines, *line)
-        said = self.refused("profile", "reference", lines, "--part", "text", "--out", tmp_path / "x")
+        assert "cannot be loaded" in refused("profile", tmp_path / "none", lines, *line)
+        said = refused("profile", "reference", lines, "--part", "text", "--out", tmp_path / "x")
         assert "not exactly one stack of layers" in said
 
 

@@ -1,24 +1,14 @@
 """`skipit probe` on the reference model: what it prints and writes, and what it refuses."""
 
-import io
 import json
-from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
-from typing import Any
 
 import pytest
+from command_line import skipit
 
-from skipit.cli.main import main
 from skipit.theory.pooling import SITES
 
 LINE = ("probe", "reference", "reference", "--samples", 150, "--splits", 1)
-
-
-def skipit(*argv: Any) -> tuple[int, str, str]:
-    out, err = io.StringIO(), io.StringIO()
-    with redirect_stdout(out), redirect_stderr(err):
-        code = main([str(argument) for argument in argv])
-    return code, out.getvalue(), err.getvalue()
 
 
 def test_table_and_file_agree(tmp_path: Path) -> None:

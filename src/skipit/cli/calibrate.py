@@ -1,0 +1,65 @@
+"""`skipit calibrate`: one more operating point of a checkpoint, by a budget or by a certified risk."""
+
+import argparse
+from pathlib import Path
+
+from .options import BUDGET, DATA, Parser, budget, probability
+
+ABOUT = "add an operating point to a checkpoint: a budget, or a certified risk"
+EXAMPLE = "skipit calibrate runs/checkpoint reference --risk 0.02 --confidence 0.95"
+
+
+def add_arguments(verb: Parser) -> None:
+    """A checkpoint, held-out rows, and what the point promises."""
+    verb.add_argument("checkpoint", type=Path, help="folder made by `skipit export`, which gets an operating point")
+    verb.add_argument("data", help=DATA)
+    verb.add_argument("--budget", type=budget, default=None, help=f"{BUDGET}; its number becomes the name")
+    verb.add_argument(
+        "--risk", type=probability, default=None, help="share of new rows answered otherwise than by the dense model"
+    )
+    verb.add_argument(
+        "--confidence", type=probability, default=0.95, help="that the risk is no larger (default %(default)s)"
+    )
+    verb.add_argument("--name", default="certified", help="of the point with this risk (default %(default)s)")
+    verb.add_split("calibration")
+    verb.add_samples(1000)
+    verb.add_batch_size()
+    verb.add_max_new_tokens()
+    verb.add_seed("of the order of rows")
+    verb.add_flag("--overwrite", "replace a point of the same name")
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Store the point in the checkpoint and say what it executes or promises."""
+    from skipit.eval.operating_points import budget_checkpoint, certify_checkpoint, check_name
+    from skipit.router.errors import InputError
+    from skipit.theory.risk import SKIPPED_SHARES
+    from skipit.train.data.sources import load_data
+    from skipit.train.display import loading, progress
+
+    if (arguments.budget is None) == (arguments.risk is None):
+        raise InputError("give either --budget or --risk: an operating point spends a budget or has a certified risk.")
+    folder = arguments.checkpoint
+    check_name(folder, arguments.name if arguments.budget is None else f"{arguments.budget:g}", arguments.overwrite)
+    rows = load_data(arguments.data, arguments.split, arguments.samples, arguments.seed)
+    common = {"batch_size": arguments.batch_size, "overwrite": arguments.overwrite}
+    if arguments.budget is not None:
+        with loading("calibrating"):
+            share = budget_checkpoint(folder, rows, arguments.budget, **common)
+        print(f"{folder}: --budget {arguments.budget:g} executes {share:.1%} of the dense decoder's FLOPs.")
+        return
+    # At most: testing stops after the first threshold that fails.
+    with progress("certify", (1 + len(SKIPPED_SHARES)) * len(rows)) as advance:
+        certificate = certify_checkpoint(
+            folder,
+            rows,
+            arguments.risk,
+            arguments.confidence,
+            name=arguments.name,
+            seed=arguments.seed,
+            max_new_tokens=arguments.max_new_tokens,
+            progress=advance,
+            **common,
+        )
+    print(f"{folder}: {certificate.summary()}")
+    print(f"Next: skipit generate {folder} --budget {arguments.name} --image FILE --prompt TEXT")

@@ -1,0 +1,35 @@
+"""`skipit demo`: the whole data flow on the reference model."""
+
+import argparse
+from pathlib import Path
+
+from .options import BUDGET, KV, Parser, budget, check_out, positive_int
+
+ABOUT = "the whole data flow on the reference model"
+EXAMPLE = "skipit demo --out demo"
+
+
+def add_arguments(verb: Parser) -> None:
+    """How much to train, and for what."""
+    verb.add_out(Path("skipit-demo"))
+    verb.add_argument("--budget", type=budget, default=0.5, help=f"{BUDGET} (default %(default)s)")
+    verb.add_argument("--kv", choices=("retain", "evict"), default="retain", help=KV)
+    verb.add_argument("--steps", type=positive_int, default=250, help="training steps (default %(default)s)")
+    verb.add_samples(300, "held-out rows to answer")
+    verb.add_seed()
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Make every artefact and print a table."""
+    from skipit.demo import demo
+
+    check_out(arguments)
+    demo(
+        arguments.out,
+        budget=arguments.budget,
+        kv=arguments.kv,
+        steps=arguments.steps,
+        samples=arguments.samples,
+        seed=arguments.seed,
+        overwrite=arguments.overwrite,
+    )

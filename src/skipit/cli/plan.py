@@ -1,0 +1,88 @@
+"""`skipit plan`: a profile turned into gates."""
+
+import argparse
+from pathlib import Path
+
+from .options import BUDGET, KV, Parser, budget, check_out, nonnegative
+
+ABOUT = "turn a profile into gates"
+EXAMPLE = "skipit plan runs/profile --budget 0.5 --out runs/plan"
+
+
+def add_arguments(verb: Parser) -> None:
+    """A profile, and which gates to make of it."""
+    verb.add_argument("profile", type=Path, help="folder made by `skipit profile`")
+    verb.add_out()
+    verb.add_argument("--budget", type=budget, default=0.5, help=f"{BUDGET} (default %(default)s)")
+    verb.add_argument("--kv", choices=("retain", "evict"), default="retain", help=KV)
+    verb.add_argument(
+        "--init", choices=("theory", "theory-bias", "zero", "run"), default="theory", help="how gates are made"
+    )
+    verb.add_argument(
+        "--mode",
+        choices=("late-entry", "early-exit", "both"),
+        default=None,
+        help="constant gates instead: vision tokens skip the first layers, the last, or both; by budget, or by a rule:",
+    )
+    verb.add_argument(
+        "--max-damage", type=nonnegative, default=None, help="skip layers that do at most this, KL in nats"
+    )
+    verb.add_argument(
+        "--eps", type=nonnegative, default=None, help="skip layers that turn vision by 1 - cos at most this"
+    )
+    verb.add_argument(
+        "--nu", type=nonnegative, default=None, help="... where at most this share of attention is on vision"
+    )
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Write a plan and say what its gates are expected to run."""
+    from skipit.router.errors import InputError
+
+    check_out(arguments)
+    rules = {"--max-damage": arguments.max_damage, "--eps": arguments.eps, "--nu": arguments.nu}
+    rule = next((name for name, value in rules.items() if value is not None), None)
+    if arguments.mode is not None:
+        _plan_span(arguments)
+    elif rule is not None:
+        raise InputError(f"{rule} chooses the layers of a --mode: late-entry, early-exit or both.")
+    else:
+        _plan_gates(arguments)
+
+
+def _plan_gates(arguments: argparse.Namespace) -> None:
+    from skipit.theory.artefact import load_profile, save_plan
+    from skipit.theory.plan import make_plan
+
+    plan = make_plan(load_profile(arguments.profile), arguments.budget, arguments.kv, arguments.init)
+    save_plan(plan, arguments.out, arguments.overwrite)
+    text, vision = plan.run_rate.mean(0).tolist()
+    print(
+        f"{arguments.out}: {arguments.init} gates for {arguments.budget:.0%} of the FLOPs; "
+        f"expected to run {text:.0%} of text and {vision:.0%} of vision token-layers."
+    )
+    print(f"Next: skipit train MODEL DATA --plan {arguments.out} --out DIR")
+
+
+def _plan_span(arguments: argparse.Namespace) -> None:
+    """Constant gates, by which vision tokens run one span of layers."""
+    from skipit.theory.artefact import load_profile, save_plan
+    from skipit.theory.modes import choose_span, span_plan
+
+    profile, mode, kv = load_profile(arguments.profile), arguments.mode, arguments.kv
+    span = choose_span(
+        profile,
+        mode,
+        kv,
+        budget=arguments.budget,
+        limit=arguments.max_damage,
+        eps=arguments.eps,
+        nu=arguments.nu,
+    )
+    save_plan(span_plan(profile, span, mode, kv), arguments.out, arguments.overwrite)
+    layers = f"layers {span.entry} to {span.exit - 1}" if span.exit > span.entry else "none"
+    print(
+        f"{arguments.out}: of {len(span.run)} layers vision tokens run {layers}, about {span.compute:.1%} of the "
+        f"FLOPs; predicted damage {span.damage:.4f} nats per answer token."
+    )
+    print(f"Next: skipit export {arguments.out} --model MODEL --out DIR")

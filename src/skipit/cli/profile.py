@@ -1,0 +1,125 @@
+"""`skipit profile`: a model measured on data."""
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .options import Parser, check_out, load_rows, positive_int
+
+if TYPE_CHECKING:
+    from skipit.theory.backbone import Backbone
+
+ABOUT = "measure a model on data"
+EXAMPLE = "skipit profile reference reference --out runs/profile"
+# Cosine distances at which proximal redundancy is shown.
+DISTANCES = (0.01, 0.1)
+
+
+def add_arguments(verb: Parser) -> None:
+    """A model or a part of it, rows, and what is saved on the way."""
+    verb.add_model_and_data()
+    verb.add_out()
+    verb.add_samples(256, "rows to measure")
+    verb.add_argument("--draws", type=positive_int, default=2, help="sampled answers per row (default %(default)s)")
+    verb.add_argument(
+        "--part",
+        choices=("decoder", "vision", "text"),
+        default="decoder",
+        help="of the model: its decoder, or the redundancy alone of a vision tower or text encoder",
+    )
+    verb.add_argument("--layers", default=None, help="dotted path of the part's layers, where they are not found")
+    verb.add_streaming()
+    verb.add_argument(
+        "--save-every", type=positive_int, default=16, help="batches between saves to OUT.partial (default %(default)s)"
+    )
+    verb.add_flag("--resume", "go on from OUT.partial of a killed run")
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Write a profile of the decoder, or of a part, and say how many rows it holds."""
+    check_out(arguments)
+    if arguments.part == "decoder":
+        _profile_decoder(arguments)
+    else:
+        _profile_part(arguments)
+
+
+def partial_folder(arguments: argparse.Namespace) -> Path:
+    """Where sums are saved until the profile is whole."""
+    out: Path = arguments.out
+    return out.parent / f"{out.name}.partial"
+
+
+def _profile_decoder(arguments: argparse.Namespace) -> None:
+    from skipit.theory.artefact import save_profile
+    from skipit.theory.partial import Partial
+    from skipit.train.data.sources import load_model, name_data
+    from skipit.train.display import loading, note, progress
+    from skipit.train.profiling import profile_model
+
+    same = ("split", "samples", "batch_size", "streaming", "shuffle_buffer", "layers")
+    partial = Partial(
+        partial_folder(arguments),
+        every=arguments.save_every,
+        resume=arguments.resume,
+        overwrite=arguments.overwrite,
+        of={"data": name_data(arguments.data), **{name: getattr(arguments, name) for name in same}},
+    )
+    with loading("loading"):
+        model, processor = load_model(arguments.model)
+        rows = load_rows(arguments, arguments.samples)
+    with progress("profile", _count(rows, arguments)) as advance:
+        profile = profile_model(
+            model,
+            processor,
+            advance.over(rows),
+            batch_size=arguments.batch_size,
+            seed=arguments.seed,
+            draws=arguments.draws,
+            layers=arguments.layers,
+            partial=partial,
+        )
+    save_profile(profile, arguments.out, arguments.overwrite)
+    partial.remove()
+    skipped = profile.about["skipped_rows"]
+    if numbers := profile.about["skipped_row_numbers"]:
+        more = f" and {skipped - 10} more" if skipped > 10 else ""
+        note(f"left out, their states are not finite: row {', '.join(map(str, numbers[:10]))}{more}")
+    print(f"{arguments.out}: {profile.about['rows']} rows measured, {skipped} not finite.")
+    print(f"Next: skipit plan {arguments.out} --out DIR")
+
+
+def _profile_part(arguments: argparse.Namespace) -> None:
+    from skipit.router.errors import InputError
+    from skipit.theory.artefact import save_backbone
+    from skipit.train.display import loading, progress
+    from skipit.train.profiling import load_part, profile_part
+
+    if arguments.resume:
+        raise InputError(f"--part {arguments.part} takes one forward pass and keeps nothing to --resume. Start anew.")
+    with loading("loading"):
+        model, read = load_part(arguments.model, arguments.part)
+        rows = load_rows(arguments, arguments.samples)
+    with progress("profile", _count(rows, arguments)) as advance:
+        part = profile_part(model, read, advance.over(rows), batch_size=arguments.batch_size, layers=arguments.layers)
+    save_backbone(part, arguments.out, arguments.overwrite)
+    print(part_table(part))
+    print(f"{arguments.out}: {part.layers} of {part.rows} {'images' if part.modality == 'vision' else 'texts'}.")
+
+
+def _count(rows: Any, arguments: argparse.Namespace) -> int:
+    """How many rows at most: a stream does not know its length."""
+    return arguments.samples if arguments.streaming else len(rows)
+
+
+def part_table(part: "Backbone") -> str:
+    """One line per layer: geometric and proximal redundancy, relative update, tokens."""
+    from skipit.theory.accumulate import prox
+
+    near = {f"prox({t:g})": prox(part.table("histogram"), t) for t in DISTANCES}
+    columns = {"geometric": part.table("geometric"), **near, "update": part.table("update")}
+    lines = [f"{'layer':>5}" + "".join(f"{name:>12}" for name in columns) + f"{'tokens':>10}"]
+    for index, count in enumerate(part.table("count").tolist()):
+        figures = "".join(f"{float(column[index]):12.4f}" for column in columns.values())
+        lines.append(f"{index:5}{figures}{count:10}")
+    return "\n".join(lines)

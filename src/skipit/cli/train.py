@@ -1,0 +1,182 @@
+"""`skipit train`: gates and LoRA fine-tuned to a budget."""
+
+import argparse
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .options import BUDGET, Parser, budget, load_rows, nonnegative, nonnegative_int, positive_int
+
+if TYPE_CHECKING:
+    from skipit.theory.plan import Plan
+    from skipit.train.config import TrainConfig
+
+ABOUT = "fine-tune gates and LoRA to a budget"
+EXAMPLE = "skipit train reference reference --budget 0.5 --out runs/run"
+
+
+def add_arguments(verb: Parser) -> None:
+    """A model, rows, a plan or a profile, how training is launched, and the settings of `TrainConfig`."""
+    verb.add_model_and_data()
+    verb.add_out()
+    verb.add_argument("--plan", type=Path, default=None, help="folder made by `skipit plan`; default: made first")
+    verb.add_argument("--profile", type=Path, default=None, help="folder made by `skipit profile`, to make a plan of")
+    verb.add_argument(
+        "--profile-samples", type=positive_int, default=256, help="rows to measure without either (default %(default)s)"
+    )
+    verb.add_argument("--budget", type=budget, default=None, help=f"{BUDGET} (default: the plan's, else 0.5)")
+    verb.add_argument(
+        "--more-budgets", type=budgets, default=None, help="further ones to train the same gates for: 0.25,0.75"
+    )
+    verb.add_argument("--kv", choices=("retain", "evict"), default=None, help="of skipped tokens (default: the plan's)")
+    verb.add_argument(
+        "--samples", type=positive_int, default=None, help="rows to train on (default: one per step and row)"
+    )
+    verb.add_streaming()
+    verb.add_argument(
+        "--max-broken-rows", type=nonnegative_int, default=None, help="rows that may be unreadable (default 0)"
+    )
+    verb.add_argument("--calibration-data", default=None, help="held-out rows (default: another split of the data)")
+    verb.add_argument("--calibration-split", default="calibration", help="of these (default %(default)s)")
+    verb.add_argument("--calibration-samples", type=positive_int, default=192, help="how many (default %(default)s)")
+    verb.add_flag("--resume", "continue the run in --out")
+    verb.add_argument("--report-to", default="none", help="as in transformers' Trainer, such as tensorboard")
+    verb.add_argument(
+        "--processes", type=positive_int, default=None, help="stop unless the launcher started as many (default: any)"
+    )
+    _add_settings(verb)
+
+
+def _add_settings(verb: Parser) -> None:
+    """Settings of `TrainConfig` that neither the plan nor the data decide; None keeps their defaults."""
+    verb.add_argument(
+        "--deepspeed", default=None, help="zero1, zero2, zero3, zero2-offload, zero3-offload, or a JSON file"
+    )
+    verb.add_argument("--precision", choices=("fp32", "bf16"), default=None, help="of the arithmetic (default fp32)")
+    verb.add_argument(
+        "--gradient-checkpointing",
+        action=argparse.BooleanOptionalAction,
+        default=None,
+        help="less memory, a third more time",
+    )
+    verb.add_argument(
+        "--unit",
+        choices=("block", "attention", "mlp"),
+        default=None,
+        help="what a token skips: the whole layer, or the attention or MLP inside it (default block)",
+    )
+    verb.add_argument(
+        "--granularity",
+        choices=("token", "sequence"),
+        default=None,
+        help="each token decides for itself, or a prompt's tokens of a modality together (default token)",
+    )
+    for name, kind in (
+        ("steps", positive_int),
+        ("accumulation", positive_int),
+        ("learning-rate", nonnegative),
+        ("gate-learning-rate", nonnegative),
+        ("lora-rank", nonnegative_int),
+        ("lora-alpha", positive_int),
+        ("distillation", nonnegative),
+        ("multiplier-rate", nonnegative),
+        ("damping", nonnegative),
+        ("save-steps", positive_int),
+    ):
+        verb.add_argument(f"--{name}", type=kind, default=None, help="see `skipit.TrainConfig`")
+
+
+def budgets(text: str) -> tuple[float, ...]:
+    """Budgets between commas."""
+    return tuple(budget(part) for part in text.split(","))
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Train, on one process or on those of a launcher, and say what share of FLOPs is executed on held-out rows."""
+    from skipit.router.folders import load_json
+    from skipit.theory.artefact import load_plan
+    from skipit.train.data.sources import load_held_out, load_model, name_model
+    from skipit.train.display import loading, note, on_one_process, training_progress
+    from skipit.train.launch import launched
+    from skipit.train.run import DTYPES, check_folder, train
+    from skipit.train.run_folder import RUN_FILE
+
+    out = arguments.out
+    check_folder(out, resume=arguments.resume, overwrite=arguments.overwrite)
+    plan = load_plan(arguments.plan) if arguments.plan else None
+    config = _config(arguments, {"budget": plan.budget, "kv": plan.kv} if plan else {})
+    with launched(config, out, report_to=arguments.report_to, processes=arguments.processes) as launch:
+        on_one_process(launch.process_index)
+        with loading("loading"):
+            model, processor = load_model(arguments.model, dtype=DTYPES[config.precision])
+            seen = config.steps * config.batch_size * config.accumulation * launch.world_size
+            rows = load_rows(arguments, arguments.samples or seen)
+            held_out = load_held_out(
+                arguments.calibration_data,
+                arguments.data,
+                arguments.calibration_split,
+                arguments.calibration_samples,
+                arguments.seed,
+                arguments.columns,
+            )
+        if plan is None:
+            plan = _plan_for_training(arguments, config, launch, model, processor, rows)
+        with training_progress(config) as callback:
+            train(
+                model,
+                processor,
+                rows,
+                plan,
+                config,
+                out,
+                calibration=held_out,
+                base=name_model(arguments.model),
+                resume=arguments.resume,
+                overwrite=arguments.overwrite,
+                callbacks=[callback],
+                arguments=launch,
+                note=note,
+            )
+        if launch.process_index == 0:
+            for point, share in load_json(out / RUN_FILE)["calibrated_shares"].items():
+                print(f"{out}: trained; executes {share:.1%} of the dense decoder's FLOPs on held-out rows at {point}.")
+            print(f"Next: skipit export {out} --out DIR")
+
+
+def _config(arguments: argparse.Namespace, planned: Mapping[str, Any]) -> "TrainConfig":
+    """What is typed, over what the plan says, over the defaults."""
+    from dataclasses import fields
+
+    from skipit.train.config import TrainConfig
+
+    names = {field.name for field in fields(TrainConfig)}
+    typed = {name: value for name, value in vars(arguments).items() if name in names and value is not None}
+    return TrainConfig.from_dict({**planned, **typed})
+
+
+def _plan_for_training(
+    arguments: argparse.Namespace, config: "TrainConfig", launch: Any, model: Any, processor: Any, rows: Any
+) -> "Plan":
+    """Gates for the run's budget: of a profile, or of one that is measured on rows to train on."""
+    from itertools import islice
+
+    from skipit.router.errors import InputError
+    from skipit.theory.artefact import check_same_model, load_profile
+    from skipit.theory.identity import fingerprint
+    from skipit.theory.plan import make_plan
+    from skipit.train.display import progress
+    from skipit.train.launch import stage_of
+    from skipit.train.profiling import profile_model
+
+    if arguments.profile is not None:
+        profile = load_profile(arguments.profile)
+        check_same_model(profile, fingerprint(model))
+    elif stage_of(launch) == 3:
+        raise InputError(
+            "under ZeRO-3 no process has the whole model to measure. Run `skipit profile` and add --profile."
+        )
+    else:
+        with progress("profile", arguments.profile_samples) as advance:
+            first = advance.over(islice(rows, arguments.profile_samples))
+            profile = profile_model(model, processor, first, batch_size=config.batch_size, seed=config.seed)
+    return make_plan(profile, config.budget, config.kv)

@@ -1,0 +1,76 @@
+"""`skipit train`: a run, one that stops, and what it refuses."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from command_line import TRAIN, refused, skipit
+from safetensors.torch import load_file
+
+from skipit.router.folders import load_json, save_json
+from skipit.train.display import _TrainingBar
+from skipit.train.reference.data import reference_dataset
+
+
+def test_train(chain: Path, recwarn: pytest.WarningsRecorder) -> None:
+    record = load_json(chain / "run" / "run.json")
+    assert (record["base"], record["config"]["steps"], record["config"]["budget"]) == ("reference", 4, 0.6)
+    assert f"{record['calibrated_share']:.1%} of the dense decoder's FLOPs" in (chain / "train.out").read_text()
+    assert re.fullmatch(r"train +4/4  \d+ s  .*\n", (chain / "train.err").read_text())
+
+
+def test_interrupted_training_is_resumed_as_if_nothing_had_happened(
+    chain: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    line = ("train", "reference", "reference", "--plan", chain / "plan", *TRAIN, "--out", tmp_path / "run")
+
+    def press_ctrl_c(self: Any, args: Any, state: Any, *_: Any, **__: Any) -> None:
+        if state.global_step == 2:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(_TrainingBar, "on_step_end", press_ctrl_c)
+        said = refused(*line, code=130)
+    assert said.endswith("skipit: interrupted. The same command with --resume goes on from the last save.\n")
+    said = refused("export", tmp_path / "run", "--out", tmp_path / "x")
+    assert "it has no run.json. Finish it with `skipit train ... --resume`." in said
+    assert "continue with --resume" in refused(*line)
+    result = skipit(*line, "--resume")
+    assert result.code == 0, result.err
+    for name in ("adapter/adapter_model.safetensors", "gates.safetensors"):
+        ours, theirs = load_file(tmp_path / "run" / name), load_file(chain / "run" / name)
+        assert ours.keys() == theirs.keys()
+        assert all(torch.equal(ours[key], theirs[key]) for key in ours)
+
+
+def test_a_loss_that_is_not_finite(chain: Path, tmp_path: Path) -> None:
+    line = ("train", "reference", "reference", "--plan", chain / "plan", *TRAIN, "--out", tmp_path / "run")
+    said = refused(*line, "--learning-rate", 1e30)
+    assert re.search(r"skipit: (the loss is nan|a gradient is not finite) at step \d", said)
+    assert "No checkpoint was written yet: lower the learning rates and start again." in said
+    assert skipit(*line).code == 0, "what is left does not stand in the way"
+
+
+def test_artefacts_of_another_model(chain: Path, tmp_path: Path) -> None:
+    other = tmp_path / "plan"
+    other.mkdir()
+    (other / "plan.safetensors").symlink_to(chain / "plan" / "plan.safetensors")
+    save_json(other / "plan.json", {**load_json(chain / "plan" / "plan.json"), "model": "0123456789abcdef"})
+    said = refused("train", "reference", "reference", "--plan", other, *TRAIN, "--out", tmp_path / "run")
+    assert said.startswith("skipit: the plan was made for a model with fingerprint 0123456789abcdef, this model has ")
+    assert not (tmp_path / "run").exists()
+    other = tmp_path / "profile"
+    other.mkdir()
+    (other / "profile.safetensors").symlink_to(chain / "profile" / "profile.safetensors")
+    save_json(other / "profile.json", {**load_json(chain / "profile" / "profile.json"), "model": "0123456789abcdef"})
+    line = ("eval", chain / "checkpoint", "reference", "--samples", 2, "--profile", other, "--out", tmp_path / "x")
+    assert "the profile was made for a model with fingerprint 0123456789abcdef" in refused(*line)
+
+
+def test_training_data_without_held_out_rows(chain: Path, tmp_path: Path) -> None:
+    reference_dataset("train", 8).to_parquet(tmp_path / "rows.parquet")
+    line = ("--plan", chain / "plan", *TRAIN, "--out", tmp_path / "run")
+    said = refused("train", "reference", tmp_path / "rows.parquet", *line)
+    assert "has one split, which is trained on. Name held-out rows: --calibration-data." in said
