@@ -98,8 +98,8 @@ def run(arguments: argparse.Namespace) -> None:
     from skipit.train.data.sources import load_held_out, load_model, name_model
     from skipit.train.display import loading, note, on_one_process, training_progress
     from skipit.train.launch import launched
-    from skipit.train.run import DTYPES, check_folder, train
-    from skipit.train.run_folder import RUN_FILE
+    from skipit.train.run import DTYPES, train
+    from skipit.train.run_folder import RUN_FILE, check_folder
 
     out = arguments.out
     check_folder(out, resume=arguments.resume, overwrite=arguments.overwrite)
