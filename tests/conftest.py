@@ -1,41 +1,18 @@
 """Settings every test relies on: no network, one thread, one seed, and shapes in signatures that are checked."""
 
 import os
-import sys
-from collections.abc import Callable
-from typing import Any, get_args
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["MPLBACKEND"] = "agg"
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
-import jaxtyping
 import numpy as np
 import pytest
+import shape_checks
 import torch
-from beartype import beartype
 
-
-def _names_a_shape(hint: Any) -> bool:
-    if isinstance(hint, type) and issubclass(hint, jaxtyping.AbstractArray):
-        return True
-    return any(_names_a_shape(part) for part in get_args(hint))
-
-
-def check_shapes(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Check with beartype the annotations that name a shape, and only those.
-
-    Wrong values of every other type must reach the function: its own error message is what tests are about.
-    """
-    hints = function.__annotations__
-    function.__annotations__ = {name: hint if _names_a_shape(hint) else Any for name, hint in hints.items()}
-    return beartype(function)
-
-
-# The hook wants the name of an importable function, and has to be there before the first `import skipit`.
-sys.modules["shape_checks"] = sys.modules[__name__]
-jaxtyping.install_import_hook("skipit", "shape_checks.check_shapes")
+shape_checks.install("skipit", "studies")  # before either is imported
 
 
 @pytest.fixture(autouse=True)
