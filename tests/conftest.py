@@ -1,5 +1,6 @@
 """Settings every test relies on: no network, one thread, one seed, and shapes in signatures that are checked."""
 
+import gc
 import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -13,6 +14,7 @@ import shape_checks
 import torch
 
 shape_checks.install("skipit", "studies")  # before either is imported
+gc.disable()  # until everything is: see `pytest_collection_finish`
 
 
 @pytest.fixture(autouse=True)
@@ -37,3 +39,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         other = any(params.get(name, choice) != choice for name, choice in _ONE_CHOICE.items())
         if other and params.get("family", FAMILIES[0]) not in FAMILIES:
             item.add_marker(pytest.mark.slow)
+
+
+def pytest_collection_finish() -> None:
+    """Leave out of every later collection of garbage what is there for good: it is a million objects of imports."""
+    gc.freeze()
+    gc.enable()
+
+
+def pytest_sessionfinish() -> None:
+    gc.unfreeze()
