@@ -1,41 +1,20 @@
 """Settings every test relies on: no network, one thread, one seed, and shapes in signatures that are checked."""
 
+import gc
 import os
-import sys
-from collections.abc import Callable
-from typing import Any, get_args
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["MPLBACKEND"] = "agg"
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
-import jaxtyping
 import numpy as np
 import pytest
+import shape_checks
 import torch
-from beartype import beartype
 
-
-def _names_a_shape(hint: Any) -> bool:
-    if isinstance(hint, type) and issubclass(hint, jaxtyping.AbstractArray):
-        return True
-    return any(_names_a_shape(part) for part in get_args(hint))
-
-
-def check_shapes(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Check with beartype the annotations that name a shape, and only those.
-
-    Wrong values of every other type must reach the function: its own error message is what tests are about.
-    """
-    hints = function.__annotations__
-    function.__annotations__ = {name: hint if _names_a_shape(hint) else Any for name, hint in hints.items()}
-    return beartype(function)
-
-
-# The hook wants the name of an importable function, and has to be there before the first `import skipit`.
-sys.modules["shape_checks"] = sys.modules[__name__]
-jaxtyping.install_import_hook("skipit", "shape_checks.check_shapes")
+shape_checks.install("skipit", "studies")  # before either is imported
+gc.disable()  # until everything is: see `pytest_collection_finish`
 
 
 @pytest.fixture(autouse=True)
@@ -60,3 +39,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         other = any(params.get(name, choice) != choice for name, choice in _ONE_CHOICE.items())
         if other and params.get("family", FAMILIES[0]) not in FAMILIES:
             item.add_marker(pytest.mark.slow)
+
+
+def pytest_collection_finish() -> None:
+    """Leave out of every later collection of garbage what is there for good: it is a million objects of imports."""
+    gc.freeze()
+    gc.enable()
+
+
+def pytest_sessionfinish() -> None:
+    gc.unfreeze()
