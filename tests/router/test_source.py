@@ -37,7 +37,7 @@ def test_one_hidden_state_is_followed_through_a_gated_layer_in_eight_files() -> 
     to_read = set(WAY)
     while to_read:
         reached |= to_read
-        to_read = {found for name in to_read for found in imports(name)} - reached - set(BESIDE)
+        to_read = {other for name in to_read for other in imports(name)} - reached - set(BESIDE)
     assert reached == {"layer", "call", "gates", "policies", "execute", "stand_ins", "attention", "cache"}
     assert len(reached) <= 8
     documented = str(skipit.router.__doc__)
