@@ -12,13 +12,13 @@ from skipit.router.config import KVPolicy
 from skipit.router.errors import CheckpointError
 from skipit.router.folders import load_json, load_tensors, new_directory, provenance, save_json, save_tensors
 
-from .accumulate import Redundancy
 from .backbone import MISSING, Backbone
 from .cost import CostModel
 from .plan import Plan
 from .probes import Probes
 from .profile import Damage, Profile
 from .profile_sums import POLICIES
+from .redundancy import Redundancy
 from .ridge import RidgeFit
 
 # Of every artefact, counted up when what is written changes. Profile 2: the cost of an MLP alone.

@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from skipit.router.errors import DecoderNotFoundError, InputError
 from skipit.router.modality import MODALITIES
 
-from .accumulate import Redundancy, RedundancyMetric
 from .identity import fingerprint
 from .measuring import evaluating
+from .redundancy import Redundancy
 from .states import LayerRun, watching
 
 # What only a decoder over text and vision has, by the name of its table in a profile, and why a stack has none.
@@ -88,6 +88,9 @@ def profile_backbone(
         raise InputError(f"`modality` is {modality!r}, expected one of {', '.join(MODALITIES)}.")
     path, stack = find_part(model, modality, layers)
     run, accepted = _entry(model, modality)
+    # Imported here, because importing torchmetrics takes longer than importing torch.
+    from .accumulate import RedundancyMetric
+
     metric = RedundancyMetric(len(stack))
     device = next(model.parameters()).device
     metric.to(device)

@@ -9,7 +9,6 @@ from skipit.router import MODALITIES
 from skipit.router.config import KVPolicy
 from skipit.router.gates import normalize
 
-from .accumulate import RedundancyMetric
 from .damage import CrossAttention
 from .ridge import RidgeFit, RidgeSums, projection
 
@@ -29,6 +28,9 @@ class ProfileSums:
     """
 
     def __init__(self, layers: int, dim: int, device: torch.device) -> None:
+        # Imported here, because importing torchmetrics takes longer than importing torch.
+        from .accumulate import RedundancyMetric
+
         self.device = device
         units = (layers, len(MODALITIES))
         self.rows = self.bad_rows = 0

@@ -19,7 +19,6 @@ from skipit.router.attach import find_router
 from skipit.router.attention import OBSERVER_KWARG
 from skipit.router.decoder import find_decoder
 
-from .accumulate import prox_bounds
 from .bounds import (
     answer_kl_radius,
     block_angle_bound,
@@ -47,6 +46,7 @@ from .measuring import evaluating, routed
 from .pooling import Pool, PooledStates, join
 from .probes import fit_probe
 from .profile import Profile
+from .redundancy import prox_bounds
 from .states import recorded
 
 THRESHOLDS = (0.01, 0.1, 1.0)

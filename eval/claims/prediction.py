@@ -15,10 +15,10 @@ from torch import Tensor, nn
 from skipit.eval.statistics import Floats, Resampling, bootstrap, centred_ranks, correlation, spearman
 from skipit.router import FixedUnits, find_router, running, token_modality
 from skipit.router.config import KVPolicy
-from skipit.theory.accumulate import prox
 from skipit.theory.answers import teacher_forced
 from skipit.theory.bounds import combine_damages
 from skipit.theory.profile import Profile
+from skipit.theory.redundancy import prox
 
 SCOPES = ("text", "vision", "all")
 DISTANCES = (0.001, 0.01, 0.1)

@@ -9,16 +9,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from skipit.theory.accumulate import (
+from skipit.theory.accumulate import RedundancyMetric
+from skipit.theory.measures import angular_distance, cosine_distance, relative_update
+from skipit.theory.redundancy import (
     BINS_PER_DECADE,
     DISTANCE_EDGES,
-    RedundancyMetric,
     distance_histogram,
     prox,
     prox_bounds,
     quantile,
 )
-from skipit.theory.measures import angular_distance, cosine_distance, relative_update
 
 LAYERS = 2
 # No deadline: the first example pays for imports, and a busy machine is no error.

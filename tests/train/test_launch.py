@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Sequence
+from contextlib import chdir
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import LlavaForConditionalGeneration
 
+from skipit.cli.main import main
 from skipit.theory.artefact import save_plan
 from skipit.theory.identity import fingerprint
 from skipit.theory.plan import Plan
@@ -49,15 +51,20 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
     save_plan(
         Plan(0.2 * weight, bias, 0.5, "retain", "theory", fingerprint(model), torch.ones(LAYERS, 2)), folder / "plan"
     )
-    finish(start(folder, "one", "--batch-size", 8))
+    with chdir(folder):  # in this process, whose imports are done
+        assert main(arguments("one", "--batch-size", 8)) == 0
     return folder
+
+
+def arguments(out: str, *options: Any, data: str = "reference") -> list[str]:
+    return list(map(str, ("train", "model", data, "--plan", "plan", *TRAIN, *options, "--out", out)))
 
 
 def start(
     work: Path, out: str, *options: Any, launcher: Sequence[Any] = (sys.executable,), data: str = "reference"
 ) -> "subprocess.Popen[str]":
     module = ("--module", "skipit.cli") if Path(str(launcher[0])).name == "deepspeed" else ("-m", "skipit.cli")
-    line = [*launcher, *module, "train", "model", data, "--plan", "plan", *TRAIN, *options, "--out", out]
+    line = [*launcher, *module, *arguments(out, *options, data=data)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(
         list(map(str, line)), cwd=work, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True

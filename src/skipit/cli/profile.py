@@ -114,7 +114,7 @@ def _count(rows: Any, arguments: argparse.Namespace) -> int:
 
 def part_table(part: "Backbone") -> str:
     """One line per layer: geometric and proximal redundancy, relative update, tokens."""
-    from skipit.theory.accumulate import prox
+    from skipit.theory.redundancy import prox
 
     near = {f"prox({t:g})": prox(part.table("histogram"), t) for t in DISTANCES}
     columns = {"geometric": part.table("geometric"), **near, "update": part.table("update")}
