@@ -1,6 +1,7 @@
 """A gated checkpoint: a normal Hugging Face folder with the gates, their settings and their code beside the weights."""
 
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 import torch
@@ -9,14 +10,19 @@ from torch import Tensor, nn
 from .attach import attach, detach, find_router, gate_state, set_gates
 from .config import RouterConfig
 from .errors import CheckpointError, SkipItError
-from .files import CONFIG, check_files, count_values
-from .folders import load_tensors, new_directory, save_json, save_tensors
+from .files import CONFIG, check_files, count_values, read_headers, whole_numbers
+from .folders import load_tensors, new_directory, read_header, save_json, save_tensors
 from .standalone import add_code
 
 ROUTER_FILE = "router_config.json"
 GATES_FILE = "gates.safetensors"
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+_MOST_GATES = 2**26  # numbers; the gates of the largest decoders are a twentieth of it
+_MOST_BUFFERS = 2**26  # numbers that a model computes and does not store, such as tables of positions
 _PACKED = 16  # weights that one stored number may stand for: 2 bits each in an int32
+# What of a repository is read: settings, vocabularies and templates, and weights in safetensors.
+_WANTED = ("*.json", "*.jinja", "*.txt", "*.model", "model*.safetensors")
+_LOADING = Lock()
 _HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token")
 
 
@@ -38,15 +44,33 @@ def load_router(folder: Path) -> tuple[RouterConfig, dict[str, Tensor]]:
             f"{folder} has no {ROUTER_FILE}: it is not a gated checkpoint. Make one with `skipit export RUN --out DIR`."
         )
     config = RouterConfig.from_file(folder / ROUTER_FILE)
-    gates = load_tensors(folder / GATES_FILE)
-    if set(gates) != {"weight", "bias"}:
-        raise CheckpointError(f"{folder / GATES_FILE}: got tensors {sorted(gates)}, expected bias and weight.")
+    path = folder / GATES_FILE
+    header = read_header(path)
+    if set(header) != {"weight", "bias"}:
+        raise CheckpointError(f"{path}: got tensors {sorted(header)}, expected bias and weight.")
+    if (count := count_values(header)) > _MOST_GATES:
+        raise CheckpointError(f"{path} promises {count:,} numbers, more than the gates of any model.")
+    gates = load_tensors(path)
+    check_gates(path, gates)
+    return config, gates
+
+
+def check_gates(path: Path, gates: dict[str, Tensor]) -> None:
+    """Refuse gates that are no finite numbers in fp32, in which they score.
+
+    Args:
+        path: where they were read, for the message.
+        gates: tensors of any names.
+
+    Raises:
+        CheckpointError: names the tensor.
+    """
     for name, tensor in gates.items():
         if tensor.dtype not in _DTYPES:
-            raise CheckpointError(f"{folder / GATES_FILE}: `{name}` has dtype {tensor.dtype}, expected a floating one.")
-        if not bool(torch.isfinite(tensor).all()):
-            raise CheckpointError(f"{folder / GATES_FILE}: `{name}` has values that are not finite.")
-    return config, gates
+            raise CheckpointError(f"{path}: `{name}` has dtype {tensor.dtype}, expected a floating one.")
+        # A score sums products with a state whose root mean square is 1: it must not overflow either.
+        if not bool(torch.isfinite(tensor.float().abs().sum() * tensor.numel())):
+            raise CheckpointError(f"{path}: `{name}` has values that are not finite. Gates score in fp32.")
 
 
 def local_folder(source: str | Path, **options: Any) -> Path:
@@ -149,28 +173,30 @@ def load(folder: str | Path, *, budget: float | str | None = None, **options: An
 def load_dense(source: str | Path, *, exact: bool = False, **options: Any) -> tuple[Any, Any]:
     """Load any vision-language model and its processor, from a folder or a Hub id; no pickle, no code of its own.
 
+    What is on the Hub is downloaded first, and then is a folder like any other.
+
     Args:
         source: a folder with config.json and safetensors weights, or a Hub id.
         exact: refuse weights that the model has no place for, too.
         **options: passed to transformers' `from_pretrained`.
 
     Raises:
-        CheckpointError: transformers cannot load it, or would leave a weight random; the message says why.
+        CheckpointError: transformers cannot load it, would leave a weight random, or a weight is not finite; the
+            message says why.
     """
-    from transformers import AutoModelForImageTextToText, AutoProcessor
+    from transformers import AutoModelForImageTextToText
 
-    if Path(source).is_dir():
-        check_files(local_folder(source, **options))
     # What does not fit is refused below, by name; transformers names it in a table on the log only.
     options |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
     options |= {"trust_remote_code": False, "use_safetensors": True}
-    where = {name: value for name, value in options.items() if name in (*_HUB_OPTIONS, "trust_remote_code")}
     try:
-        if Path(source).is_dir():
-            _check_size(local_folder(source, **options))
-        loaded: Any = AutoModelForImageTextToText.from_pretrained(source, **options)
+        folder, options = _on_disk(source, options)
+        where = folder / options["subfolder"]
+        check_files(where)
+        _check_size(where)
+        loaded: Any = AutoModelForImageTextToText.from_pretrained(folder, **options)
         model, info = loaded
-        processor = AutoProcessor.from_pretrained(source, **where)
+        processor = _load_processor(folder, options)
     except SkipItError:
         raise
     except Exception as error:  # what transformers raises for a damaged folder is almost anything
@@ -179,28 +205,64 @@ def load_dense(source: str | Path, *, exact: bool = False, **options: Any) -> tu
             "Give a folder with config.json and safetensors weights, a Hub id, or `reference` for the embedded model."
         ) from error
     _check_weights(str(source), info, exact)
+    _check_finite(str(source), model)
     return model.eval(), processor
 
 
+def _on_disk(source: str | Path, options: dict[str, Any]) -> tuple[Path, dict[str, Any]]:
+    """The folder of a model, downloaded if it is on the Hub, and the options with which it is read there."""
+    where = {name: options[name] for name in _HUB_OPTIONS if options.get(name) is not None}
+    below = where.pop("subfolder", "")
+    rest = {name: value for name, value in options.items() if name not in _HUB_OPTIONS}
+    rest |= {"local_files_only": True, "subfolder": below}
+    if Path(source).is_dir():
+        return Path(source), rest
+    from huggingface_hub import snapshot_download
+
+    wanted = [f"{below}/{name}" if below else name for name in _WANTED]
+    return Path(snapshot_download(str(source), allow_patterns=wanted, **where)), rest
+
+
+def _load_processor(folder: Path, options: dict[str, Any]) -> Any:
+    from transformers import AutoProcessor, dynamic_module_utils
+
+    where = {name: options[name] for name in ("subfolder", "trust_remote_code", "local_files_only")}
+    with _LOADING:
+        # What a processor loads in its turn is not told what is trusted: transformers would ask on the terminal.
+        seconds, dynamic_module_utils.TIME_OUT_REMOTE_CODE = dynamic_module_utils.TIME_OUT_REMOTE_CODE, 0
+        try:
+            return AutoProcessor.from_pretrained(folder, **where)
+        finally:
+            dynamic_module_utils.TIME_OUT_REMOTE_CODE = seconds
+
+
 def _check_size(folder: Path) -> None:
-    """Refuse a configuration of a model far larger than its weights, before memory is taken for it.
+    """Refuse a configuration of a model that its weights cannot be of, before memory is taken for it.
 
     A part that is missing from a configuration has the defaults of its family: billions of random weights.
 
     Raises:
-        CheckpointError: names both sizes.
+        CheckpointError: names both sizes, or a weight that is stored as whole numbers.
     """
     from transformers import AutoConfig, AutoModelForImageTextToText
     from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
+    headers = read_headers(folder)
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+    packed = "quantization_config" in (folder / CONFIG).read_text(encoding="utf-8")
     if is_deepspeed_zero3_enabled():
         return  # whatever is made now is spread over processes at once, a model without weights too
-    config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     with torch.device("meta"):
         model = AutoModelForImageTextToText.from_config(config, trust_remote_code=False)
-    wanted, held = sum(parameter.numel() for parameter in model.parameters()), count_values(folder)
-    if wanted > _PACKED * held:
+    wanted, held = sum(tensor.numel() for tensor in (*model.parameters(), *model.buffers())), count_values(headers)
+    if wanted > (_PACKED if packed else 2) * held + _MOST_BUFFERS:
         raise CheckpointError(f"{folder / CONFIG} is of a model with {wanted:,} weights, but its files hold {held:,}.")
+    # Files may have other names for modules; what a module's own tensors are called stays.
+    floating = {name.rpartition(".")[-1] for name, tensor in model.state_dict().items() if tensor.is_floating_point()}
+    if not packed and (wrong := sorted(n for n in whole_numbers(headers) if n.rpartition(".")[-1] in floating)):
+        raise CheckpointError(
+            f"{folder}: `{wrong[0]}` is stored as {headers[wrong[0]].dtype}, expected floating numbers."
+        )
 
 
 def _check_weights(source: str, info: dict[str, Any], exact: bool) -> None:
@@ -209,9 +271,32 @@ def _check_weights(source: str, info: dict[str, Any], exact: bool) -> None:
     Raises:
         CheckpointError: names the first weight.
     """
+    if gates := [name for name in info["unexpected_keys"] if "layer_gate" in name.split(".")]:
+        raise CheckpointError(
+            f"model {source!r} has the gates of another model among its weights, `{min(gates)}`, which would be lost: "
+            "save a gated model with `skipit.save_gated`, not with its own `save_pretrained`."
+        )
     if shapes := sorted((name, tuple(got), tuple(wanted)) for name, got, wanted in info["mismatched_keys"]):
         name, got, wanted = shapes[0]
         raise CheckpointError(f"model {source!r}: `{name}` has shape {got}, but config.json makes it {wanted}.")
     for what, names in (("lacks", info["missing_keys"]), ("has, without a place for it,", info["unexpected_keys"])):
         if names and (exact or what == "lacks"):
             raise CheckpointError(f"model {source!r} {what} `{min(names)}` ({len(names)} such weights).")
+
+
+@torch.no_grad()
+def _check_finite(source: str, model: Any) -> None:
+    """Refuse weights that are damaged: one NaN makes all answers empty. A fifth of a second per GB on one CPU core.
+
+    Raises:
+        CheckpointError: names the first weight.
+    """
+    weights = {name for name, _ in model.named_parameters()}
+    for name, tensor in model.state_dict().items():
+        if tensor.is_meta or not tensor.is_floating_point() or tensor.numel() == 0:
+            continue
+        values = tensor if tensor.element_size() > 1 else tensor.float()  # of 8 bits, torch knows no minimum
+        least, most = values.aminmax()
+        # A mask that is stored may hold infinities.
+        if bool(least.isnan()) or (name in weights and bool(least.isinf() | most.isinf())):
+            raise CheckpointError(f"model {source!r}: `{name}` has values that are not finite: the file is damaged.")

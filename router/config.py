@@ -1,12 +1,12 @@
 """What can be set about a router. Frozen, JSON, and an unknown key is an error."""
 
-import json
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from sys import float_info
 from typing import Any, Literal, Self, get_args
 
-from .errors import RouterConfigError
+from .errors import CheckpointError, RouterConfigError, short
+from .folders import read_json
 
 KVPolicy = Literal["retain", "evict"]
 Unit = Literal["block", "attention", "mlp"]
@@ -21,7 +21,7 @@ def check_choice(name: str, value: Any, kind: Any) -> None:
         RouterConfigError: names what is allowed.
     """
     if value not in get_args(kind):
-        raise RouterConfigError(f"`{name}`: got {value!r}, expected one of {', '.join(get_args(kind))}.")
+        raise RouterConfigError(f"`{name}`: got {short(value)}, expected one of {', '.join(get_args(kind))}.")
 
 
 def point_name(budget: float | str) -> str:
@@ -56,20 +56,24 @@ class RouterConfig:
     def __post_init__(self) -> None:
         if type(self.format_version) is not int or self.format_version != FORMAT_VERSION:
             raise RouterConfigError(
-                f"`format_version`: got {self.format_version!r}, this skipit reads {FORMAT_VERSION}. "
+                f"`format_version`: got {short(self.format_version)}, this skipit reads {FORMAT_VERSION}. "
                 "Load the checkpoint with the skipit version that wrote it, or a newer one."
             )
         for name, kind in (("kv", KVPolicy), ("unit", Unit), ("granularity", Granularity)):
             check_choice(name, getattr(self, name), kind)
         if self.layers is not None and not isinstance(self.layers, str):
-            raise RouterConfigError(f"`layers`: got {self.layers!r}, expected a dotted path or null.")
+            raise RouterConfigError(f"`layers`: got {short(self.layers)}, expected a dotted path or null.")
         if not isinstance(self.operating_points, dict):
-            raise RouterConfigError(f"`operating_points`: got {self.operating_points!r}, expected a mapping.")
+            raise RouterConfigError(f"`operating_points`: got {short(self.operating_points)}, expected a mapping.")
         for name, value in {"threshold": self.threshold, **self.operating_points}.items():
             # NaN would silently skip everything, and JSON has no infinity.
             number = isinstance(value, int | float) and not isinstance(value, bool)
             if not (number and -float_info.max <= value <= float_info.max):
-                raise RouterConfigError(f"threshold {name!r}: got {value!r}, expected a finite number.")
+                raise RouterConfigError(f"threshold {name!r}: got {short(value)}, expected a finite number.")
+        # Gate logits are compared with them: torch cannot hold every Python integer, but every float.
+        object.__setattr__(self, "threshold", float(self.threshold))
+        points = {name: float(value) for name, value in self.operating_points.items()}
+        object.__setattr__(self, "operating_points", points)
 
     def threshold_at(self, budget: float | str | None) -> float:
         """The threshold of a named operating point; None is the default one.
@@ -129,8 +133,10 @@ class RouterConfig:
             RouterConfigError: the file is not JSON or not a router config; the message names the file.
         """
         try:
-            return cls.from_dict(json.loads(Path(path).read_text(encoding="utf-8")))
-        except (ValueError, OSError, RecursionError, RouterConfigError) as error:  # ValueError: not JSON, not UTF-8
+            return cls.from_dict(read_json(Path(path)))
+        except CheckpointError as error:
+            raise RouterConfigError(str(error)) from error  # which names the file
+        except RouterConfigError as error:
             raise RouterConfigError(f"{path}: {error}") from error
 
     def to_dict(self) -> dict[str, Any]:

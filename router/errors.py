@@ -1,5 +1,7 @@
 """The errors skipit raises on purpose: what was wrong, what was found, what to do."""
 
+from typing import Any
+
 
 class SkipItError(Exception):
     """Base class of every error that skipit raises on purpose."""
@@ -23,3 +25,12 @@ class CheckpointError(SkipItError):
 
 class InputError(SkipItError):
     """The inputs of a call do not fit the model or each other."""
+
+
+def short(value: Any) -> str:
+    """A value as a message shows it: what it is and how it begins, not 20 kB of it."""
+    try:
+        text = repr(value)
+    except (ValueError, RecursionError):  # an integer of more digits than Python prints, or a list of itself
+        return f"a value of type {type(value).__name__} that cannot be printed"
+    return text if len(text) <= 80 else text[:77] + "..."

@@ -18,7 +18,7 @@ from tiny_models import build
 
 from skipit.router import RouterConfig, SkipItError, attach, detach
 from skipit.router.checkpoint import GATES_FILE, ROUTER_FILE, attach_from, load, save_gated
-from skipit.router.folders import load_tensors, tensor_names
+from skipit.router.folders import load_tensors, read_header
 
 FAST = settings(deadline=None, max_examples=150, suppress_health_check=list(HealthCheck))
 SLOW = settings(FAST, max_examples=700)
@@ -162,7 +162,7 @@ def fuzz_headers(original: Path, tmp: Path, budget: settings) -> None:
     @given(damaged(good) | st.binary(max_size=99) | mutated(header_of(good)).map(lambda h: with_header(good, h)))
     def run(content: bytes) -> None:
         file.write_bytes(content)
-        named, read = only_ours(lambda: tensor_names(file)), only_ours(lambda: load_tensors(file))
+        named, read = only_ours(lambda: read_header(file)), only_ours(lambda: load_tensors(file))
         assert named or not read
 
     run()
