@@ -205,7 +205,7 @@ def load_dense(source: str | Path, *, exact: bool = False, **options: Any) -> tu
             "Give a folder with config.json and safetensors weights, a Hub id, or `reference` for the embedded model."
         ) from error
     _check_weights(str(source), info, exact)
-    _check_finite(str(source), model)
+    check_finite(str(source), model)
     return model.eval(), processor
 
 
@@ -285,7 +285,7 @@ def _check_weights(source: str, info: dict[str, Any], exact: bool) -> None:
 
 
 @torch.no_grad()
-def _check_finite(source: str, model: Any) -> None:
+def check_finite(source: str, model: Any) -> None:
     """Refuse weights that are damaged: one NaN makes all answers empty. A fifth of a second per GB on one CPU core.
 
     Raises:

@@ -57,7 +57,7 @@ _FLASH = {"flash_attention_2": "flash_attn", "flash_attention_3": "flash_attn_in
 _EXPERTS = ("eager", "batched_mm", "grouped_mm")
 # Those that need an installed library; the others fetch compiled code from the Hub.
 _QUANTIZED = ("bitsandbytes", "gptq", "awq", "compressed-tensors", "torchao", "hqq", "quanto")
-_FLOATING = ("F64", "F32", "BF16", "F16")
+FLOATING = ("F64", "F32", "BF16", "F16")
 _MOST_LAYERS = 4096  # no decoder or tower comes near; a larger number would build modules until memory is full
 _FEW_LAYERS = 128  # are built in half a second, whatever the files hold
 _MOST = 2**16  # of what is counted by `num_...`: heads, experts, channels, codes; labels are built one by one
@@ -105,7 +105,7 @@ def count_values(headers: dict[str, Stored]) -> int:
 
 def whole_numbers(headers: dict[str, Stored]) -> set[str]:
     """The names of what is stored in another type than those of weights: transformers would convert it in silence."""
-    return {name for name, stored in headers.items() if stored.dtype not in _FLOATING}
+    return {name for name, stored in headers.items() if stored.dtype not in FLOATING}
 
 
 def _instead(folder: Path) -> str:

@@ -12,15 +12,15 @@ from skipit.router import checkpoint as gated
 from skipit.router.checkpoint import ROUTER_FILE
 from skipit.router.errors import CheckpointError, InputError, RouterConfigError
 from skipit.router.files import CONFIG
-from skipit.router.folders import load_json, load_tensors, new_directory, provenance, save_json
+from skipit.router.folders import load_json, new_directory, provenance, save_json
 from skipit.theory.identity import fingerprint
 from skipit.train.data.sources import resolve_model
 
 from .card import ADAPTER_CONFIG, PROVENANCE_FILE, write_card
 from .export import open_run
+from .lora import ADAPTER_WEIGHTS, merge_lora, read_settings
 from .run_folder import ADAPTER
 
-ADAPTER_WEIGHTS = "adapter_model.safetensors"
 # What is ours in router_config.json beside the router's own settings.
 OURS = ("base", "skipit_version")
 
@@ -132,30 +132,14 @@ def _base_of(record: dict[str, Any], base: str | Path | None) -> tuple[str, dict
 def _load_adapter(
     folder: Path, base: str | Path | None, budget: float | str | None, options: dict[str, Any]
 ) -> tuple[Any, Any]:
-    from peft import PeftModel, get_peft_model_state_dict
-
     config, record = read_router(folder)
     config = config.at(budget)
-    tensors = load_tensors(folder / ADAPTER_WEIGHTS)
-    if bad := [name for name, tensor in tensors.items() if not bool(tensor.isfinite().all())]:
-        raise CheckpointError(f"{folder / ADAPTER_WEIGHTS}: `{bad[0]}` has values that are not finite.")
-    kind = load_json(folder / ADAPTER_CONFIG).get("peft_type")
-    if kind != "LORA":
-        raise CheckpointError(f"{folder / ADAPTER_CONFIG}: `peft_type`: got {kind!r}, expected 'LORA'.")
+    read_settings(folder)  # before the base: what is wrong is found in milliseconds
     source, revision = _base_of(record, base)
     model, processor = gated.load_dense(source, **{**revision, **options})
     _check_base(model, record, folder, str(base or record["model"]))
     attach(model, config)
-    try:
-        tuned = PeftModel.from_pretrained(model, folder)
-    except Exception as error:  # PEFT checks little of what it reads
-        reason = " ".join(f"{type(error).__name__}: {error}".split())
-        raise CheckpointError(f"{folder} cannot be loaded: {reason[:300]}") from error
-    # Embeddings are not in it, and are not looked for: PEFT would ask the Hub about the base.
-    if wrong := set(get_peft_model_state_dict(tuned, save_embedding_layers=False)) ^ set(tensors):
-        what = "lacks" if min(wrong) not in tensors else "has, without a place for it,"
-        raise CheckpointError(f"{folder / ADAPTER_WEIGHTS} {what} `{min(wrong)}`.")
-    return tuned.merge_and_unload().eval(), processor
+    return merge_lora(model, folder), processor
 
 
 def read_router(folder: Path) -> tuple[RouterConfig, dict[str, Any]]:

@@ -4,7 +4,6 @@ import shutil
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from safetensors import SafetensorError
 from torch import Tensor
 
 from skipit.router.attach import attach, set_gates
@@ -20,6 +19,7 @@ from skipit.train.data.sources import resolve_model
 
 from .card import ADAPTER_CONFIG, PROVENANCE_FILE, read_evaluation, write_card
 from .gating import attach_plan
+from .lora import merge_lora
 from .run_folder import ADAPTER, CONFIG_FILE, RUN_FILE
 
 
@@ -59,16 +59,11 @@ def merge_run(run: str | Path) -> tuple[Any, Any]:
     Raises:
         CheckpointError: not a finished run, or its base is not what it was.
     """
-    from peft import PeftModel
-
     finished = open_run(run)
     attach(finished.model, finished.config)
-    try:
-        merged: Any = PeftModel.from_pretrained(finished.model, Path(run) / ADAPTER).merge_and_unload()
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise CheckpointError(f"{Path(run) / ADAPTER} cannot be loaded: {error}") from error
+    merged = merge_lora(finished.model, Path(run) / ADAPTER)
     set_gates(merged, **finished.gates)
-    return merged.eval(), finished.processor
+    return merged, finished.processor
 
 
 def export(run: str | Path, out: str | Path, *, overwrite: bool = False) -> None:

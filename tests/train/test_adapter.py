@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -28,6 +29,7 @@ from skipit.train.profiling import profile_model
 from skipit.train.run import train
 
 ROWS: list[list[int | str]] = [[5, "image", 6, 7, 8, 9]]
+LORA_ON_NOTHING = r"(.*\.)?model\.language_model\.layers\.\d+\.(self_attn\.nothing)"
 
 
 class Made(NamedTuple):
@@ -267,6 +269,20 @@ def _adapter(**changes: Any) -> Callable[[Path], None]:
     return lambda folder: _rewrite(folder / ADAPTER_CONFIG, **changes)
 
 
+def _without(key: str) -> Callable[[Path], None]:
+    def damage(folder: Path) -> None:
+        values = json.loads((folder / ADAPTER_CONFIG).read_text())
+        del values[key]
+        (folder / ADAPTER_CONFIG).write_text(json.dumps(values))
+
+    return damage
+
+
+def _twice(file: Path, key: str) -> None:
+    text = file.read_text()
+    file.write_text(text.replace(f'"{key}":', f'"{key}": 3, "{key}":', 1))
+
+
 @pytest.mark.parametrize(
     ("damage", "error", "message"),
     [
@@ -276,13 +292,49 @@ def _adapter(**changes: Any) -> Callable[[Path], None]:
         (_router(format_version=9), RouterConfigError, "this skipit reads 1"),
         (_router(colour=1), RouterConfigError, "unknown keys colour"),
         (_adapter(peft_type="IA3"), CheckpointError, "`peft_type`: got 'IA3', expected"),
-        (_adapter(target_modules="nothing"), CheckpointError, "cannot be loaded: NoMatchingPeftModuleError"),
+        (_adapter(target_modules="nothing"), CheckpointError, "`target_modules`: got 'nothing', expected the pattern"),
+        (_adapter(target_modules="(.*a*a*a*)*b"), CheckpointError, "`target_modules`: got .* expected the pattern"),
+        (_adapter(target_modules=LORA_ON_NOTHING), CheckpointError, "has, without a place for it, `base_model"),
+        (_adapter(exclude_modules="(a*)*b"), CheckpointError, "`exclude_modules`: got .* does not load"),
+        (_adapter(layers_pattern="(a*)*b"), CheckpointError, "`layers_pattern`: got .* does not load"),
+        (_adapter(rank_pattern={"q_proj": 10**6}), CheckpointError, "`rank_pattern`: got .* does not load"),
+        (_adapter(alpha_pattern={"(a*)*b": 1}), CheckpointError, "`alpha_pattern`: got .* does not load"),
+        (_adapter(init_lora_weights="pissa"), CheckpointError, "`init_lora_weights`: got 'pissa', expected true"),
+        (_adapter(init_lora_weights="olora"), CheckpointError, "`init_lora_weights`: got 'olora', expected true"),
+        (_adapter(lora_alpha=None), CheckpointError, "`lora_alpha`: got None, expected a positive number"),
+        (_adapter(lora_alpha=-16), CheckpointError, "`lora_alpha`: got -16, expected a positive number"),
+        (_adapter(lora_alpha=0), CheckpointError, "`lora_alpha`: got 0, expected a positive number"),
+        (_adapter(lora_alpha=True), CheckpointError, "`lora_alpha`: got True, expected a positive number"),
+        (_adapter(lora_alpha=float("nan")), CheckpointError, "adapter_config.json is not readable JSON: .*NaN"),
+        (_adapter(lora_alpha=float("inf")), CheckpointError, "adapter_config.json is not readable JSON: .*Infinity"),
+        (_adapter(lora_alpha=10**400), CheckpointError, "`lora_alpha`: got 1000.*, expected a positive number"),
+        (_adapter(lora_alpha=1e300), CheckpointError, "has values that are not finite"),
+        (_without("lora_alpha"), CheckpointError, "`lora_alpha` is missing, expected a positive number"),
+        (_without("r"), CheckpointError, "`r` is missing, expected a positive whole number"),
+        (_adapter(r=100_000), CheckpointError, r"`r`: got 100000, but `.*lora_A.weight` has shape \(2, "),
+        (_adapter(r=2.0), CheckpointError, "`r`: got 2.0, expected a positive whole number"),
+        (_adapter(use_rslora=True), CheckpointError, "`use_rslora`: got True, which skipit does not load"),
+        (_adapter(use_dora=True), CheckpointError, "`use_dora`: got True, which skipit does not load"),
+        (_adapter(bias="all"), CheckpointError, "`bias`: got 'all', which skipit does not load"),
+        (_adapter(task_type="CAUSAL_LM"), CheckpointError, "`task_type`: got 'CAUSAL_LM', which skipit does not"),
+        (_adapter(modules_to_save=["lm_head"]), CheckpointError, "`modules_to_save`: got .*, expected .*layer_gate"),
+        (_adapter(megatron_core="os"), CheckpointError, "`megatron_core`: got 'os', which skipit does not load"),
+        (_adapter(from_the_future=3), CheckpointError, "`from_the_future`: got 3, which skipit does not load"),
+        (_tensors(lambda t, n: t.update({n: t[n].double() * 0 + 1e300})), CheckpointError, "are not finite"),
+        (_tensors(lambda t, n: t.update({n: t[n].bool()})), CheckpointError, "is stored as BOOL, expected floating"),
+        (_tensors(lambda t, n: t.update({min(t): t[min(t)].bool()})), CheckpointError, "layer_gate.bias` is stored as"),
+        (_tensors(lambda t, n: t.update({n: t[n].to(torch.int8)})), CheckpointError, "is stored as I8, expected"),
+        (lambda f: _twice(f / ADAPTER_CONFIG, "r"), CheckpointError, "the key 'r' stands there twice"),
         (lambda f: (f / ADAPTER_WEIGHTS).unlink(), CheckpointError, "adapter_model.safetensors does not exist"),
         (lambda f: (f / ADAPTER_WEIGHTS).write_bytes(b"\x00" * 9), CheckpointError, "is not a readable safetensors"),
         (_tensors(lambda t, n: t.pop(n)), CheckpointError, "lacks `base_model"),
-        (_tensors(lambda t, n: t.pop(min(t))), CheckpointError, "cannot be loaded: KeyError: .*layer_gate.bias"),
+        (_tensors(lambda t, n: t.pop(min(t))), CheckpointError, "lacks `base_model.*layer_gate.bias`"),
         (_tensors(lambda t, n: t.update(more=t[n] + 1)), CheckpointError, "has, without a place for it, `more`"),
-        (_tensors(lambda t, n: t.update({n: t[n][:1]})), CheckpointError, "cannot be loaded: .*size mismatch"),
+        (
+            _tensors(lambda t, n: t.update({n: t[n][:1]})),
+            CheckpointError,
+            r"has shape \(1, 2\), but the model makes it \(16, 2\)",
+        ),
         (_tensors(lambda t, n: t.update({n: t[n] * torch.nan})), CheckpointError, "are not finite"),
     ],
 )
@@ -291,5 +343,17 @@ def test_damage(
 ) -> None:
     copy = Path(shutil.copytree(made.adapter, tmp_path / "copy"))
     damage(copy)
+    started = time.monotonic()
     with pytest.raises(error, match=message):
         skipit.load(copy)
+    assert time.monotonic() - started < 20
+
+
+@pytest.mark.parametrize("damage", [_adapter(init_lora_weights="pissa"), _tensors(lambda t, n: t.pop(n))])
+def test_the_adapter_of_a_run_is_held_against_the_same(
+    damage: Callable[[Path], None], made: Made, tmp_path: Path
+) -> None:
+    run = Path(shutil.copytree(made.run, tmp_path / "run"))
+    damage(run / "adapter")
+    with pytest.raises(CheckpointError, match=r"`init_lora_weights`: got 'pissa'|lacks `base_model"):
+        export(run, tmp_path / "out")
