@@ -6,7 +6,7 @@ from sys import float_info
 from typing import Any, Literal, Self, get_args
 
 from .errors import CheckpointError, RouterConfigError, short
-from .folders import read_json
+from .strict_json import read_json
 
 KVPolicy = Literal["retain", "evict"]
 Unit = Literal["block", "attention", "mlp"]

@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from .errors import CheckpointError, short
-from .folders import Stored, load_json, read_header, regular_size
+from .folders import Stored, load_json, read_header
+from .strict_json import regular_size
 
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 SETTINGS = (

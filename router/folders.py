@@ -9,23 +9,21 @@ import os
 import platform
 import shlex
 import shutil
-import stat
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
-from math import isfinite
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 from torch import Tensor
 
 from .errors import CheckpointError
+from .strict_json import parse_json, read_json, regular_size
 
 _T = TypeVar("_T")
-_MOST_JSON = 2**28  # bytes; the largest vocabularies take a tenth of it
 _RECORDED = ("skipit", "torch", "transformers", "peft", "datasets", "accelerate", "deepspeed")
 
 
@@ -111,56 +109,6 @@ def load_json(path: Path) -> dict[str, Any]:
     return values
 
 
-def read_json(path: Path) -> Any:
-    """Read JSON as its standard has it.
-
-    Python's reader alone takes NaN, rounds 1e999 to infinity, and lets the last of two equal keys count.
-
-    Raises:
-        CheckpointError: no such file, too large, not JSON, with a number that is not finite, or with a key twice.
-    """
-    if regular_size(path) > _MOST_JSON:
-        raise CheckpointError(f"{path} is not readable JSON: it is larger than {_MOST_JSON >> 20} MiB.")
-    try:
-        return _parse(path.read_text(encoding="utf-8"))
-    except (ValueError, OSError, RecursionError) as error:  # UnicodeDecodeError and huge numbers are ValueErrors
-        raise CheckpointError(f"{path} is not readable JSON: {error}") from error
-
-
-def regular_size(path: Path) -> int:
-    """How many bytes a file has; what is none is not opened: reading a pipe or a device may never end.
-
-    Raises:
-        CheckpointError: it does not exist, or is a folder, a pipe or a device.
-    """
-    try:
-        found = path.stat()
-    except (OSError, ValueError) as error:  # ValueError: a null byte in the name
-        raise CheckpointError(f"{path} does not exist.") from error
-    if not stat.S_ISREG(found.st_mode):
-        raise CheckpointError(f"{path} is a folder, a pipe or a device, expected a file.")
-    return found.st_size
-
-
-def _parse(text: str) -> Any:
-    return json.loads(text, object_pairs_hook=_unique, parse_float=_finite, parse_constant=_finite)
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    values = dict(pairs)
-    if len(values) < len(pairs):
-        names = [name for name, _ in pairs]
-        raise ValueError(f"the key {next(name for name in names if names.count(name) > 1)!r} stands there twice")
-    return values
-
-
-def _finite(text: str) -> float:
-    value = float(text)
-    if not isfinite(value):
-        raise ValueError(f"the number {text[:40]} is not finite")
-    return value
-
-
 def save_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
     """Write a safetensors file."""
     from safetensors.torch import save_file
@@ -193,7 +141,7 @@ def read_header(path: Path) -> dict[str, Stored]:
             slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 - no mapping
             found = {name: Stored(part.get_dtype(), tuple(part.get_shape())) for name, part in slices.items()}
         with path.open("rb") as stream:  # safetensors lets the last of two equal names count
-            _parse(stream.read(int.from_bytes(stream.read(8), "little")).decode())
+            parse_json(stream.read(int.from_bytes(stream.read(8), "little")).decode())
         return found
 
     return _read(path, header)

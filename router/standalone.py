@@ -30,7 +30,8 @@ def add_code(folder: Path) -> None:
 
 
 def code_files() -> list[Path]:
-    """The files that loading a gated model needs, as transformers follows their imports when it copies them."""
+    """The files that loading a gated model needs, as transformers follows their imports, and those of a server."""
     here = Path(__file__).parent
-    files = [here / "modeling.py", here / "shapes.py", *map(Path, get_relative_import_files(here / "modeling.py"))]
+    files = [here / name for name in ("modeling.py", "shapes.py", "server.py")]
+    files += map(Path, get_relative_import_files(here / "modeling.py"))
     return sorted(set(files))

@@ -3,14 +3,19 @@
 import base64
 import io
 import json
+import os
+import re
+import shlex
+import shutil
 import signal
 import socket
 import subprocess
+import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -41,24 +46,35 @@ def make(folder: Path, leaves: int) -> None:
     skipit.save_gated(model, processor, folder)
 
 
-@contextmanager
-def server(log: Path, *options: str) -> Iterator[str]:
+def bare(folder: Path) -> str:
+    """The interpreter of a virtual environment that has no skipit."""
+    python = folder / "venv" / "bin" / "python"
+    return str(python if python.exists() else bare_python(folder / "venv"))
+
+
+def server(log: Path, *options: str) -> AbstractContextManager[str]:
     """`transformers serve` on a free port, in a virtual environment that has no skipit; stopped at the end."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    python = log.parent / "venv" / "bin" / "python"
-    if not python.exists():
-        bare_python(log.parent / "venv")
     code = (
         "from importlib.util import find_spec; assert find_spec('skipit') is None; "
         "from transformers.cli.transformers import main; main()"
     )
-    command = [str(python), "-c", code, "serve", "--host", "127.0.0.1", "--port", str(port), "--device", "cpu"]
-    environment = bare_variables(HF_MODULES_CACHE=str(log.parent / "modules"), OMP_NUM_THREADS="1")
+    command = [bare(log.parent), "-c", code, "serve", "--host", "127.0.0.1", "--port", str(free_port()), *options]
+    return running_server(command, log, log.parent, bare_variables(HF_MODULES_CACHE=str(log.parent / "modules")))
+
+
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return int(free.getsockname()[1])
+
+
+@contextmanager
+def running_server(command: list[str], log: Path, place: Path, variables: Mapping[str, str]) -> Iterator[str]:
+    """The address of a server that a command with `--port` starts; stopped at the end."""
+    environment = {**variables, "OMP_NUM_THREADS": "1"}
     with log.open("w") as file:
-        process = subprocess.Popen([*command, *options], env=environment, cwd=log.parent, stdout=file, stderr=file)
-    address = f"http://127.0.0.1:{port}"
+        process = subprocess.Popen([*command, "--device", "cpu"], env=environment, cwd=place, stdout=file, stderr=file)
+    address = f"http://127.0.0.1:{command[command.index('--port') + 1]}"
     try:
         for _ in range(600):
             try:
@@ -161,3 +177,88 @@ def test_an_image_question_is_answered(tmp_path: Path) -> None:
     with server(tmp_path / "dense.log") as address:  # code that is not trusted is not run: the dense model
         said = [ask(address, blind, row)["choices"][0]["message"]["content"] for row in rows[:3]]
         assert said == dense[blind][:3]
+
+
+def commands_on_the_page() -> list[str]:
+    """Every command of docs/serving.md that starts a server."""
+    page = (Path(__file__).parents[1] / "docs" / "serving.md").read_text(encoding="utf-8")
+    return re.findall(
+        r"^transformers serve .+$|^python -m skipit\S+ .+--port.+$|(?<=`)cd .+--port \d+(?=`)", page, re.M
+    )
+
+
+def post(address: str, body: bytes, kind: str = "application/json") -> str:
+    """What is answered, an error's text too."""
+    try:
+        with urllib.request.urlopen(
+            urllib.request.Request(address, body, {"Content-Type": kind}), timeout=200
+        ) as found:
+            return found.read().decode()
+    except urllib.error.HTTPError as error:
+        return error.read().decode()
+
+
+def attack(address: str, folder: Path) -> list[str]:
+    """Every endpoint asked for another folder."""
+    said = {"role": "user", "content": "hi"}
+    body = {"model": str(folder), "messages": [said], "input": [said], "prompt": "hi", "max_tokens": 2, "stream": False}
+    body |= {"questions": [{"name": "a", "question": "b", "type": "yes_no"}]}
+    form = "".join(
+        f'--x\r\nContent-Disposition: form-data; name="{name}"\r\n\r\n{value}\r\n'
+        for name, value in {"model": str(folder), 'file"; filename="a.wav': "RIFF"}.items()
+    )
+    answers = [
+        post(f"{address}/{endpoint}", json.dumps({key: body[key] for key in keys}).encode())
+        for endpoint, keys in {
+            "v1/chat/completions": ("model", "messages", "max_tokens"),
+            "v1/completions": ("model", "prompt", "max_tokens"),
+            "v1/responses": ("model", "input"),
+            "v1/systemone": ("model", "messages", "questions"),
+            "load_model": ("model",),
+        }.items()
+    ]
+    return [
+        *answers,
+        post(f"{address}/v1/audio/transcriptions", f"{form}--x--\r\n".encode(), "multipart/form-data; boundary=x"),
+    ]
+
+
+@pytest.mark.parametrize("command", commands_on_the_page())
+def test_no_request_runs_code_under_a_command_of_the_page(command: str, tmp_path: Path) -> None:
+    make(tmp_path / "runs" / "checkpoint", leaves=2)
+    evil, trace = tmp_path / "evil", tmp_path / "trace"
+    shutil.copytree(tmp_path / "runs" / "checkpoint", evil)
+    (evil / "evil.py").write_text(f"open({str(trace)!r}, 'w').write('x')\nclass Evil: pass\n")
+    names = ("AutoConfig", "AutoProcessor", "AutoModelForMultimodalLM", "AutoModelForImageTextToText")
+    for file in ("config.json", "processor_config.json"):
+        values = json.loads((evil / file).read_text())
+        (evil / file).write_text(json.dumps({**values, "auto_map": dict.fromkeys(names, "evil.Evil")}))
+    place, variables, words = tmp_path, dict(os.environ), shlex.split(command)
+    if words[0] == "cd":
+        place, words = tmp_path / words[1], words[3:]
+        words = [str(place) if word == "$PWD" else word for word in words]
+        python, variables = bare(tmp_path), dict(bare_variables())
+    else:
+        python = sys.executable
+    start = ["-c", "from transformers.cli.transformers import main; main()"] if words[0] == "transformers" else []
+    words = [python, *start, *words[1:]]
+    words[words.index("--port") + 1] = str(free_port())
+    variables["HF_MODULES_CACHE"] = str(tmp_path / "modules")
+    name = words[words.index("--host") - 1]
+    rows = list(load_data("reference", "test", 2, 0))
+    gated = "transformers serve" not in command
+    model, processor = skipit.load(tmp_path / "runs" / "checkpoint")
+    with running(mode="gathered" if gated else "dense"):
+        expected = [answer(model, processor, row) for row in rows]
+    with running_server(words, tmp_path / "log", place, variables) as address:
+        refusals = attack(address, evil)
+        if gated:
+            assert all('"choices"' not in text and '"ready"' not in text for text in refusals), refusals
+        said = [ask(address, Path(name), row)["choices"][0]["message"]["content"] for row in rows]
+    assert said == expected
+    assert not trace.exists()
+
+
+def test_the_page_has_a_command_for_each_way() -> None:
+    assert [command.split()[0] for command in commands_on_the_page()] == ["python", "cd", "transformers"]
+    assert not any("trust" in command for command in commands_on_the_page())

@@ -15,6 +15,7 @@ WAY = ("layer", "policies")
 BESIDE = {
     "config": "names of the choices that a call carries; no tensor",
     "errors": "classes of errors; no tensor",
+    "strict_json": "how settings are read; no tensor",
     "modality": "`MODALITIES`, the names of the two; tokens are told apart before any layer",
     "subclass": "how a class is put before another; no tensor",
     "projections": "`only` leaves out what nobody reads: it changes the time, never a value that is read",
@@ -41,13 +42,13 @@ def test_one_hidden_state_is_followed_through_a_gated_layer_in_eight_files() -> 
     assert reached == {"layer", "call", "gates", "policies", "execute", "stand_ins", "attention", "cache"}
     assert len(reached) <= 8
     documented = str(skipit.router.__doc__)
-    assert all(f"`{name}.py`" in documented for name in reached | set(BESIDE) - {"config", "errors"})
+    assert all(f"`{name}.py`" in documented for name in reached | set(BESIDE) - {"config", "errors", "strict_json"})
 
 
 def test_what_stands_beside_leads_nowhere_else() -> None:
     for name in BESIDE:
         assert imports(name) <= set(BESIDE), name
-    for name in ("config", "errors", "subclass"):
+    for name in ("config", "errors", "strict_json", "subclass"):
         assert "Tensor" not in (FOLDER / f"{name}.py").read_text(encoding="utf-8")
 
 
