@@ -217,10 +217,10 @@ def _on_disk(source: str | Path, options: dict[str, Any]) -> tuple[Path, dict[st
     rest |= {"local_files_only": True, "subfolder": below}
     if Path(source).is_dir():
         return Path(source), rest
-    from huggingface_hub import snapshot_download
+    from transformers.utils.hub import hf_api
 
     wanted = [f"{below}/{name}" if below else name for name in _WANTED]
-    return Path(snapshot_download(str(source), allow_patterns=wanted, **where)), rest
+    return Path(hf_api().snapshot_download(str(source), allow_patterns=wanted, **where)), rest
 
 
 def _load_processor(folder: Path, options: dict[str, Any]) -> Any:

@@ -33,9 +33,7 @@ def _pinned(manager: Any) -> Any:
     class Pinned(manager):
         def load_model_and_processor(self, model_id_and_revision: str, *args: Any, **options: Any) -> Any:
             if model_id_and_revision != self.process_model_name(self.force_model):
-                from fastapi import HTTPException
-
-                raise HTTPException(400, f"this server answers with {self.force_model!r} only")
+                raise ValueError(f"this server answers with {self.force_model!r} only")
             return super().load_model_and_processor(model_id_and_revision, *args, **options)
 
         def _load_processor(self, *_: Any, **__: Any) -> Any:
