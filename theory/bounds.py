@@ -486,26 +486,6 @@ def entropy_change_bound(tv: Values, classes: int) -> Float[Tensor, "..."]:
     return tv * math.log(max(classes - 1, 1)) + _binary_entropy(tv)
 
 
-def answer_is_certain(margin: Values, kl: Values) -> Bool[Tensor, "..."]:
-    """Statement 11: if p_1 - p_2 > 2 TV, the most likely answer under p is the only most likely one under q.
-
-    Args:
-        margin: p_1 - p_2, the full model's two highest probabilities, in [0, 1].
-        kl: KL(p || q) in nats or an upper bound of it.
-
-    Returns:
-        True where the answer cannot change; False says nothing. `answer_kl_radius` decides more.
-
-    Raises:
-        ValueError: If an argument is out of range.
-
-    Example:
-        >>> answer_is_certain(torch.tensor([0.3, 0.1]), 0.02).tolist()
-        [True, False]
-    """
-    return _within("margin", margin, _SHARE) > 2 * total_variation_from_kl(kl)
-
-
 def answer_kl_radius(first: Values, second: Values) -> Float[Tensor, "..."]:
     """Statement 11, sharp: the smallest KL(p || q) at which the answer can change.
 

@@ -139,55 +139,6 @@ def attention_scores(
     return scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask
 
 
-def attention_mass(
-    weights: Float[Tensor, "batch heads query key"], keys: Bool[Tensor, "batch key"]
-) -> Float[Tensor, "batch query"]:
-    """The attention that each query pays to the marked keys, mean over heads.
-
-    Args:
-        weights: Attention weights after softmax; each row sums to one.
-        keys: True where a key counts, for example at vision tokens.
-
-    Returns:
-        Mass in [0, 1], float32 or wider.
-
-    Example:
-        >>> weights = torch.tensor([[[[0.25, 0.75]]]])
-        >>> attention_mass(weights, torch.tensor([[True, False]])).item()
-        0.25
-    """
-    wide = _widened(weights)
-    # A matrix product, because a masked copy of the weights would double the largest tensor of the pass.
-    return (wide @ keys[:, None, :, None].to(wide)).squeeze(-1).mean(1)
-
-
-def visual_attention(
-    weights: Float[Tensor, "batch heads query key"],
-    queries: Bool[Tensor, "batch query"],
-    keys: Bool[Tensor, "batch key"],
-) -> Float[Tensor, " batch"]:
-    """Cross-attention VAR: mean attention mass from the marked queries to the marked keys.
-
-    The mass divided by the queries that are counted, so that rows of different length compare.
-
-    Args:
-        weights: Attention weights after softmax.
-        queries: True at the queries that count: all text tokens, or only the last prompt token.
-        keys: True at the keys that count: vision tokens.
-
-    Returns:
-        VAR of each row in [0, 1]; NaN for a row that marks no query.
-
-    Example:
-        >>> weights = torch.tensor([[[[1.0, 0.0], [0.25, 0.75]]]])
-        >>> image = torch.tensor([[True, False]])
-        >>> visual_attention(weights, queries=~image, keys=image).tolist()
-        [0.25]
-    """
-    mass = attention_mass(weights, keys)
-    return torch.where(queries, mass, torch.zeros_like(mass)).sum(-1) / queries.sum(-1)
-
-
 def eviction_term(
     weights: Float[Tensor, "batch heads query key"],
     values: Float[Tensor, "batch kv_heads key head_dim"],

@@ -39,7 +39,7 @@ class Redundancy:
     dropped: Int[Tensor, "layers modality"]
     """Tokens left out because their distance is not finite."""
     histogram: Int[Tensor, "layers modality bins"]
-    """Tokens per bin of `DISTANCE_EDGES`; ask it with `prox`, `prox_bounds` and `quantile`."""
+    """Tokens per bin of `DISTANCE_EDGES`; ask it with `prox` and `prox_bounds`."""
 
 
 def distance_histogram(
@@ -123,40 +123,6 @@ def prox(histogram: Int[Tensor, "*units bins"], t: float) -> Float[Tensor, "*uni
         return upper
     left, right = DISTANCE_EDGES[j].item(), DISTANCE_EDGES[j + 1].item()
     return lower + (upper - lower) * (right - t) / (right - left)
-
-
-def quantile(histogram: Int[Tensor, "*units bins"], q: float) -> Float[Tensor, "*units"]:
-    """The distance that the share `q` of the counted tokens does not exceed, linear within a bin.
-
-    Args:
-        histogram: Counts from `RedundancyMetric` or `distance_histogram`.
-        q: Share in [0, 1].
-
-    Returns:
-        Distances in [0, 2], within one bin of the sample quantile: 7.5 % of it, or 1e-10; NaN where nothing was
-        counted.
-
-    Raises:
-        ValueError: If `q` or the histogram has the wrong range or shape.
-
-    Example:
-        >>> histogram = distance_histogram(torch.tensor([[0.02, 0.5, 0.5]]), torch.tensor([[0, 0, 0]]))
-        >>> 0.47 < quantile(histogram, 0.5)[0].item() < 0.53
-        True
-    """
-    _check_histogram(histogram)
-    if not 0 <= q <= 1:
-        raise ValueError(f"`q` is {q}, expected a share in [0, 1]. Divide percentages by 100.")
-    counts, edges = histogram.double(), DISTANCE_EDGES.to(histogram.device)
-    reached = counts.cumsum(-1)
-    rank = (q * reached[..., -1:]).clamp(min=1)
-    # Of an empty histogram no bin reaches rank 1: the index is cut to the last bin and the division 0/0 there gives
-    # NaN.
-    j = torch.searchsorted(reached, rank).clamp(max=counts.shape[-1] - 1)
-    inside = (rank - (reached - counts).gather(-1, j)) / counts.gather(-1, j)
-    inside = torch.where(reached[..., -1:] > 0, inside, torch.nan)
-    right = torch.cat([edges[1:], edges[-1:]])
-    return (edges[j] + inside * (right[j] - edges[j])).squeeze(-1)
 
 
 def _check_histogram(histogram: Tensor) -> None:

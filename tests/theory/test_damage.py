@@ -1,9 +1,21 @@
-"""The damage of a choice, and the weight of the path of a skip."""
+"""The damage of a choice, the weight of the path of a skip, and how much text attends to vision."""
+
+import math
 
 import pytest
 import torch
+from torch import Tensor
 
-from skipit.theory.damage import choice_damage, draw_choice, path_weight, weighted_change
+from skipit.theory.damage import CrossAttention, choice_damage, draw_choice, path_weight, weighted_change
+
+
+def attended(weights: Tensor, modality: Tensor) -> CrossAttention:
+    """What is measured of one layer whose attention weights [batch, heads, seq, seq] are these; pads are -1."""
+    last = torch.full(modality.shape[:1], modality.shape[1] - 1)
+    measured = CrossAttention(modality, modality >= 0, last)
+    keys = torch.eye(modality.shape[1]).expand_as(weights)
+    measured(None, weights.clamp(min=1e-30).log(), keys, keys, torch.zeros(1, 1, *weights.shape[2:]), 1.0)
+    return measured
 
 
 def test_damage_of_a_choice_is_the_divergence_when_there_are_two_answers() -> None:
@@ -73,3 +85,27 @@ def test_a_choice_never_draws_from_a_row_without_answer_even_if_it_is_not_finite
     (grad,) = torch.autograd.grad(choice.margin.sum(), logits)
     assert grad.isfinite().all()
     assert choice.margin.isfinite().all()
+
+
+def test_masses_on_a_partition_of_the_keys_add_up_to_one() -> None:
+    weights = torch.randn(20, 3, 7, 7).softmax(-1)
+    vision = torch.rand(20, 7) < 0.5
+    vision[:, :2] = torch.tensor([True, False])
+    mass, rest = (attended(weights, keys.long()).last[0] for keys in (vision, ~vision))
+    torch.testing.assert_close(mass + rest, torch.ones(20))
+    assert ((mass >= 0) & (mass <= 1 + 1e-6)).all()
+
+
+def test_attention_mass_is_summed_in_float32_for_half_states() -> None:
+    measured = CrossAttention(torch.ones(1, 1024).long(), torch.ones(1, 1024).bool(), torch.tensor([1023]))
+    same = torch.zeros(1, 1, 1024, 4, dtype=torch.bfloat16)
+    measured(None, same, same, same, None, None)
+    assert measured.last[0].item() == 1.0
+
+
+def test_text_that_can_see_an_image_is_averaged_and_other_tokens_are_ignored() -> None:
+    rows = [[1.0, 0.0, 0.0, 0.0], [0.5, 0.5, 0.0, 0.0], [0.2, 0.8, 0.0, 0.0], [math.nan] * 4]
+    modality = torch.tensor([[1, 0, 0, -1], [0, 0, 0, -1]])
+    first, second = attended(torch.tensor(rows).expand(2, 1, 4, 4), modality).text[0].tolist()
+    assert first == pytest.approx(0.35)
+    assert math.isnan(second)

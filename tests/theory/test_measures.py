@@ -11,13 +11,11 @@ from torch import Tensor
 from skipit.theory.bounds import update_norm_from_cosine
 from skipit.theory.measures import (
     angular_distance,
-    attention_mass,
     block_angles,
     cosine_distance,
     eviction_term,
     per_unit_sums,
     relative_update,
-    visual_attention,
 )
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -160,31 +158,6 @@ def test_block_angles_name_the_lengths_that_fit(length: int) -> None:
     message = rf"`length` is {length}, but 5 states hold blocks of 1 to 4 layers. Pass a length in this range."
     with pytest.raises(ValueError, match=message):
         block_angles(torch.randn(5, 2, 3), length)
-
-
-@examples
-@given(st.integers(0, 10**6))
-def test_masses_on_a_partition_of_the_keys_add_up_to_one(seed: int) -> None:
-    generator = torch.Generator().manual_seed(seed)
-    weights = torch.randn(2, 3, 4, 7, generator=generator).softmax(-1)
-    keys = torch.rand(2, 7, generator=generator) < 0.5
-    mass, rest = attention_mass(weights, keys), attention_mass(weights, ~keys)
-    assert torch.allclose(mass + rest, torch.ones(2, 4))
-    assert ((mass >= 0) & (mass <= 1 + 1e-6)).all()
-
-
-def test_attention_mass_is_summed_in_float32_for_half_weights() -> None:
-    weights = torch.full((1, 1, 1, 4096), 1 / 4096, dtype=torch.bfloat16)
-    assert attention_mass(weights, torch.ones(1, 4096, dtype=torch.bool)).item() == 1.0
-
-
-def test_visual_attention_averages_over_its_queries_and_ignores_the_others() -> None:
-    weights = torch.tensor([[0.5, 0.5, 0.0], [0.2, 0.8, 0.0], [math.nan] * 3]).expand(2, 1, 3, 3)
-    queries = torch.tensor([[True, True, False], [False, False, False]])
-    keys = torch.tensor([[True, False, False]] * 2)
-    first, second = visual_attention(weights, queries, keys).tolist()
-    assert first == pytest.approx(0.35)
-    assert math.isnan(second)
 
 
 @examples
