@@ -35,19 +35,10 @@ AGAIN = {
 def save_profile(profile: Profile, out: str | Path, overwrite: bool = False) -> None:
     """Write a profile as `profile.json` (tables one can read, costs, provenance) and `profile.safetensors`."""
     tables = profile_tables(profile)
-    with new_directory(out, overwrite) as folder:
-        save_tensors(folder / "profile.safetensors", tables)
-        save_json(
-            folder / "profile.json",
-            {
-                "version": VERSIONS["profile"],
-                "model": profile.model,
-                "about": profile.about,
-                "costs": profile.costs.to_json(),
-                "tables": {name: table for name, table in tables.items() if table.dim() <= 2},
-                "made_by": provenance(),
-            },
-        )
+    readable = {name: table for name, table in tables.items() if table.dim() <= 2}
+    costs = profile.costs.to_json()
+    values = {"model": profile.model, "about": profile.about, "costs": costs, "tables": readable}
+    _save("profile", out, overwrite, values, tables)
 
 
 def profile_tables(profile: Profile) -> dict[str, Tensor]:
@@ -71,8 +62,7 @@ def load_profile(path: str | Path) -> Profile:
             f"{path} is the profile of a {part.modality} stack, `{part.layers}`: {MISSING['damage_retain']}, and "
             f"{MISSING['var_text']}. Profile the decoder: `skipit profile MODEL DATA --out P`, without --part."
         )
-    values = _load(Path(path), "profile", ("model", "about", "costs"))
-    tables = load_tensors(Path(path) / "profile.safetensors")
+    values, tables = _load(Path(path), "profile", ("model", "about", "costs"))
     with _naming(Path(path)):
         return Profile(
             **{name: tables[name] for name in UNIT_TABLES},
@@ -93,10 +83,7 @@ def save_backbone(backbone: Backbone, out: str | Path, overwrite: bool = False) 
     tables = {f.name: getattr(backbone.redundancy, f.name) for f in fields(backbone.redundancy)}
     rest = {f.name: getattr(backbone, f.name) for f in fields(backbone) if f.name != "redundancy"}
     small = {name: backbone.table(name) for name in tables if name != "histogram"}
-    with new_directory(out, overwrite) as folder:
-        save_tensors(folder / "backbone.safetensors", tables)
-        values = {"version": VERSIONS["backbone"], **rest, "tables": small, "made_by": provenance()}
-        save_json(folder / "backbone.json", values)
+    _save("backbone", out, overwrite, {**rest, "tables": small}, tables)
 
 
 def load_backbone(path: str | Path) -> Backbone:
@@ -105,20 +92,16 @@ def load_backbone(path: str | Path) -> Backbone:
     Raises:
         CheckpointError: missing, damaged, or of another version.
     """
-    keys = ("modality", "layers", "rows", "model")
-    values = _load(Path(path), "backbone", keys)
-    tables = load_tensors(Path(path) / "backbone.safetensors")
+    values, tables = _load(Path(path), "backbone", ("modality", "layers", "rows", "model"))
     with _naming(Path(path)):
-        return Backbone(Redundancy(**tables), **{key: values[key] for key in keys})
+        return Backbone(Redundancy(**tables), **values)
 
 
 def save_plan(plan: Plan, out: str | Path, overwrite: bool = False) -> None:
     """Write a plan as `plan.json` and `plan.safetensors`."""
     tensors = {"weight": plan.weight, "bias": plan.bias, "run_rate": plan.run_rate}
     rest = {f.name: getattr(plan, f.name) for f in fields(plan) if f.name not in ("weight", "bias")}
-    with new_directory(out, overwrite) as folder:
-        save_tensors(folder / "plan.safetensors", tensors)
-        save_json(folder / "plan.json", {"version": VERSIONS["plan"], **rest, "made_by": provenance()})
+    _save("plan", out, overwrite, rest, tensors)
 
 
 def load_plan(path: str | Path) -> Plan:
@@ -127,11 +110,9 @@ def load_plan(path: str | Path) -> Plan:
     Raises:
         CheckpointError: missing, damaged, or of another version.
     """
-    keys = ("budget", "kv", "init", "model", "about")
-    values = _load(Path(path), "plan", keys)
-    tensors = load_tensors(Path(path) / "plan.safetensors")
+    values, tensors = _load(Path(path), "plan", ("budget", "kv", "init", "model", "about"))
     with _naming(Path(path)):
-        return Plan(**tensors, **{key: values[key] for key in keys})  # type: ignore[arg-type]
+        return Plan(**tensors, **values)
 
 
 def save_probes(probes: Probes, out: str | Path, overwrite: bool = False) -> None:
@@ -140,8 +121,7 @@ def save_probes(probes: Probes, out: str | Path, overwrite: bool = False) -> Non
     Raises:
         CheckpointError: `out` exists and is not to be overwritten, or cannot be made.
     """
-    with new_directory(out, overwrite) as folder:
-        save_json(folder / "probes.json", {"version": VERSIONS["probes"], **probes.to_json(), "made_by": provenance()})
+    _save("probes", out, overwrite, probes.to_json(), {})
 
 
 def check_same_model(artefact: Profile | Plan, model_fingerprint: str) -> None:
@@ -158,6 +138,14 @@ def check_same_model(artefact: Profile | Plan, model_fingerprint: str) -> None:
         )
 
 
+def _save(kind: str, out: str | Path, overwrite: bool, values: dict[str, Any], tables: dict[str, Tensor]) -> None:
+    """Write the folder of an artefact: its values with version and provenance, and its tables if it has any."""
+    with new_directory(out, overwrite) as folder:
+        if tables:
+            save_tensors(folder / f"{kind}.safetensors", tables)
+        save_json(folder / f"{kind}.json", {"version": VERSIONS[kind], **values, "made_by": provenance()})
+
+
 @contextmanager
 def _naming(folder: Path) -> Iterator[None]:
     """Turn what constructors say about wrong contents into an error that names the folder."""
@@ -169,7 +157,8 @@ def _naming(folder: Path) -> Iterator[None]:
         raise CheckpointError(f"{folder}: its files do not belong together or are damaged: {error}") from error
 
 
-def _load(folder: Path, kind: str, keys: tuple[str, ...]) -> dict[str, Any]:
+def _load(folder: Path, kind: str, keys: tuple[str, ...]) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """The values that the folder of an artefact has under these keys, and its tables."""
     path = folder / f"{kind}.json"
     if not path.is_file():
         raise CheckpointError(f"{folder} is not a {kind}: it has no {path.name}.")
@@ -181,17 +170,4 @@ def _load(folder: Path, kind: str, keys: tuple[str, ...]) -> dict[str, Any]:
         )
     if missing := [key for key in keys if key not in values]:
         raise CheckpointError(f"{path}: no {', '.join(missing)}; the file is incomplete.")
-    return values
-
-
-__all__ = [
-    "check_same_model",
-    "load_backbone",
-    "load_plan",
-    "load_profile",
-    "profile_tables",
-    "save_backbone",
-    "save_plan",
-    "save_probes",
-    "save_profile",
-]
+    return {key: values[key] for key in keys}, load_tensors(folder / f"{kind}.safetensors")
