@@ -19,12 +19,17 @@ class TeacherForced:
     Attributes:
         inputs: what the model is given: the batch without its labels.
         answer: where the next token is one of an answer; the last token has none after it.
-        wanted: the tokens of all answers, row by row.
+        labels: -100 everywhere but on answer tokens.
     """
 
     inputs: dict[str, Tensor]
     answer: Bool[Tensor, "batch predicted"]
-    wanted: Int[Tensor, " answers"]
+    labels: Int[Tensor, "batch seq"]
+
+    @property
+    def wanted(self) -> Int[Tensor, " answers"]:
+        """The tokens of all answers, row by row."""
+        return self.labels[:, 1:][self.answer]
 
     def logits(self, model: Any) -> Float[Tensor, "answers vocabulary"]:
         """A pass over the whole batch: the logits of every answer token, fp32."""
@@ -49,7 +54,6 @@ def teacher_forced(model: Any, batches: Iterable[dict[str, Tensor]]) -> Iterator
         empty = False
         moved = {key: value.to(device) for key, value in batch.items()}
         labels = moved.pop("labels")
-        answer = predicts_answer(labels)
-        yield TeacherForced(moved, answer, labels[:, 1:][answer])
+        yield TeacherForced(moved, predicts_answer(labels), labels)
     if empty:
         raise InputError("`batches`: got no row, expected at least one batch with labels. A generator is read once.")

@@ -8,12 +8,12 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from skipit.router import MODALITIES, running, token_modality
+from skipit.router import MODALITIES, running
 from skipit.router.decoder import find_decoder
 from skipit.router.errors import InputError
 
 from .identity import fingerprint
-from .labels import IGNORE, predicts_answer
+from .labels import IGNORE, predicts_answer, token_kinds
 from .measures import cosine_distance
 from .measuring import evaluating
 from .states import LayerRun, watching
@@ -129,14 +129,8 @@ def pool_states(model: nn.Module, batches: Iterable[dict[str, Tensor]], layers: 
     with evaluating(model), running(mode="dense"):
         for batch in batches:
             inputs = {key: value.to(device) for key, value in batch.items() if key != "labels"}
-            modality = token_modality(model.config, inputs["input_ids"], inputs.get("mm_token_type_ids"))
-            real = inputs.get("attention_mask", torch.ones_like(modality)).bool()
-            pools.append(Pool(modality.masked_fill(~real, -1), _labels(batch).to(device)))
+            labels = batch.get("labels", torch.full_like(batch["input_ids"], IGNORE))
+            pools.append(Pool(token_kinds(model.config, inputs), labels.to(device)))
             with watching(stack, pools[-1].add_layer):
                 model(**inputs, use_cache=False)
     return join(pools, fingerprint(model, layers))
-
-
-def _labels(batch: dict[str, Tensor]) -> Tensor:
-    labels = batch.get("labels")
-    return torch.full_like(batch["input_ids"], IGNORE) if labels is None else labels

@@ -7,18 +7,20 @@ as far as the statement knows, and a ratio above 1 that it is false. Identities 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import pairwise
+from functools import partial
+from itertools import pairwise, product
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from skipit.router import MODALITIES, FixedUnits, running, token_modality
+from skipit.router import MODALITIES, FixedUnits, running
 from skipit.router.attach import find_router
 from skipit.router.attention import OBSERVER_KWARG
 from skipit.router.decoder import find_decoder
 
+from .answers import TeacherForced, teacher_forced
 from .bounds import (
     answer_kl_radius,
     block_angle_bound,
@@ -40,7 +42,7 @@ from .bounds import (
     update_norm_from_cosine,
 )
 from .damage import draw_choice
-from .labels import predicts_answer
+from .labels import token_kinds
 from .measures import attention_scores, block_angles, cosine_distance, eviction_term, relative_update
 from .measuring import evaluating, routed
 from .pooling import Pool, PooledStates, join
@@ -82,10 +84,11 @@ class Tightness:
 
 
 class _Ratios:
-    """Collects ratios by statement and claim, in order."""
+    """Collects ratios by statement and claim, in order; `generator` is of the draws behind some of them."""
 
-    def __init__(self) -> None:
+    def __init__(self, seed: int = 0) -> None:
         self.held: dict[tuple[int, str], list[Tensor]] = {}
+        self.generator = torch.Generator().manual_seed(seed)
 
     def add(self, statement: int, claim: str, measured: Any, bound: Any) -> None:
         top = torch.as_tensor(measured).detach().double().flatten().cpu()
@@ -98,16 +101,31 @@ class _Ratios:
         return [Tightness(number, claim, torch.cat(parts)) for (number, claim), parts in sorted(self.held.items())]
 
 
+@dataclass(frozen=True)
+class _Passed:
+    """A batch that has passed through a dense model.
+
+    Attributes:
+        model: with a router, which is not asked.
+        layers: of its decoder.
+        batch: what it was given and is asked.
+        kinds: the modality of every token, -1 for pads.
+        chain: states at every layer boundary.
+        full: log probabilities at the answer tokens.
+    """
+
+    model: Any
+    layers: nn.ModuleList
+    batch: TeacherForced
+    kinds: Tensor
+    chain: list[Tensor]
+    full: Tensor
+
+
 def from_profile(profile: Profile) -> list[Tightness]:
     """What a profile alone can tell: the statements about means and distributions of its units."""
-    ratios = _Ratios()
-    geometric = profile.geometric
-    here = geometric.isfinite()
-    for t in THRESHOLDS:
-        _, prox = prox_bounds(profile.histogram, t)
-        ratios.add(1, "prox(t) <= geo / t, per unit", prox[here], proximal_from_geometric(geometric[here], t))
-        bound = geometric_from_proximal(prox[here], t)
-        ratios.add(1, "geo <= (1 - prox) t + 2 prox, per unit", geometric[here], bound)
+    ratios, here = _Ratios(), profile.geometric.isfinite()
+    _proximal(profile.geometric[here], lambda t: prox_bounds(profile.histogram, t)[1][here], "unit", ratios)
     return ratios.list()
 
 
@@ -120,79 +138,78 @@ def from_model(model: nn.Module, batches: Iterable[dict[str, Tensor]], *, seed: 
         model: with or without gates, which are not asked.
         batches: with labels.
         seed: of the codebooks, probes and draws.
+
+    Raises:
+        InputError: no batch, or a row without an answer token.
     """
-    ratios, generator = _Ratios(), torch.Generator().manual_seed(seed)
+    ratios = _Ratios(seed)
     with routed(model), evaluating(model):
-        pools = [_evaluate(model, batch, ratios, generator) for batch in batches]
+        pools = [_evaluate(model, batch, ratios) for batch in teacher_forced(model, batches)]
     _fitted_probes(join(pools), ratios)
     return ratios.list()
 
 
-def _evaluate(model: nn.Module, batch: dict[str, Tensor], ratios: _Ratios, generator: torch.Generator) -> Pool:
-    device = next(model.parameters()).device
-    inputs = {key: value.to(device) for key, value in batch.items() if key != "labels"}
-    labels = batch["labels"].to(device)
-    answer = predicts_answer(labels)
-    modality = token_modality(model.config, inputs["input_ids"], inputs.get("mm_token_type_ids"))
-    modality = modality.masked_fill(~inputs.get("attention_mask", torch.ones_like(modality)).bool(), -1)
-    router = find_router(model)[1]
+def _evaluate(model: Any, batch: TeacherForced, ratios: _Ratios) -> Pool:
+    kinds, router = token_kinds(model.config, batch.inputs), find_router(model)[1]
     _, _, layers = find_decoder(model, router.config.layers)
-
-    def evict(module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: Any) -> Any:
-        if getattr(module, "layer_idx", None) not in router.image_layers:  # of whose keys no token evicts one
-            _eviction(query, key, value, mask, scaling, modality, ratios)
-        return mask
-
+    observer = {OBSERVER_KWARG: partial(_eviction, kinds, router.image_layers, ratios)}
     with torch.enable_grad(), running(mode="dense"), recorded(layers) as runs:
-        logits = model(**inputs, use_cache=False, **{OBSERVER_KWARG: evict}).logits[:, :-1]
-    margin = draw_choice(logits, answer, 1.0, torch.rand(len(logits), 2, generator=generator)).margin
+        logits = model(**batch.inputs, use_cache=False, **observer).logits[:, :-1]
+    margin = draw_choice(logits, batch.answer, 1.0, torch.rand(len(logits), 2, generator=ratios.generator)).margin
     grads = torch.autograd.grad(margin.sum(), [run.left for run in runs])
     for grad, run in zip(grads, runs, strict=True):
-        _sums(grad, (run.left - run.entered).detach(), modality, ratios)
+        _sums(grad, (run.left - run.entered).detach(), kinds, ratios)
     chain = [runs[0].entered.detach(), *(run.left.detach() for run in runs)]
     with torch.no_grad():
+        with running(mode="dense"):
+            passed = _Passed(model, layers, batch, kinds, chain, _log_p(model, batch))
         for x, y in pairwise(chain):
-            _states(x, y, modality, ratios)
-            _probes(model, x[:, :-1], y[:, :-1], labels[:, 1:], answer, ratios, generator)
-            _information(x[:, :-1], y[:, :-1], labels[:, 1:], modality[:, :-1], answer, ratios, generator)
-        _blocks(chain, modality, ratios)
-    for index in range(len(layers)):
-        for m in range(len(MODALITIES)):
-            if bool((modality == m).any()):
-                _skip(model, layers, index, inputs, answer, modality == m, m, chain, ratios)
-    pool = Pool(modality, labels)
+            _states(x, y, kinds, ratios)
+            _probes(passed, x[:, :-1], y[:, :-1], ratios)
+            _information(passed, x[:, :-1], y[:, :-1], ratios)
+        _blocks(passed, ratios)
+    for index, m in product(range(len(layers)), range(len(MODALITIES))):
+        if bool((kinds == m).any()):
+            _skip(passed, index, m, ratios)
+    pool = Pool(kinds, batch.labels)
     for boundary in chain:
         pool.add(boundary)
     return pool
 
 
-def _states(x: Tensor, y: Tensor, modality: Tensor, ratios: _Ratios) -> None:
+def _log_p(model: Any, batch: TeacherForced) -> Tensor:
+    return batch.logits(model).double().log_softmax(-1)
+
+
+def _proximal(geometric: Tensor, prox: Callable[[float], Tensor], per: str, ratios: _Ratios) -> None:
+    """Statement 1, both ways, at every threshold."""
+    for t in THRESHOLDS:
+        share = prox(t)
+        ratios.add(1, f"prox(t) <= geo / t, per {per}", share, proximal_from_geometric(geometric, t))
+        bound = geometric_from_proximal(share, t)
+        ratios.add(1, f"geo <= (1 - prox) t + 2 prox, per {per}", geometric, bound)
+
+
+def _far(distance: Tensor, t: float) -> Tensor:
+    """prox(t) of some tokens."""
+    return (distance >= t).double().mean()
+
+
+def _states(x: Tensor, y: Tensor, kinds: Tensor, ratios: _Ratios) -> None:
     """Statements 1 and 2: per token, and per row and modality."""
-    distance = cosine_distance(x, y).double()
-    norm = (y.double().norm(dim=-1) / x.double().norm(dim=-1))[modality >= 0]
-    update = relative_update(x, y)[modality >= 0]
-    ratios.add(
-        2,
-        "|F| / |x| = sqrt((1 - r)^2 + 2 r d), per token",
-        update,
-        update_norm_from_cosine(norm, distance[modality >= 0]),
-    )
-    for row, kinds in zip(distance, modality, strict=True):
-        for m in range(len(MODALITIES)):
-            if not bool((kinds == m).any()):
-                continue
-            geometric = row[kinds == m].mean()
-            for t in THRESHOLDS:
-                prox = (row[kinds == m] >= t).double().mean()
-                ratios.add(1, "prox(t) <= geo / t, per row", prox, proximal_from_geometric(geometric, t))
-                bound = geometric_from_proximal(prox, t)
-                ratios.add(1, "geo <= (1 - prox) t + 2 prox, per row", geometric, bound)
+    distance, real = cosine_distance(x, y).double(), kinds >= 0
+    norm = (y.double().norm(dim=-1) / x.double().norm(dim=-1))[real]
+    bound = update_norm_from_cosine(norm, distance[real])
+    ratios.add(2, "|F| / |x| = sqrt((1 - r)^2 + 2 r d), per token", relative_update(x, y)[real], bound)
+    for row, m in product(range(len(kinds)), range(len(MODALITIES))):
+        moved = distance[row, kinds[row] == m]
+        if len(moved):
+            _proximal(moved.mean(), partial(_far, moved), "row", ratios)
 
 
-def _blocks(chain: list[Tensor], modality: Tensor, ratios: _Ratios) -> None:
+def _blocks(passed: _Passed, ratios: _Ratios) -> None:
     """Statement 3, for blocks of 2 layers, of 4 and so on, and of all."""
-    real = modality >= 0
-    states, layers = torch.stack([state[real] for state in chain]), len(chain) - 1
+    states, layers = torch.stack([state[passed.kinds >= 0] for state in passed.chain]), len(passed.layers)
     angles = block_angles(states, 1).T
     geos = cosine_distance(states[:-1], states[1:]).double().mean(-1)
     for length in {2, 4, layers} & set(range(2, layers + 1)):
@@ -200,35 +217,24 @@ def _blocks(chain: list[Tensor], modality: Tensor, ratios: _Ratios) -> None:
             block = slice(start, start + length)
             bound = block_angle_bound(angles[:, block])
             ratios.add(3, "angle of a block <= sum of its layers', per token", turned, bound)
-            ratios.add(
-                3,
-                "geo of a block <= (sum of sqrt geo)^2, mean",
-                cosine_distance(states[start], states[start + length]).double().mean(),
-                block_geometric_bound(geos[block]),
-            )
+            across = cosine_distance(states[start], states[start + length]).double().mean()
+            ratios.add(3, "geo of a block <= (sum of sqrt geo)^2, mean", across, block_geometric_bound(geos[block]))
 
 
-def _probes(
-    model: Any, x: Tensor, y: Tensor, target: Tensor, answer: Tensor, ratios: _Ratios, generator: torch.Generator
-) -> None:
+def _probes(passed: _Passed, x: Tensor, y: Tensor, ratios: _Ratios) -> None:
     """Statement 4, with the model's own output embedding as the probe, on directions scaled as RMSNorm scales them."""
-    head = model.get_output_embeddings()
-    if head is None or not bool(answer.any()):
+    head, answer, wanted = passed.model.get_output_embeddings(), passed.batch.answer, passed.batch.wanted
+    if head is None or len(wanted) == 0:
         return
     weight = head.weight.float() * x.shape[-1] ** 0.5
     norm = float(torch.linalg.matrix_norm(weight, ord=2))
-    losses = [F.cross_entropy(F.normalize(s[answer].float(), dim=-1) @ weight.T, target[answer]) for s in (x, y)]
+    losses = [F.cross_entropy(F.normalize(s[answer].float(), dim=-1) @ weight.T, wanted) for s in (x, y)]
     gap = (losses[1] - losses[0]).abs()
     distance = cosine_distance(x, y)[answer].double()
     ratios.add(4, "probe's loss gap <= 2 B sqrt(geo), per layer", gap, probe_gap_bound(distance.mean(), norm))
     for t in THRESHOLDS:
-        prox = (distance >= t).double().mean()
-        ratios.add(
-            4,
-            "probe's loss gap <= alpha ((1 - prox) sqrt(2t) + 2 prox)",
-            gap,
-            probe_gap_bound_from_proximal(prox, t, 2**0.5 * norm),
-        )
+        bound = probe_gap_bound_from_proximal(_far(distance, t), t, 2**0.5 * norm)
+        ratios.add(4, "probe's loss gap <= alpha ((1 - prox) sqrt(2t) + 2 prox)", gap, bound)
 
 
 def _fitted_probes(pooled: PooledStates, ratios: _Ratios) -> None:
@@ -245,28 +251,25 @@ def _fitted_probes(pooled: PooledStates, ratios: _Ratios) -> None:
             ratios.add(4, "fitted probe's loss gap <= 2 B sqrt(geo), per layer and modality", gap, bound)
 
 
-def _information(
-    x: Tensor, y: Tensor, target: Tensor, modality: Tensor, answer: Tensor, ratios: _Ratios, generator: torch.Generator
-) -> None:
+def _information(passed: _Passed, x: Tensor, y: Tensor, ratios: _Ratios) -> None:
     """Statements 5 and 6 for states quantized to a few codes: drawn states of either side, nearest by distance."""
     for m in range(len(MODALITIES)):
-        chosen = modality == m
+        chosen = passed.kinds[:, :-1] == m
         if int(chosen.sum()) < CODES:
             continue
         pool = torch.cat([x[chosen], y[chosen]]).float()
-        codes = pool[torch.randperm(len(pool), generator=generator)[:CODES].to(pool.device)]
+        codes = pool[torch.randperm(len(pool), generator=ratios.generator)[:CODES].to(pool.device)]
         near = [_nearest(states[chosen].float(), codes) for states in (x, y)]
         distances = cosine_distance(codes[:, None].expand(-1, CODES, -1), codes[None].expand(CODES, -1, -1))
         distances.fill_diagonal_(0)
         moved = distances[near[0], near[1]]
         entropy = _entropy(near[0] * CODES + near[1]) - _entropy(near[0])
         for t in THRESHOLDS:
-            fano = fano_entropy_bound((moved >= t).double().mean(), CODES, *neighbour_counts(distances, t))
+            fano = fano_entropy_bound(_far(moved, t), CODES, *neighbour_counts(distances, t))
             ratios.add(5, "H(x'|x) <= Fano's bound, quantized states", entropy, fano)
-        asked = answer[chosen]
+        asked = passed.batch.answer[chosen]
         if bool(asked.any()):
-            before, after, z = near[0][asked], near[1][asked], target[chosen][asked]
-            _risk(before, after, z, ratios)
+            _risk(near[0][asked], near[1][asked], passed.batch.labels[:, 1:][chosen][asked], ratios)
 
 
 def _risk(before: Tensor, after: Tensor, z: Tensor, ratios: _Ratios) -> None:
@@ -295,63 +298,56 @@ def _entropy(symbols: Tensor) -> Tensor:
 
 
 def _eviction(
-    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: Any, modality: Tensor, ratios: _Ratios
-) -> None:
-    """Statement 9, per head and text query, when the vision keys of a layer are evicted."""
+    kinds: Tensor,
+    of_images: frozenset[int],
+    ratios: _Ratios,
+    module: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    scaling: float | None,
+) -> Tensor | None:
+    """Statement 9, per head and text query, when the vision keys of a layer are evicted: observes its attention."""
+    if getattr(module, "layer_idx", None) in of_images:  # of whose keys no token evicts one
+        return mask
     with torch.no_grad():
         weights = torch.softmax(attention_scores(query, key, mask, scaling).double(), dim=-1)
-        vision = modality == 1
+        vision = kinds == 1
         change = eviction_term(weights, value.double(), vision).norm(dim=-1)
         mass = (weights * vision[:, None, None]).sum(-1).clamp(0, 1)
         norms = value.double().norm(dim=-1).repeat_interleave(query.shape[1] // key.shape[1], dim=1)
         seen = torch.where(weights > 0, norms[:, :, None, :], 0.0).amax(-1)
-        text = ((modality == 0) & vision.any(-1)[:, None])[:, None].expand_as(mass) & (mass < 1 - ROUNDING)
+        text = ((kinds == 0) & vision.any(-1)[:, None])[:, None].expand_as(mass) & (mass < 1 - ROUNDING)
         bound = eviction_output_change(mass[text], seen[text])
     ratios.add(9, "|o - o'| <= 2 a max|v|, per head and text query", change[text], bound)
+    return mask
 
 
-def _sums(grad: Tensor, update: Tensor, modality: Tensor, ratios: _Ratios) -> None:
+def _sums(grad: Tensor, update: Tensor, kinds: Tensor, ratios: _Ratios) -> None:
     """Statement 10: the tokens of a unit together against one by one."""
     single = fisher_damage(grad, update).double()
     for m in range(len(MODALITIES)):
-        unit = modality == m
-        together = fisher_damage_joint(grad.double(), update.double(), unit)
-        ratios.add(
-            10,
-            "D of a unit <= (sum of sqrt D of its tokens)^2, per row",
-            together,
-            combine_damages(torch.where(unit, single, 0.0)),
-        )
+        together = fisher_damage_joint(grad.double(), update.double(), kinds == m)
+        bound = combine_damages(torch.where(kinds == m, single, 0.0))
+        ratios.add(10, "D of a unit <= (sum of sqrt D of its tokens)^2, per row", together, bound)
 
 
-def _skip(
-    model: nn.Module,
-    layers: nn.ModuleList,
-    index: int,
-    inputs: dict[str, Tensor],
-    answer: Tensor,
-    unit: Tensor,
-    m: int,
-    chain: list[Tensor],
-    ratios: _Ratios,
-) -> None:
-    """Statements 7, 8 and 11 on one real skip: along its path, and at its end."""
+def _skip(passed: _Passed, index: int, m: int, ratios: _Ratios) -> None:
+    """Statements 7, 8 and 11 on one real skip, of a layer by a modality: along its path, and at its end."""
+    model, layers, batch, full = passed.model, passed.layers, passed.batch, passed.full
     runs = torch.ones(len(layers), len(MODALITIES), dtype=torch.bool)
     runs[index, m] = False
-    with torch.no_grad():
-        with running(mode="dense"):
-            full = model(**inputs, use_cache=False).logits[:, :-1][answer].double().log_softmax(-1)
-        with running(policy=FixedUnits(runs), kv="retain", mode="masked"):
-            skipped = model(**inputs, use_cache=False).logits[:, :-1][answer].double().log_softmax(-1)
+    with torch.no_grad(), running(policy=FixedUnits(runs), kv="retain", mode="masked"):
+        skipped = _log_p(model, batch)
     kl = (full.exp() * (full - skipped)).sum(-1).clamp(min=0)
 
     def rest(states: Tensor) -> Tensor:
         with running(mode="dense"), _replaced(layers[index], states):
-            changed = model(**inputs, use_cache=False).logits[:, :-1][answer].double().log_softmax(-1)
-        return (full.exp() * (full - changed)).sum()
+            return (full.exp() * (full - _log_p(model, batch))).sum()
 
-    update = (chain[index + 1] - chain[index]) * unit[..., None]
-    path = path_identity(rest, chain[index + 1], update, NODES)
+    before, after = passed.chain[index : index + 2]
+    path = path_identity(rest, after, (after - before) * (passed.kinds == m)[..., None], NODES)
     ratios.add(7, "|loss change| <= |u| max|gradient|, per skip", kl.sum(), path.bound)
     _outputs(full, skipped, kl, ratios)
 
@@ -370,25 +366,15 @@ def _replaced(layer: nn.Module, states: Tensor) -> Iterator[None]:
 def _outputs(full: Tensor, skipped: Tensor, kl: Tensor, ratios: _Ratios) -> None:
     """Statement 11 per answer token, and the reduction to one choice behind statement 8's damage."""
     p, q = full.exp(), skipped.exp()
-    variation = (p - q).abs().sum(-1) / 2
-    ratios.add(
-        11, "TV <= min(sqrt(KL / 2), sqrt(1 - exp(-KL))), per answer token", variation, total_variation_from_kl(kl)
-    )
+    variation, bound = (p - q).abs().sum(-1) / 2, total_variation_from_kl(kl)
+    ratios.add(11, "TV <= min(sqrt(KL / 2), sqrt(1 - exp(-KL))), per answer token", variation, bound)
     change = ((p * full).sum(-1) - (q * skipped).sum(-1)).abs()
-    ratios.add(
-        11,
-        "entropy change <= TV log(K - 1) + h2(TV)",
-        change,
-        entropy_change_bound(variation.clamp(max=1), p.shape[-1]),
-    )
+    bound = entropy_change_bound(variation.clamp(max=1), p.shape[-1])
+    ratios.add(11, "entropy change <= TV log(K - 1) + h2(TV)", change, bound)
     top, first = p.topk(2)
     moved = q.argmax(-1) != first[:, 0]
-    ratios.add(
-        11,
-        "KL of a changed answer >= its radius (radius / KL)",
-        answer_kl_radius(top[moved, 0], top[moved, 1]),
-        kl[moved],
-    )
+    radius = answer_kl_radius(top[moved, 0], top[moved, 1])
+    ratios.add(11, "KL of a changed answer >= its radius (radius / KL)", radius, kl[moved])
     pair_p, pair_q = p.gather(-1, first), q.gather(-1, first)
     mass = pair_p.sum(-1)
     inner = (pair_p * ((pair_p / mass[:, None]).log() - (pair_q / pair_q.sum(-1, keepdim=True)).log())).sum(-1)
