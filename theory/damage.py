@@ -142,8 +142,7 @@ def apart_output(
     forward: Callable[..., Any],
     hidden: Float[Tensor, "batch seq dim"],
     kwargs: dict[str, Any],
-    modality: Int[Tensor, "batch seq"],
-    real: Bool[Tensor, "batch seq"],
+    kinds: Int[Tensor, "batch seq"],
 ) -> Float[Tensor, "batch seq dim"]:
     """A layer's output when the tokens of each modality see no key of another.
 
@@ -154,14 +153,13 @@ def apart_output(
         forward: the layer.
         hidden: states that enter it.
         kwargs: its other arguments, without a cache.
-        modality: of every token.
-        real: False for pads, whose output means nothing.
+        kinds: the modality of every token, -1 for pads, whose output means nothing.
     """
     seq = hidden.shape[1]
     mask = kwargs.get("attention_mask")
     if mask is None:
         mask = torch.ones(1, 1, seq, seq, dtype=torch.bool, device=hidden.device).tril()
-    other = (modality[:, :, None] != modality[:, None, :]) & real[:, :, None]
+    other = (kinds[:, :, None] != kinds[:, None, :]) & (kinds >= 0)[:, :, None]
     mask = mask.masked_fill(other[:, None], False if mask.dtype == torch.bool else torch.finfo(mask.dtype).min)
     output = forward(hidden, **{**kwargs, "attention_mask": mask})
     alone: Tensor = output[0] if isinstance(output, tuple) else output
@@ -180,6 +178,11 @@ class CrossAttention:
     A cross-attention layer attends to nothing but images, so its mass is 1, and it has no key that a token could take
     away.
 
+    Args:
+        kinds: the modality of every token, -1 for pads.
+        last: place of the last prompt token.
+        of_images: indices of the cross-attention layers.
+
     Attributes:
         bias: per layer, [batch, 1, 1, seq].
         text: per layer, [batch]: mean attention mass on vision keys over all text queries that can see one.
@@ -187,16 +190,11 @@ class CrossAttention:
     """
 
     def __init__(
-        self,
-        modality: Int[Tensor, "batch seq"],
-        real: Bool[Tensor, "batch seq"],
-        last: Int[Tensor, " batch"],
-        of_images: frozenset[int] = frozenset(),
-    ):
+        self, kinds: Int[Tensor, "batch seq"], last: Int[Tensor, " batch"], of_images: frozenset[int] = frozenset()
+    ) -> None:
         self.of_images = of_images
-        self.vision = (modality == 1) & real
-        sees = self.vision.cumsum(-1) > 0
-        self.queries = (modality == 0) & real & sees
+        self.vision = kinds == 1
+        self.queries = (kinds == 0) & (self.vision.cumsum(-1) > 0)
         self.last_query = last
         self.text: list[Tensor] = []
         self.last: list[Tensor] = []

@@ -6,10 +6,10 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor, nn
 
-from skipit.router import MODALITIES, token_modality
+from skipit.router import MODALITIES
 from skipit.router.attention import OBSERVER_KWARG
 from skipit.router.call import image_states
 from skipit.router.config import KVPolicy
@@ -25,7 +25,7 @@ from .damage import (
     tempered_damage,
     weighted_change,
 )
-from .labels import IGNORE, predicts_answer
+from .labels import IGNORE, predicts_answer, token_kinds
 from .profile_sums import POLICIES, ProfileSums
 from .states import LayerRun, recorded
 
@@ -84,9 +84,8 @@ class BatchMeasurement:
             raise InputError(f"batch {number}: every row needs `labels` with at least one answer token (not {IGNORE}).")
         inputs = {k: v.to(sums.device) for k, v in batch.items() if k != "labels"}
         answer = predicts_answer(labels).to(sums.device)
-        modality = token_modality(self.model.config, inputs["input_ids"], inputs.get("mm_token_type_ids"))
-        real = inputs.get("attention_mask", torch.ones_like(modality)).bool()
-        attention = CrossAttention(modality, real, answer.float().argmax(-1), self.of_images)
+        kinds = token_kinds(self.model.config, inputs)
+        attention = CrossAttention(kinds, answer.float().argmax(-1), self.of_images)
         with torch.enable_grad(), recorded(self.layers) as runs:
             logits = self.model(**inputs, use_cache=False, **{OBSERVER_KWARG: attention}).logits
         finite = torch.stack([run.left.detach().isfinite().all(-1) for run in runs]).all(0).all(-1)
@@ -95,14 +94,13 @@ class BatchMeasurement:
         sums.add_rows(finite)
         if not bool(finite.any()):
             return
-        taken, at = [self._taken_away(run, modality, real) for run in runs], [run.index for run in runs]
-        real, answer = real & finite[:, None], answer & finite[:, None]
-        kinds = modality.masked_fill(~real, -1)
+        taken, at = [self._taken_away(run, kinds) for run in runs], [run.index for run in runs]
+        answer, kinds = answer & finite[:, None], kinds.masked_fill(~finite[:, None], -1)
         sums.add_attention(attention, finite, at)
         for run in runs:
-            images = image_states(run.kwargs, len(real)).held if run.index in self.of_images else None
-            sums.add_keys(run.index, modality, real, images)
-        damage = _BatchDamage.zeros(sums, at, taken, kinds, 1 / self.draws.draws)
+            images = image_states(run.kwargs, len(kinds)).held if run.index in self.of_images else None
+            sums.add_keys(run.index, kinds, images)
+        damage = _BatchDamage(sums, at, taken, kinds, 1 / self.draws.draws)
         leaves = [*(run.left for run in runs), *attention.bias]
         for draw in range(self.draws.draws):
             uniform = self.draws.uniform(range(first, first + len(finite)), draw)
@@ -114,10 +112,10 @@ class BatchMeasurement:
             sums.redundancy.update(run.index, entered, run.left.detach(), kinds)
             sums.add_tokens(run.index, entered, *damage.of_layer(place), kinds)
 
-    def _taken_away(self, run: LayerRun, modality: Tensor, real: Tensor) -> "_Taken":
+    def _taken_away(self, run: LayerRun, kinds: Tensor) -> "_Taken":
         full, entered = run.left.detach(), run.entered.detach()
         unobserved = {name: value for name, value in run.kwargs.items() if name != OBSERVER_KWARG}
-        apart = apart_output(self.layers[run.index], entered, unobserved, modality, real)
+        apart = apart_output(self.layers[run.index], entered, unobserved, kinds)
         return _Taken(weighted_change(full, entered), weighted_change(full, apart))
 
 
@@ -130,45 +128,36 @@ class _Taken(NamedTuple):
     """From a token when all tokens of the other modality skip, and their keys and values do not exist."""
 
 
-@dataclass(frozen=True)
 class _BatchDamage:
     """Damages in one batch: those of units go to the sums, those of tokens taken one by one are kept here.
 
-    Attributes:
+    Args:
         sums: of all batches.
         at: indices of the layers that were there.
         taken: what skips take away, per such layer.
         kinds: the modality of every token, -1 for those that do not count.
         weight: of one draw.
-        tokens: per K/V policy, [at, batch, seq].
+
+    Attributes:
+        tokens: damages per K/V policy, [at, batch, seq].
         signal: what gates learn them from, likewise.
     """
 
-    sums: ProfileSums
-    at: list[int]
-    taken: list[_Taken]
-    kinds: Int[Tensor, "batch seq"]
-    weight: float
-    tokens: dict[KVPolicy, Float[Tensor, "at batch seq"]]
-    signal: dict[KVPolicy, Float[Tensor, "at batch seq"]]
-
-    @classmethod
-    def zeros(
-        cls, sums: ProfileSums, at: list[int], taken: list[_Taken], kinds: Tensor, weight: float
-    ) -> "_BatchDamage":
-        """Nothing drawn yet."""
-        signal = {kv: torch.zeros(len(at), *kinds.shape, device=kinds.device) for kv in POLICIES}
-        return cls(sums, at, taken, kinds, weight, {kv: zero.double() for kv, zero in signal.items()}, signal)
+    def __init__(self, sums: ProfileSums, at: list[int], taken: list[_Taken], kinds: Tensor, weight: float) -> None:
+        self.sums, self.at, self.taken, self.kinds, self.weight = sums, at, taken, kinds, weight
+        self.signal = {kv: torch.zeros(len(at), *kinds.shape, device=kinds.device) for kv in POLICIES}
+        self.tokens = {kv: zero.double() for kv, zero in self.signal.items()}
 
     def add(self, choice: Choice, grads: tuple[Tensor | None, ...]) -> None:
         """Add what one drawn choice per row shows, from the gradients of states and attention biases."""
         count = len(self.taken)
         states = [grad for grad in grads[:count] if grad is not None]
-        own = torch.stack([slopes(grad, change.own) for grad, change in zip(states, self.taken, strict=True)])
-        apart = torch.stack([slopes(grad, change.apart) for grad, change in zip(states, self.taken, strict=True)])
-        seen = torch.stack(
-            [torch.zeros_like(own[0]) if bias is None else bias[:, 0, 0].float() for bias in grads[count:]]
+        own, apart = (
+            torch.stack([slopes(*pair) for pair in zip(states, changes, strict=True)])
+            for changes in zip(*self.taken, strict=True)
         )
+        none = torch.zeros_like(own[0])
+        seen = torch.stack([none if bias is None else bias[:, 0, 0].float() for bias in grads[count:]])
         margin, mass = choice.margin[:, None], choice.mass[:, None]
         drops: dict[KVPolicy, Tensor] = {"retain": own, "evict": own + seen}
         for kv, alone in drops.items():

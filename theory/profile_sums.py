@@ -61,11 +61,11 @@ class ProfileSums:
             self.var[kind, at] += rows.masked_fill(~good, 0).sum(-1)
             self.var_rows[kind, at] += good.sum(-1)
 
-    def add_keys(self, layer: int, modality: Tensor, real: Tensor, images: int | None = None) -> None:
+    def add_keys(self, layer: int, kinds: Tensor, images: int | None = None) -> None:
         """Add the tokens of each modality in a layer and the keys they see, [batch, seq]; or all see `images` keys."""
-        keys = real.cumsum(-1) if images is None else torch.full_like(modality, images)
+        keys = (kinds >= 0).cumsum(-1) if images is None else torch.full_like(kinds, images)
         for m in range(len(MODALITIES)):
-            chosen = real & (modality == m)
+            chosen = kinds == m
             self.sums["keys"][layer, m] += keys[chosen].sum()
             self.sums["count"][layer, m] += chosen.sum()
             self.sums["unit_rows"][layer, m] += chosen.any(-1).sum()

@@ -12,7 +12,7 @@ from skipit.theory.damage import CrossAttention, choice_damage, draw_choice, pat
 def attended(weights: Tensor, modality: Tensor) -> CrossAttention:
     """What is measured of one layer whose attention weights [batch, heads, seq, seq] are these; pads are -1."""
     last = torch.full(modality.shape[:1], modality.shape[1] - 1)
-    measured = CrossAttention(modality, modality >= 0, last)
+    measured = CrossAttention(modality, last)
     keys = torch.eye(modality.shape[1]).expand_as(weights)
     measured(None, weights.clamp(min=1e-30).log(), keys, keys, torch.zeros(1, 1, *weights.shape[2:]), 1.0)
     return measured
@@ -97,7 +97,7 @@ def test_masses_on_a_partition_of_the_keys_add_up_to_one() -> None:
 
 
 def test_attention_mass_is_summed_in_float32_for_half_states() -> None:
-    measured = CrossAttention(torch.ones(1, 1024).long(), torch.ones(1, 1024).bool(), torch.tensor([1023]))
+    measured = CrossAttention(torch.ones(1, 1024).long(), torch.tensor([1023]))
     same = torch.zeros(1, 1, 1024, 4, dtype=torch.bfloat16)
     measured(None, same, same, same, None, None)
     assert measured.last[0].item() == 1.0

@@ -236,7 +236,7 @@ class TestProfile:
             with running(policy=FixedUnits(run), kv="evict", mode="masked"), recorded(layers) as skipping:
                 model(**batch, use_cache=False)
             entered = dense[layer].entered.detach()
-            apart = apart_output(layers[layer], entered, dense[layer].kwargs, modality, real)
+            apart = apart_output(layers[layer], entered, dense[layer].kwargs, modality.masked_fill(~real, -1))
             got = torch.where(chosen[..., None], entered, apart)
             torch.testing.assert_close(got[real], skipping[layer].left[real], atol=1e-4, rtol=1e-4)
 
