@@ -5,6 +5,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any, Literal
 
+from huggingface_hub import ModelCardData
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
@@ -27,6 +28,7 @@ def card(
     config: RouterConfig,
     kind: Kind = "run",
     evaluation: Mapping[str, Any] | None = None,
+    certificates: Mapping[str, Any] | None = None,
 ) -> str:
     """The text of a card.
 
@@ -35,24 +37,25 @@ def card(
         config: the router's settings.
         kind: a `run` with its LoRA merged, an `adapter`, or a `plan` that nothing was trained for.
         evaluation: what `skipit eval` wrote about it.
+        certificates: of operating points with a risk, by their names.
     """
     sections = [
-        _front(record, kind),
+        _front(record["base"], kind),
         _what(record, config, kind),
-        "## Measured\n\n" + (_unmeasured() if evaluation is None else measured_table(evaluation)),
+        "## Measured\n\n" + (_UNMEASURED if evaluation is None else measured_table(evaluation)),
         "## Use\n\n" + (_USE_ADAPTER if kind == "adapter" else _USE),
-        f"## Operating points\n\n{points_table(config, shares_of(record), {})}",
+        f"## Operating points\n\n{points_table(config, shares_of(record), certificates or {})}",
         "## How it was made\n\n" + _how(record, kind),
     ]
     return "\n\n".join(sections) + "\n"
 
 
-def _front(record: Mapping[str, Any], kind: Kind) -> str:
-    lines = [f"library_name: {'peft' if kind == 'adapter' else 'transformers'}", "pipeline_tag: image-text-to-text"]
-    if _on_hub(record["base"]):  # the Hub refuses a card whose base is a folder
-        lines.append(f"base_model: {record['base']}")
-        lines.append(f"base_model_relation: {'adapter' if kind == 'adapter' else 'finetune'}")
-    return "\n".join(["---", *lines, "tags: [skipit, layer-skipping]", "---"])
+def _front(base: str, kind: Kind) -> str:
+    library, relation = ("peft", "adapter") if kind == "adapter" else ("transformers", "finetune")
+    # The Hub refuses a card whose base is a folder.
+    of = {"base_model": base, "base_model_relation": relation} if _on_hub(base) else {}
+    about = {"library_name": library, "pipeline_tag": "image-text-to-text", **of, "tags": ["skipit", "layer-skipping"]}
+    return f"---\n{ModelCardData(**about).to_yaml()}\n---"
 
 
 def _on_hub(base: str) -> bool:
@@ -72,12 +75,10 @@ def _name(base: str) -> str:
 
 def _what(record: Mapping[str, Any], config: RouterConfig, kind: Kind) -> str:
     base = _name(record["base"])
+    share = f"{(record if kind == 'plan' else record['config'])['budget']:.0%} of the dense decoder's FLOPs"
+    made = f"Gates and LoRA were fine-tuned by skipit to spend {share}."
     if kind == "plan":
-        share = f"{record['budget']:.0%} of the dense decoder's FLOPs"
         made = f"Its gates come from a profile, for {share}; nothing was trained."
-    else:
-        share = f"{record['config']['budget']:.0%} of the dense decoder's FLOPs"
-        made = f"Gates and LoRA were fine-tuned by skipit to spend {share}."
     skipped = {"block": "a whole decoder layer", "attention": "the attention of a layer", "mlp": "the MLP of a layer"}
     deciding = {"token": "Each token decides", "sequence": "A prompt's tokens of a modality decide together"}
     kept = {"retain": "are kept", "evict": "are not computed either"}
@@ -86,13 +87,6 @@ def _what(record: Mapping[str, Any], config: RouterConfig, kind: Kind) -> str:
         f"{base} with one small gate per decoder layer. {deciding[config.granularity]} whether to skip "
         f"{skipped[config.unit]}; what is skipped is not computed. "
         f"Keys and values of tokens that skip {kept[config.kv]} (`{config.kv}`). {made}"
-    )
-
-
-def _unmeasured() -> str:
-    return (
-        "Accuracy and speed of this checkpoint were not measured when it was written. `skipit eval` measures them, and "
-        "`skipit export CHECKPOINT --eval DIR --out COPY` writes them here."
     )
 
 
@@ -108,7 +102,8 @@ def measured_table(evaluation: Mapping[str, Any]) -> str:
             ("accuracy", [f"{model['accuracy']:.1%}" for model in models]),
             ("same answer as dense", [f"{model['same_answer']:.1%}" for model in models]),
             ("decoder FLOPs executed", [f"{model['compute']:.1%}" for model in models]),
-            *((what, [_time(model["latency"], key) for model in models]) for what, key in _TIMES.items()),
+            ("prefill, ms (speed-up)", [_time(model["latency"], "prefill") for model in models]),
+            ("decode step, ms (speed-up)", [_time(model["latency"], "decode") for model in models]),
         ]
         rows, made = models[0]["rows"], evaluation["made_by"]
         repeats = models[0]["latency"]["repeats"]
@@ -123,9 +118,6 @@ def measured_table(evaluation: Mapping[str, Any]) -> str:
         f"{rows} held-out rows; dense is the model without gates; milliseconds are medians of {repeats} repeats of one "
         f"row, speed-up is dense time over gated time. Measured by {about}."
     )
-
-
-_TIMES = {"prefill, ms (speed-up)": "prefill", "decode step, ms (speed-up)": "decode"}
 
 
 def _time(latency: Mapping[str, Any], what: str) -> str:
@@ -187,9 +179,8 @@ def write_card(folder: Path, evaluation: Mapping[str, Any] | None = None) -> Non
     if (folder / ADAPTER_CONFIG).is_file():
         kind = "adapter"
     record = {**record, "made_by": record.get("made_by") or record["exported_by"]}
-    (folder / CARD).write_text(card(record, config, kind, evaluation), encoding="utf-8")
-    certificates = folder / CERTIFICATES
-    update_points(folder, config, shares_of(record), load_json(certificates) if certificates.is_file() else {})
+    certificates = load_json(folder / CERTIFICATES) if (folder / CERTIFICATES).is_file() else {}
+    (folder / CARD).write_text(card(record, config, kind, evaluation, certificates), encoding="utf-8")
 
 
 def read_evaluation(folder: Path, checkpoint: Path) -> dict[str, Any]:
@@ -229,6 +220,11 @@ def _how(record: Mapping[str, Any], kind: Kind) -> str:
         f"`{record['init']}`, seed {settings['seed']}. {line} More in `provenance.json`."
     )
 
+
+_UNMEASURED = (
+    "Accuracy and speed of this checkpoint were not measured when it was written. `skipit eval` measures them, and "
+    "`skipit export CHECKPOINT --eval DIR --out COPY` writes them here."
+)
 
 _USE = """```python
 import skipit

@@ -65,13 +65,10 @@ class _TrainingBar(ProgressCallback):
         super().__init__()
         self._bar, self._task = bar, task
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        self._bar.update(self._task, completed=state.global_step)
-
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self._bar.update(self._task, completed=state.global_step)
+
+    on_train_begin = on_step_end  # a run that goes on begins at its step
 
     def on_log(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: Any = None, **kwargs: Any

@@ -2,7 +2,6 @@
 
 import json
 import os
-import socket
 import sys
 from collections.abc import Iterator, MutableMapping
 from contextlib import contextmanager
@@ -209,13 +208,12 @@ def _prepare_deepspeed(environment: MutableMapping[str, str]) -> None:
     """One configuration, the run's own; and one process without a launcher is a group of one, with no look at MPI."""
     import deepspeed.comm
     import deepspeed.ops
+    from torch.distributed.elastic.utils.distributed import get_free_port
 
     for name in [name for name in environment if name.startswith("ACCELERATE_") and name != "ACCELERATE_USE_CPU"]:
         del environment[name]
     if "RANK" not in environment:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
+        port = get_free_port()
         alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
         environment.update({**alone, "MASTER_PORT": str(port)})
     if not torch.cuda.is_available():
