@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from jaxtyping import Bool, Float
@@ -10,7 +9,7 @@ from torch import Tensor
 
 from skipit.eval.measure.recorded import STRATA, Record
 from skipit.eval.metrics.alignment import alignment_of_counts
-from skipit.eval.statistics import USUAL, Floats, Interval, Resampling, row_interval
+from skipit.eval.statistics import USUAL, Figures, Floats, Interval, Resampling, row_interval
 from skipit.router import InputError
 
 # Of the means over rows of weighted skips and tokens in the set, and of both outside it.
@@ -23,7 +22,7 @@ _FIGURES: dict[str, Callable[[Floats], Floats]] = {
 
 
 @dataclass(frozen=True)
-class Alignment:
+class Alignment(Figures):
     """Agreement of decisions with a set of units to skip; `skipit.eval.metrics.alignment` has the formulas.
 
     Attributes:
@@ -39,10 +38,6 @@ class Alignment:
     balanced: Interval
     agreement: Interval
     rows: int
-
-    def to_json(self) -> dict[str, Any]:
-        """The fields as a JSON-ready dictionary, None for NaN."""
-        return {**{name: getattr(self, name).to_json() for name in _FIGURES}, "rows": self.rows}
 
 
 def align(

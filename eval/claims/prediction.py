@@ -4,7 +4,7 @@ A unit is one (layer, modality). Tables are [layers, 2], columns text and vision
 """
 
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -12,7 +12,7 @@ from jaxtyping import Bool, Float
 from numpy.typing import ArrayLike
 from torch import Tensor, nn
 
-from skipit.eval.statistics import Floats, Resampling, bootstrap, centred_ranks, correlation, spearman
+from skipit.eval.statistics import Floats, Interval, Resampling, bootstrap, centred_ranks, correlation, spearman
 from skipit.router import FixedUnits, find_router, running, token_modality
 from skipit.router.config import KVPolicy
 from skipit.theory.accumulate import prox
@@ -27,17 +27,10 @@ FEW = Resampling(resamples=2000)
 
 
 @dataclass(frozen=True)
-class RankCorrelation:
+class RankCorrelation(Interval):
     """Spearman's correlation over units with a percentile bootstrap interval; NaN with fewer than three units."""
 
-    value: float
-    low: float
-    high: float
     units: int
-
-    def to_json(self) -> dict[str, float]:
-        """The fields."""
-        return asdict(self)
 
 
 def rank_correlation(predicted: ArrayLike, measured: ArrayLike, resampling: Resampling = FEW) -> RankCorrelation:
