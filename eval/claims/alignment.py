@@ -1,6 +1,6 @@
 """How far a router's single decisions agree with the theory's skip set, with intervals over rows."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -8,17 +8,9 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from skipit.eval.measure.recorded import STRATA, Record
-from skipit.eval.metrics.alignment import alignment_of_counts
-from skipit.eval.statistics import USUAL, Figures, Floats, Interval, Resampling, row_interval
+from skipit.eval.metrics.alignment import FIGURES, alignment_of_counts
+from skipit.eval.statistics import USUAL, Figures, Interval, Resampling, row_interval
 from skipit.router import InputError
-
-# Of the means over rows of weighted skips and tokens in the set, and of both outside it.
-_FIGURES: dict[str, Callable[[Floats], Floats]] = {
-    "inside": lambda m: m[..., 0] / m[..., 1],
-    "outside": lambda m: m[..., 2] / m[..., 3],
-    "balanced": lambda m: (m[..., 0] / m[..., 1] + 1 - m[..., 2] / m[..., 3]) / 2,
-    "agreement": lambda m: (m[..., 0] + m[..., 3] - m[..., 2]) / (m[..., 1] + m[..., 3]),
-}
 
 
 @dataclass(frozen=True)
@@ -75,5 +67,5 @@ def align(
         ]
         columns.append(torch.stack([values.sum(0) for values in by_row], -1))
     table = torch.cat(columns).numpy()
-    figures = {name: row_interval(table, figure, resampling) for name, figure in _FIGURES.items()}
+    figures = {name: row_interval(table, figure, resampling) for name, figure in FIGURES.items()}
     return Alignment(**figures, rows=len(table))
