@@ -10,7 +10,6 @@ import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
@@ -20,7 +19,7 @@ from skipit.router import MODALITIES, InputError
 from skipit.router.config import KVPolicy
 from skipit.theory.cost import CostModel
 
-from .prediction import set_damages
+from .prediction import plan_without, set_damages
 from .tracking import SCOPES, Scope
 
 Batches = Sequence[dict[str, Tensor]]
@@ -148,12 +147,7 @@ def growing_plans(order: Order, layers: int, step: int = 1) -> list[Bool[Tensor,
     """
     if step < 1:
         raise InputError(f"`step`: got {step}, expected how many units more each set skips, at least 1.")
-    plans = []
-    for size in [*range(0, len(order), step), len(order)]:
-        plan = torch.ones(layers * 2, dtype=torch.bool)
-        plan[order[:size]] = False
-        plans.append(plan.view(layers, 2))
-    return plans
+    return [plan_without(order[:size], layers) for size in [*range(0, len(order), step), len(order)]]
 
 
 def measure_growing(

@@ -21,6 +21,7 @@ from skipit.router import VISION
 from skipit.router.config import KVPolicy
 from skipit.theory.cost import CostModel
 
+from .prediction import plan_without
 from .quadrants import QUADRANTS, equal_sets, split_quadrants
 
 Verdict = Literal["found", "not found", "undecided"]
@@ -133,7 +134,7 @@ def measure_quadrants(
     quadrants = {notion: split_quadrants(table, attention) for notion, table in redundancy.items()}
     sets = {notion: equal_sets(cells, cost, draws, seed) for notion, cells in quadrants.items()}
     chosen = dict.fromkeys(s for cells in sets.values() for several in cells.values() for s in several)
-    plans = [_without(layers, len(attention)) for layers in [(), *chosen]]
+    plans = [plan_without([2 * layer + VISION for layer in layers], len(attention)) for layers in [(), *chosen]]
     everything, *measured = row_effects(model, batches, plans, kv, costs=costs, progress=progress)
     effects = dict(zip(chosen, measured, strict=True))
     return {
@@ -241,9 +242,3 @@ def _note(
     if len(unhurt) > 1:
         notes.append(f"On these rows no loss of accuracy is shown for {'; '.join(unhurt)}: it cannot rank them.")
     return " ".join(notes)
-
-
-def _without(layers: Sequence[int], number: int) -> Tensor:
-    plan = torch.ones(number, 2, dtype=torch.bool)
-    plan[list(layers), VISION] = False
-    return plan
