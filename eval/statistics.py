@@ -5,12 +5,13 @@ How far might a figure of a data set be from that of other rows of the same kind
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy.stats import binomtest, norm, rankdata
+from torch import Tensor
 
 from skipit.router.errors import InputError
 
@@ -21,8 +22,33 @@ BATCH = 500  # resamples at a time, so that memory stays small
 ROUNDING = 1e-6
 
 
+class Figures:
+    """What was measured: a dataclass whose fields JSON can hold, together with the properties named in `derived`."""
+
+    derived: ClassVar[tuple[str, ...]] = ()
+
+    def to_json(self) -> dict[str, Any]:
+        """Everything as a JSON-ready dictionary, verdicts included, None for NaN."""
+        told = vars(self) | {name: getattr(self, name) for name in self.derived}
+        return {name: plain(value) for name, value in told.items()}
+
+
+def plain(value: Any) -> Any:
+    """A value as JSON can hold it: figures as objects, tensors and tuples as lists, NaN as None."""
+    match value:
+        case Figures():
+            return value.to_json()
+        case Mapping():
+            return {name: plain(one) for name, one in value.items()}
+        case tuple() | list():
+            return [plain(one) for one in value]
+        case Tensor():
+            return plain(value.tolist())
+    return None if isinstance(value, float) and math.isnan(value) else value
+
+
 @dataclass(frozen=True)
-class Resampling:
+class Resampling(Figures):
     """How uncertainty is estimated.
 
     Attributes:
@@ -47,16 +73,12 @@ USUAL = Resampling()
 
 
 @dataclass(frozen=True)
-class Interval:
-    """A figure and its bootstrap (percentile) interval over rows; NaN where there is none."""
+class Interval(Figures):
+    """A figure and both ends of its interval, such as a bootstrap (percentile) one over rows; NaN where none is."""
 
     value: float
     low: float
     high: float
-
-    def to_json(self) -> dict[str, float | None]:
-        """The fields as a JSON-ready dictionary, None for NaN."""
-        return plain(asdict(self))
 
 
 UNDEFINED = Interval(math.nan, math.nan, math.nan)
@@ -156,30 +178,20 @@ def correlation(first: Floats, second: Floats) -> Floats:
 
 
 @dataclass(frozen=True)
-class PairedDifference:
-    """Accuracy of the second model minus that of the first.
+class PairedDifference(Interval):
+    """Accuracy of the second model minus that of the first, in [-1, 1].
 
     Attributes:
-        value: the difference, in [-1, 1].
-        low: lower end of its interval.
-        high: upper end of it.
         p: two-sided; could as many rows have changed in one direction by chance?
         lost: rows that the first answers right and the second does not.
         gained: the other way round.
         rows: how many.
     """
 
-    value: float
-    low: float
-    high: float
     p: float
     lost: int
     gained: int
     rows: int
-
-    def to_json(self) -> dict[str, Any]:
-        """The fields."""
-        return asdict(self)
 
 
 def paired_difference(first: Sequence[bool], second: Sequence[bool], confidence: float = 0.95) -> PairedDifference:
@@ -239,13 +251,3 @@ def proportion(share: float, rows: int, confidence: float = 0.95) -> Interval:
         )
     wilson = binomtest(round(share * rows), rows).proportion_ci(confidence, method="wilson")
     return Interval(share, float(wilson.low), float(wilson.high))
-
-
-def or_none(value: Any) -> Any:
-    """The value, or None for NaN, which JSON does not have."""
-    return None if isinstance(value, float) and math.isnan(value) else value
-
-
-def plain(values: Mapping[str, Any]) -> dict[str, Any]:
-    """A mapping as JSON can have it, None for NaN."""
-    return {name: or_none(value) for name, value in values.items()}

@@ -8,7 +8,7 @@ A router without adaptivity has an excess of zero everywhere; its control is the
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from math import nan
 from typing import Any
 
@@ -20,13 +20,13 @@ from scipy.stats import mannwhitneyu, permutation_test, rankdata
 from torch import Tensor
 
 from skipit.eval.measure.recorded import STRATA, Record
-from skipit.eval.statistics import BATCH, USUAL, Floats, Resampling, bootstrap, correlation, plain
+from skipit.eval.statistics import BATCH, USUAL, Figures, Floats, Interval, Resampling, bootstrap, correlation
 from skipit.router import InputError
 from skipit.theory.cost import CostModel
 
 
 @dataclass(frozen=True)
-class Contrast:
+class Contrast(Figures):
     """What a group of rows, or a kind of token, is given beyond the rest.
 
     Attributes:
@@ -52,38 +52,26 @@ class Contrast:
     control: float
     rows: int
 
-    def to_json(self) -> dict[str, Any]:
-        """The fields as a JSON-ready dictionary, None for NaN."""
-        return plain(asdict(self))
-
 
 @dataclass(frozen=True)
-class Association:
+class Association(Interval):
     """Rank correlation of a row's excess with its difficulty: above 0, harder rows are given more.
 
+    It is Spearman's, in [-1, 1], 0 where the excess of all rows is the same, with its bootstrap interval over rows.
+
     Attributes:
-        value: Spearman's, in [-1, 1]; 0 where the excess of all rows is the same.
-        low: lower end of its bootstrap (percentile) interval over rows.
-        high: upper end of it.
         p: two-sided permutation p-value.
         control: the correlation when decisions are shuffled over tokens and rows.
         rows: how many.
     """
 
-    value: float
-    low: float
-    high: float
     p: float
     control: float
     rows: int
 
-    def to_json(self) -> dict[str, Any]:
-        """The fields as a JSON-ready dictionary, None for NaN."""
-        return plain(asdict(self))
-
 
 @dataclass(frozen=True)
-class Adaptivity:
+class Adaptivity(Figures):
     """How a router's spending depends on its input.
 
     Attributes:
@@ -108,16 +96,6 @@ class Adaptivity:
     within: Mapping[str, Mapping[str, Association]]
     tokens: Mapping[str, Contrast]
     resampling: Resampling
-
-    def to_json(self) -> dict[str, Any]:
-        """Everything as a JSON-ready dictionary, None for NaN."""
-
-        def nested(values: Mapping[str, Any]) -> dict[str, Any]:
-            return {k: nested(v) if isinstance(v, Mapping) else v.to_json() for k, v in values.items()}
-
-        numbers = {name: getattr(self, name) for name in ("rows", "share", "spread", "spread_control")}
-        parts = {name: nested(getattr(self, name)) for name in ("groups", "difficulty", "within", "tokens")}
-        return {**plain(numbers), **parts, "resampling": asdict(self.resampling)}
 
 
 def measure_adaptivity(

@@ -1,29 +1,20 @@
 """How far a router's single decisions agree with the theory's skip set, with intervals over rows."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
 from skipit.eval.measure.recorded import STRATA, Record
-from skipit.eval.metrics.alignment import alignment_of_counts
-from skipit.eval.statistics import USUAL, Floats, Interval, Resampling, row_interval
+from skipit.eval.metrics.alignment import FIGURES, alignment_of_counts
+from skipit.eval.statistics import USUAL, Figures, Interval, Resampling, row_interval
 from skipit.router import InputError
-
-# Of the means over rows of weighted skips and tokens in the set, and of both outside it.
-_FIGURES: dict[str, Callable[[Floats], Floats]] = {
-    "inside": lambda m: m[..., 0] / m[..., 1],
-    "outside": lambda m: m[..., 2] / m[..., 3],
-    "balanced": lambda m: (m[..., 0] / m[..., 1] + 1 - m[..., 2] / m[..., 3]) / 2,
-    "agreement": lambda m: (m[..., 0] + m[..., 3] - m[..., 2]) / (m[..., 1] + m[..., 3]),
-}
 
 
 @dataclass(frozen=True)
-class Alignment:
+class Alignment(Figures):
     """Agreement of decisions with a set of units to skip; `skipit.eval.metrics.alignment` has the formulas.
 
     Attributes:
@@ -39,10 +30,6 @@ class Alignment:
     balanced: Interval
     agreement: Interval
     rows: int
-
-    def to_json(self) -> dict[str, Any]:
-        """The fields as a JSON-ready dictionary, None for NaN."""
-        return {**{name: getattr(self, name).to_json() for name in _FIGURES}, "rows": self.rows}
 
 
 def align(
@@ -80,5 +67,5 @@ def align(
         ]
         columns.append(torch.stack([values.sum(0) for values in by_row], -1))
     table = torch.cat(columns).numpy()
-    figures = {name: row_interval(table, figure, resampling) for name, figure in _FIGURES.items()}
+    figures = {name: row_interval(table, figure, resampling) for name, figure in FIGURES.items()}
     return Alignment(**figures, rows=len(table))

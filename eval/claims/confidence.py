@@ -1,7 +1,7 @@
 """Does skipping make a model less honest about what it knows? Calibration of two models on the same rows."""
 
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from skipit.eval.measure.recorded import Recorded
 from skipit.eval.metrics.confidence import confidence_bins
-from skipit.eval.statistics import USUAL, Floats, Interval, Resampling, or_none, row_interval
+from skipit.eval.statistics import USUAL, Figures, Floats, Interval, Resampling, row_interval
 from skipit.router import InputError
 
 Kind = Literal["product", "mean"]
@@ -19,7 +19,7 @@ Verdict = Literal["worse", "better", "no difference shown"]
 
 
 @dataclass(frozen=True)
-class Reliability:
+class Reliability(Figures):
     """How one model's confidence matches its accuracy.
 
     Attributes:
@@ -37,15 +37,9 @@ class Reliability:
     brier: Interval
     bins: tuple[tuple[int, float, float], ...]
 
-    def to_json(self) -> dict[str, Any]:
-        """The fields as a JSON-ready dictionary, None for NaN."""
-        names = ("accuracy", "confidence", "error", "brier")
-        bins = [[number, or_none(confidence), or_none(accuracy)] for number, confidence, accuracy in self.bins]
-        return {**{name: getattr(self, name).to_json() for name in names}, "bins": bins}
-
 
 @dataclass(frozen=True)
-class ReliabilityChange:
+class ReliabilityChange(Figures):
     """Calibration of a gated model beside that of the dense one.
 
     Attributes:
@@ -57,6 +51,8 @@ class ReliabilityChange:
         brier_change: the same of the Brier score.
         resampling: how the uncertainty was estimated.
     """
+
+    derived = ("verdict",)
 
     kind: Kind
     rows: int
@@ -72,17 +68,6 @@ class ReliabilityChange:
         if self.error_change.low > 0:
             return "worse"
         return "better" if self.error_change.high < 0 else "no difference shown"
-
-    def to_json(self) -> dict[str, Any]:
-        """Everything as a JSON-ready dictionary, the verdict included."""
-        parts = ("dense", "gated", "error_change", "brier_change")
-        return {
-            "kind": self.kind,
-            "rows": self.rows,
-            **{name: getattr(self, name).to_json() for name in parts},
-            "verdict": self.verdict,
-            "resampling": asdict(self.resampling),
-        }
 
 
 def compare_confidence(

@@ -8,20 +8,18 @@ measured divergence stand the two predictions of statement 10 (docs/theory.md).
 import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
 
-import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from skipit.eval.measure.controlled import RowEffects, kl_interval, row_effects
-from skipit.eval.statistics import USUAL, Interval, Resampling, plain, row_interval, spearman
+from skipit.eval.statistics import USUAL, Figures, Interval, Resampling, row_interval, spearman
 from skipit.router import MODALITIES, InputError
 from skipit.router.config import KVPolicy
 from skipit.theory.cost import CostModel
 
-from .prediction import set_damages
+from .prediction import plan_without, set_damages
 from .tracking import SCOPES, Scope
 
 Batches = Sequence[dict[str, Tensor]]
@@ -76,7 +74,7 @@ def unit_orders(
 
 
 @dataclass(frozen=True)
-class SetPoint:
+class SetPoint(Figures):
     """What skipping a set of units does.
 
     Attributes:
@@ -97,13 +95,9 @@ class SetPoint:
     predicted_sum: float
     predicted_aligned: float
 
-    def to_json(self) -> dict[str, Any]:
-        """The fields as a JSON-ready dictionary, None for NaN."""
-        return {**plain(asdict(self)), "accuracy": self.accuracy.to_json(), "kl": self.kl.to_json()}
-
 
 @dataclass(frozen=True)
-class SetPrediction:
+class SetPrediction(Figures):
     """How a rule that combines the damages of single units predicts the divergence of sets.
 
     Attributes:
@@ -119,13 +113,9 @@ class SetPrediction:
     below: float
     sets: int
 
-    def to_json(self) -> dict[str, Any]:
-        """The fields as a JSON-ready dictionary, None for NaN."""
-        return plain(asdict(self))
-
 
 @dataclass(frozen=True)
-class GrowingSets:
+class GrowingSets(Figures):
     """Curves of growing sets, by order.
 
     Attributes:
@@ -144,17 +134,6 @@ class GrowingSets:
     prediction: Mapping[str, SetPrediction]
     resampling: Resampling
 
-    def to_json(self) -> dict[str, Any]:
-        """Everything as a JSON-ready dictionary."""
-        return {
-            "kv": self.kv,
-            "scope": self.scope,
-            "rows": self.rows,
-            "curves": {name: [point.to_json() for point in curve] for name, curve in self.curves.items()},
-            "prediction": {name: prediction.to_json() for name, prediction in self.prediction.items()},
-            "resampling": asdict(self.resampling),
-        }
-
 
 def growing_plans(order: Order, layers: int, step: int = 1) -> list[Bool[Tensor, "layers modality"]]:
     """Plans (True runs) that skip the first 0, `step`, 2 `step`, ... units of an order, and at last all of it.
@@ -168,12 +147,7 @@ def growing_plans(order: Order, layers: int, step: int = 1) -> list[Bool[Tensor,
     """
     if step < 1:
         raise InputError(f"`step`: got {step}, expected how many units more each set skips, at least 1.")
-    plans = []
-    for size in [*range(0, len(order), step), len(order)]:
-        plan = torch.ones(layers * 2, dtype=torch.bool)
-        plan[order[:size]] = False
-        plans.append(plan.view(layers, 2))
-    return plans
+    return [plan_without(order[:size], layers) for size in [*range(0, len(order), step), len(order)]]
 
 
 def measure_growing(

@@ -8,30 +8,29 @@ of the layers more than the middle one? Every verdict is computed; the rule behi
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
 import torch
 from jaxtyping import Float
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
 from torch import Tensor
 
 from skipit.eval.measure.recorded import STRATA, Record
-from skipit.eval.statistics import USUAL, Interval, Resampling, or_none, row_interval
+from skipit.eval.statistics import USUAL, Figures, Floats, Interval, Resampling, row_interval
 from skipit.router import VISION, InputError
 from skipit.theory.modes import redundant_and_unattended, span_of
 from skipit.theory.profile import Profile
 from skipit.train.display import note
 
-Floats = NDArray[np.float64]
 Verdict = Literal["found", "not found"]
 ENTRY, EXIT, BOTH = "late entry", "early exit", "both"
 LEVEL = 0.05
 
 
 @dataclass(frozen=True)
-class Stretch:
+class Stretch(Figures):
     """The layers at one end of the decoder that a router skips without a gap.
 
     Attributes:
@@ -43,13 +42,9 @@ class Stretch:
     length: Interval
     p: float
 
-    def to_json(self) -> dict[str, Any]:
-        """The fields as a JSON-ready dictionary."""
-        return {"length": self.length.to_json(), "p": self.p}
-
 
 @dataclass(frozen=True)
-class Outer:
+class Outer(Figures):
     """How much more vision skips an outer third of the layers than the middle third.
 
     Attributes:
@@ -62,13 +57,9 @@ class Outer:
     p: float
     p_shift: float
 
-    def to_json(self) -> dict[str, Any]:
-        """The fields as a JSON-ready dictionary."""
-        return {"difference": self.difference.to_json(), "p": self.p, "p_shift": self.p_shift}
-
 
 @dataclass(frozen=True)
-class Pattern:
+class Pattern(Figures):
     """The pattern in a profile and in a router's skips.
 
     Attributes:
@@ -88,6 +79,8 @@ class Pattern:
         learned_exit: the skipped layers at the end.
         rows: with vision tokens; 0 where only rates by layer were given, and intervals are NaN.
     """
+
+    derived = ("theory", "learned", "outer")
 
     eps: float
     nu: float
@@ -126,19 +119,6 @@ class Pattern:
             name: _verdict(o.difference.value > 0 and not o.difference.low <= 0 and o.p <= LEVEL)
             for name, o in (("first third", self.early), ("last third", self.late))
         }
-
-    def to_json(self) -> dict[str, Any]:
-        """Everything as a JSON-ready dictionary, verdicts included, None for NaN."""
-        plain = {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
-        parts = {
-            "thirds": {name: third.to_json() for name, third in self.thirds.items()},
-            "early": self.early.to_json(),
-            "late": self.late.to_json(),
-            "learned_entry": self.learned_entry.to_json(),
-            "learned_exit": self.learned_exit.to_json(),
-        }
-        lists = {k: [or_none(v) for v in getattr(self, k)] for k in ("geometric", "attention", "rates")}
-        return {**plain, **lists, **parts, "theory": self.theory, "learned": self.learned, "outer": self.outer}
 
 
 def row_skip_rates(records: Sequence[Record]) -> Float[Tensor, "rows layers"]:

@@ -6,9 +6,9 @@ than none. All sets save equally many FLOPs and are measured on the same rows, s
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from operator import itemgetter
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import torch
@@ -16,11 +16,12 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from skipit.eval.measure.controlled import RowEffects, row_effects
-from skipit.eval.statistics import USUAL, Floats, Interval, Resampling, or_none, row_interval, spearman
+from skipit.eval.statistics import USUAL, Figures, Floats, Interval, Resampling, row_interval, spearman
 from skipit.router import VISION
 from skipit.router.config import KVPolicy
 from skipit.theory.cost import CostModel
 
+from .prediction import plan_without
 from .quadrants import QUADRANTS, equal_sets, split_quadrants
 
 Verdict = Literal["found", "not found", "undecided"]
@@ -29,7 +30,7 @@ BETTER = {"accuracy": 1, "kl": -1}  # the sign of an improvement
 
 
 @dataclass(frozen=True)
-class Quadrant:
+class Quadrant(Figures):
     """What skipping sets of one quadrant does, averaged over its sets.
 
     Attributes:
@@ -46,15 +47,9 @@ class Quadrant:
     accuracy: Interval
     kl: Interval
 
-    def to_json(self) -> dict[str, Any]:
-        """The fields as a JSON-ready dictionary, None for NaN."""
-        plain = {"layers": list(self.layers), "sets": [list(chosen) for chosen in self.sets]}
-        figures = {"accuracy": self.accuracy.to_json(), "kl": self.kl.to_json()}
-        return {**plain, "compute": or_none(self.compute), **figures}
-
 
 @dataclass(frozen=True)
-class Quadrants:
+class Quadrants(Figures):
     """The experiment for one notion of redundancy.
 
     Effects are differences of accuracy and of KL (by those names), with paired bootstrap intervals over rows. They do
@@ -78,6 +73,8 @@ class Quadrants:
         resampling: how the uncertainty was estimated.
     """
 
+    derived = ("conditions",)
+
     notion: str
     kv: KVPolicy
     rows: int
@@ -99,26 +96,6 @@ class Quadrants:
         return {
             name: {figure: _verdict(effect[figure], better) for figure, better in BETTER.items()}
             for name, effect in effects.items()
-        }
-
-    def to_json(self) -> dict[str, Any]:
-        """Everything as a JSON-ready dictionary, None for NaN."""
-        effects = {
-            name: {figure: interval.to_json() for figure, interval in getattr(self, name).items()}
-            for name in ("redundancy_effect", "attention_effect", "interaction", "margin")
-        }
-        return {
-            "notion": self.notion,
-            "kv": self.kv,
-            "rows": self.rows,
-            "dense": self.dense.to_json(),
-            "correlation": or_none(self.correlation),
-            "cells": {name: cell.to_json() for name, cell in self.cells.items()},
-            **effects,
-            "verdict": dict(self.verdict),
-            "conditions": self.conditions,
-            "note": self.note,
-            "resampling": asdict(self.resampling),
         }
 
 
@@ -157,7 +134,7 @@ def measure_quadrants(
     quadrants = {notion: split_quadrants(table, attention) for notion, table in redundancy.items()}
     sets = {notion: equal_sets(cells, cost, draws, seed) for notion, cells in quadrants.items()}
     chosen = dict.fromkeys(s for cells in sets.values() for several in cells.values() for s in several)
-    plans = [_without(layers, len(attention)) for layers in [(), *chosen]]
+    plans = [plan_without([2 * layer + VISION for layer in layers], len(attention)) for layers in [(), *chosen]]
     everything, *measured = row_effects(model, batches, plans, kv, costs=costs, progress=progress)
     effects = dict(zip(chosen, measured, strict=True))
     return {
@@ -265,9 +242,3 @@ def _note(
     if len(unhurt) > 1:
         notes.append(f"On these rows no loss of accuracy is shown for {'; '.join(unhurt)}: it cannot rank them.")
     return " ".join(notes)
-
-
-def _without(layers: Sequence[int], number: int) -> Tensor:
-    plan = torch.ones(number, 2, dtype=torch.bool)
-    plan[list(layers), VISION] = False
-    return plan

@@ -2,21 +2,20 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from skipit.eval.measure.controlled import one_unit_skipped, row_effects
-from skipit.eval.statistics import or_none, plain
+from skipit.eval.statistics import Figures
 from skipit.router.config import KVPolicy
 
 from .prediction import RankCorrelation, by_scope
 
 
 @dataclass(frozen=True)
-class UnitEffects:
+class UnitEffects(Figures):
     """What skipping each unit alone does, beside what the theory predicted.
 
     Attributes:
@@ -36,16 +35,6 @@ class UnitEffects:
     measured: Float[Tensor, "layers modality"]
     accuracy: Float[Tensor, "layers modality"]
     correlation: Mapping[str, RankCorrelation]
-
-    def to_json(self) -> dict[str, Any]:
-        """Everything as a JSON-ready dictionary, None for NaN."""
-        tables = {
-            name: [[or_none(value) for value in row] for row in getattr(self, name).tolist()]
-            for name in ("predicted", "measured", "accuracy")
-        }
-        correlation = {scope: plain(rank.to_json()) for scope, rank in self.correlation.items()}
-        numbers = {"kv": self.kv, "rows": self.rows, "dense_accuracy": self.dense_accuracy}
-        return {**numbers, **tables, "correlation": correlation}
 
 
 def measure_units(

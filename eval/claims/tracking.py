@@ -8,14 +8,14 @@ units, a permutation p-value, and a second p-value (`p_shift`, ours) that keeps 
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy.stats import permutation_test, rankdata
 
-from skipit.eval.statistics import ROUNDING, USUAL, Floats, Resampling, bootstrap, correlation, plain
+from skipit.eval.statistics import ROUNDING, USUAL, Figures, Floats, Interval, Resampling, bootstrap, correlation
 from skipit.router import MODALITIES
 
 Scope = Literal["text", "vision", "all"]
@@ -33,13 +33,10 @@ Statistic = Callable[[Orders], Floats]
 
 
 @dataclass(frozen=True)
-class Estimate:
-    """A number over units, its uncertainty, and what chance would give.
+class Estimate(Interval):
+    """A number over units, its bootstrap interval over them, and what chance would give; NaN if there is a `reason`.
 
     Attributes:
-        value: The estimate; NaN if there is a `reason`.
-        low: Lower end of the bootstrap (percentile) interval over units.
-        high: Upper end of it.
         chance: The mean over random orders of the units: about 0 for a correlation, 0.5 for an AUROC.
         p: Two-sided p-value under random orders of the units. It takes neighbouring layers for independent: on smooth
             unrelated profiles it falls below 0.05 in up to half of all cases, so read `p_shift` beside it.
@@ -50,9 +47,6 @@ class Estimate:
         reason: Why there is no value; empty if there is one.
     """
 
-    value: float
-    low: float
-    high: float
     chance: float
     p: float
     p_exact: bool
@@ -60,13 +54,9 @@ class Estimate:
     units: int
     reason: str = ""
 
-    def to_json(self) -> dict[str, Any]:
-        """The fields as a JSON-ready dictionary, None for NaN."""
-        return plain(asdict(self))
-
 
 @dataclass(frozen=True)
-class TableTracking:
+class TableTracking(Figures):
     """How the learned skip rates of one scope follow one table.
 
     Attributes:
@@ -80,14 +70,9 @@ class TableTracking:
     given: Mapping[str, Estimate]
     overlap: Estimate
 
-    def to_json(self) -> dict[str, Any]:
-        """The estimates as a JSON-ready dictionary."""
-        given = {name: estimate.to_json() for name, estimate in self.given.items()}
-        return {"spearman": self.spearman.to_json(), "given": given, "overlap": self.overlap.to_json()}
-
 
 @dataclass(frozen=True)
-class Tracking:
+class Tracking(Figures):
     """How learned skip rates follow the theory, by table and scope ("text", "vision", "all").
 
     Attributes:
@@ -99,17 +84,6 @@ class Tracking:
     tables: Mapping[str, Mapping[str, TableTracking]]
     theory_set: Mapping[str, Estimate]
     resampling: Resampling
-
-    def to_json(self) -> dict[str, Any]:
-        """Everything as a JSON-ready dictionary."""
-        return {
-            "tables": {
-                name: {scope: tracking.to_json() for scope, tracking in scopes.items()}
-                for name, scopes in self.tables.items()
-            },
-            "theory_set": {scope: estimate.to_json() for scope, estimate in self.theory_set.items()},
-            "resampling": asdict(self.resampling),
-        }
 
 
 def track(

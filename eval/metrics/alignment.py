@@ -1,12 +1,21 @@
 """How far single decisions to skip agree with the set of units that the theory would skip."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from .compute import SkipCounts, skip_counts
+from .compute import SkipRate, skip_counts
+
+# Of skipped and all tokens in the set, and of both outside it: sums or means of them, along the last axis.
+FIGURES: dict[str, Callable[[Any], Any]] = {
+    "inside": lambda sums: sums[..., 0] / sums[..., 1],
+    "outside": lambda sums: sums[..., 2] / sums[..., 3],
+    "balanced": lambda sums: (sums[..., 0] / sums[..., 1] + 1 - sums[..., 2] / sums[..., 3]) / 2,
+    "agreement": lambda sums: (sums[..., 0] + sums[..., 3] - sums[..., 2]) / (sums[..., 1] + sums[..., 3]),
+}
 
 
 def alignment_of_counts(
@@ -56,11 +65,8 @@ def alignment_of_counts(
             "0. Leave it out to count every decision alike."
         )
     weights, chosen = weights.to(total.device), theory_set.to(total.device)
-    skips, all_of_them = skipped * weights, total * weights
-    inside = skips[chosen].sum() / all_of_them[chosen].sum()
-    outside = skips[~chosen].sum() / all_of_them[~chosen].sum()
-    agreeing = torch.where(chosen, skips, all_of_them - skips).sum() / all_of_them.sum()
-    return {"inside": inside, "outside": outside, "balanced": (inside + 1 - outside) / 2, "agreement": agreeing}
+    sums = torch.stack([(n * weights)[where].sum() for where in (chosen, ~chosen) for n in (skipped, total)])
+    return {name: figure(sums) for name, figure in FIGURES.items()}
 
 
 def skip_alignment(
@@ -92,7 +98,7 @@ def skip_alignment(
     return alignment_of_counts(*skip_counts(run, modality, real), theory_set, weight)
 
 
-class SkipAlignment(SkipCounts):
+class SkipAlignment(SkipRate):
     """How far decisions agree with the theory's skip set; see `alignment_of_counts`.
 
     Args:
@@ -112,9 +118,9 @@ class SkipAlignment(SkipCounts):
     ) -> None:
         super().__init__(len(theory_set), **kwargs)
         # Raises on tables that mean nothing: at once, not after a long run.
-        alignment_of_counts(self.skipped, self.total, theory_set, weight)
+        alignment_of_counts(self.part.long(), self.whole.long(), theory_set, weight)
         self.theory_set, self.weight = theory_set, weight
 
     def compute(self) -> dict[str, Tensor]:
         """The "inside", "outside", "balanced" and "agreement", float64, NaN where there are no tokens."""
-        return alignment_of_counts(self.skipped, self.total, self.theory_set, self.weight)
+        return alignment_of_counts(self.part.long(), self.whole.long(), self.theory_set, self.weight)

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from torchmetrics import Metric
+
+from .ratio import Ratio
 
 Normalizer = Callable[[str], str]
 
@@ -34,29 +35,14 @@ def check_paired(**lists: Sequence[object]) -> None:
         )
 
 
-class MeanScore(Metric):
+class MeanScore(Ratio):
     """The mean of per-answer scores over all updates and ranks; NaN before the first answer."""
 
-    is_differentiable = False
     higher_is_better = True
-    full_state_update = False
-
-    score_sum: Tensor
-    answers: Tensor
-
-    def __init__(self, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
-        self.add_state("score_sum", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
-        self.add_state("answers", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
 
     def add(self, scores: Float[Tensor, " answers"]) -> None:
         """Add the scores of some answers."""
-        self.score_sum += scores.sum().to(self.score_sum.device)
-        self.answers += len(scores)
-
-    def compute(self) -> Float[Tensor, ""]:
-        """The mean score so far: float64, in [0, 1], NaN for no answers."""
-        return self.score_sum / self.answers
+        self.count(scores.sum(), len(scores))
 
 
 def normalize_answer(text: str) -> str:
@@ -221,7 +207,7 @@ def exact_match_by_group(
     return mean_by_group(exact_match_scores(predictions, references), groups)
 
 
-class ExactMatchByGroup(Metric):
+class ExactMatchByGroup(Ratio):
     """The share of answers that equal their reference in each group, such as the kind of question.
 
     Args:
@@ -235,18 +221,11 @@ class ExactMatchByGroup(Metric):
         {'cell': 1.0, 'count': 0.5}
     """
 
-    is_differentiable = False
     higher_is_better = True
-    full_state_update = False
-
-    correct: Tensor
-    answers: Tensor
 
     def __init__(self, groups: Sequence[str], **kwargs: Any) -> None:
-        super().__init__(**kwargs)
+        super().__init__([len(groups)], **kwargs)
         self.groups = tuple(groups)
-        self.add_state("correct", torch.zeros(len(self.groups), dtype=torch.float64), dist_reduce_fx="sum")
-        self.add_state("answers", torch.zeros(len(self.groups), dtype=torch.int64), dist_reduce_fx="sum")
 
     def update(self, predictions: Sequence[str], references: Sequence[str], groups: Sequence[str]) -> None:
         """Add answers, their references and the group of each.
@@ -262,9 +241,8 @@ class ExactMatchByGroup(Metric):
                 f"one of {list(self.groups)} per answer. Declare every group in ExactMatchByGroup(groups)."
             )
         index = torch.tensor([self.groups.index(group) for group in groups], dtype=torch.int64)
-        self.correct += torch.bincount(index, scores, len(self.groups)).to(self.correct.device)
-        self.answers += torch.bincount(index, minlength=len(self.groups)).to(self.answers.device)
+        self.count(torch.bincount(index, scores, len(self.groups)), torch.bincount(index, minlength=len(self.groups)))
 
     def compute(self) -> dict[str, Tensor]:
         """The share of each group: float64, in [0, 1], NaN for a group without answers."""
-        return dict(zip(self.groups, self.correct / self.answers, strict=True))
+        return dict(zip(self.groups, super().compute(), strict=True))

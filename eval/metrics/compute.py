@@ -5,9 +5,10 @@ from typing import Any
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
-from torchmetrics import Metric
 
 from skipit.router import MODALITIES
+
+from .ratio import Ratio
 
 
 def skip_counts(
@@ -48,19 +49,22 @@ def skip_counts(
     return skipped, total
 
 
-class SkipCounts(Metric):
-    """Skipped and all real tokens of each (layer, modality), over all updates and ranks."""
+class SkipRate(Ratio):
+    """The share of real tokens that skipped each (layer, modality); see `skip_rate`.
 
-    is_differentiable = False
-    full_state_update = False
+    Args:
+        layers: Number of decoder layers.
+        kwargs: Options of `torchmetrics.Metric`.
 
-    skipped: Tensor
-    total: Tensor
+    Example:
+        >>> metric = SkipRate(layers=1)
+        >>> metric.update(torch.tensor([[[True, False]]]), torch.tensor([[0, 1]]), torch.tensor([[True, True]]))
+        >>> metric.compute().tolist()
+        [[0.0, 1.0]]
+    """
 
     def __init__(self, layers: int, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
-        self.add_state("skipped", torch.zeros(layers, 2, dtype=torch.int64), dist_reduce_fx="sum")
-        self.add_state("total", torch.zeros(layers, 2, dtype=torch.int64), dist_reduce_fx="sum")
+        super().__init__([layers, len(MODALITIES)], **kwargs)
 
     def update(
         self, run: Bool[Tensor, "layers batch seq"], modality: Int[Tensor, "batch seq"], real: Bool[Tensor, "batch seq"]
@@ -70,14 +74,12 @@ class SkipCounts(Metric):
         Raises:
             ValueError: If `run` has another number of layers, or the shapes do not fit each other.
         """
-        if len(run) != len(self.skipped):
+        if len(run) != len(self.whole):
             raise ValueError(
-                f"`run` has {len(run)} layers, expected {len(self.skipped)}. "
+                f"`run` has {len(run)} layers, expected {len(self.whole)}. "
                 f"Make a {type(self).__name__} for the {len(run)} layers of this model."
             )
-        skipped, total = skip_counts(run, modality, real)
-        self.skipped += skipped.to(self.skipped.device)
-        self.total += total.to(self.total.device)
+        self.count(*skip_counts(run, modality, real))
 
 
 def skip_rate(
@@ -100,25 +102,6 @@ def skip_rate(
     """
     skipped, total = skip_counts(run, modality, real)
     return skipped.double() / total.double()
-
-
-class SkipRate(SkipCounts):
-    """The share of real tokens that skipped each (layer, modality); see `skip_rate`.
-
-    Args:
-        layers: Number of decoder layers.
-        kwargs: Options of `torchmetrics.Metric`.
-
-    Example:
-        >>> metric = SkipRate(layers=1)
-        >>> metric.update(torch.tensor([[[True, False]]]), torch.tensor([[0, 1]]), torch.tensor([[True, True]]))
-        >>> metric.compute().tolist()
-        [[0.0, 1.0]]
-    """
-
-    def compute(self) -> Float[Tensor, "layers 2"]:
-        """Rates of shape [layers, 2] in [0, 1], float64; NaN where a unit has no tokens."""
-        return self.skipped.double() / self.total.double()
 
 
 def compute_share(executed: float, dense: float) -> float:
@@ -146,7 +129,7 @@ def compute_share(executed: float, dense: float) -> float:
     return executed / dense
 
 
-class ComputeShare(Metric):
+class ComputeShare(Ratio):
     """FLOPs executed as a share of the dense model's, over all updates; see `compute_share`.
 
     Example:
@@ -157,28 +140,12 @@ class ComputeShare(Metric):
         0.25
     """
 
-    is_differentiable = False
     higher_is_better = False
-    full_state_update = False
-
-    executed: Tensor
-    dense: Tensor
-
-    def __init__(self, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
-        # float64, because FLOPs of a long run overflow int64 and float32 stops adding single batches.
-        self.add_state("executed", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
-        self.add_state("dense", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
 
     def update(self, executed: float, dense: float) -> None:
         """Add the FLOPs executed on some inputs and those of the dense model on the same inputs."""
         compute_share(executed, dense)  # raises on numbers that mean nothing
-        self.executed += executed
-        self.dense += dense
-
-    def compute(self) -> Float[Tensor, ""]:
-        """The share, usually in [0, 1], float64; NaN before the first update."""
-        return self.executed / self.dense
+        self.count(executed, dense)
 
 
 def speed_up(t_dense: float, t: float) -> float:

@@ -2,25 +2,19 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 
 import numpy as np
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator, PercentFormatter
+from matplotlib.ticker import MaxNLocator
 from numpy.typing import ArrayLike
 
 from skipit.router import MODALITIES
 
-from .style import COLOURS, MARKERS, plain, save
+from .style import COLOURS, in_percent, line_style, plain, saved
 
 Point = tuple[str, float, float, float]
 Interval = tuple[str, str, float, float, float]
 Curve = Sequence[tuple[float, float, float]]
-
-
-def plot_pareto(path: str | Path, points: Sequence[Point], error: str = "standard error") -> None:
-    """Save the figure of `draw_pareto` as `path`, PNG or SVG."""
-    save(draw_pareto(points, error), path)
 
 
 def draw_pareto(points: Sequence[Point], error: str = "standard error") -> Figure:
@@ -70,8 +64,7 @@ def draw_pareto(points: Sequence[Point], error: str = "standard error") -> Figur
             shares,
             accuracies,
             yerr=np.array(errors, dtype=np.float64),
-            color=COLOURS[index % len(COLOURS)],
-            marker=MARKERS[index % len(MARKERS)],
+            **line_style(index),
             linestyle="-" if index < len(COLOURS) else "--",
             markersize=5,
             linewidth=1.2,
@@ -80,8 +73,7 @@ def draw_pareto(points: Sequence[Point], error: str = "standard error") -> Figur
             label=name,
             zorder=3,
         )
-    for axis in (axes.xaxis, axes.yaxis):
-        axis.set_major_formatter(PercentFormatter(1.0, symbol=""))
+    in_percent(axes.xaxis, axes.yaxis)
     axes.set_xlim(left=0)
     axes.set_xlabel("decoder FLOPs executed (% of dense)", fontsize=9)
     axes.set_ylabel("held-out accuracy (%)", fontsize=9)
@@ -89,6 +81,9 @@ def draw_pareto(points: Sequence[Point], error: str = "standard error") -> Figur
     plain(axes)
     figure.legend(loc="outside right upper", fontsize=8, frameon=False)
     return figure
+
+
+plot_pareto = saved(draw_pareto)
 
 
 def _frontier(points: Sequence[Point]) -> tuple[list[float], list[float]]:
@@ -129,13 +124,12 @@ def draw_intervals(rows: Sequence[Interval], title: str, label: str, reference: 
     figure = Figure(figsize=(5.4, 1.1 + len(names) * max(0.24, 0.14 * len(groups) + 0.1)), layout="constrained")
     axes = figure.subplots()
     for index, group in enumerate(groups):
+        style = line_style(index)
         for name, _, value, low, high in (row for row in rows if row[1] == group):
             place = names.index(name) + (index - (len(groups) - 1) / 2) * step
-            axes.plot([low, high], [place, place], color=COLOURS[index % len(COLOURS)], linewidth=1.4)
-            axes.plot(
-                [value], [place], MARKERS[index % len(MARKERS)], color=COLOURS[index % len(COLOURS)], markersize=5
-            )
-        axes.plot([], [], MARKERS[index % len(MARKERS)] + "-", color=COLOURS[index % len(COLOURS)], label=group)
+            axes.plot([low, high], [place, place], color=style["color"], linewidth=1.4)
+            axes.plot([value], [place], linestyle="", markersize=5, **style)
+        axes.plot([], [], label=group, **style)
     if reference is not None:
         axes.axvline(reference, color="#777777", linewidth=1, linestyle="--", zorder=1)
     axes.set_yticks(range(len(names)), [str(name) for name in names])
@@ -167,13 +161,12 @@ def draw_skip_rates(rates: Mapping[str, ArrayLike]) -> Figure:
     for axes, modality in zip(panels, ("vision", "text"), strict=True):
         for index, (name, table) in enumerate(rates.items()):
             column = np.asarray(table, dtype=np.float64)[:, MODALITIES.index(modality)]
-            style = {"color": COLOURS[index % len(COLOURS)], "marker": MARKERS[index % len(MARKERS)]}
-            axes.plot(np.arange(len(column)), column, markersize=4, linewidth=1.2, label=name, **style)
+            axes.plot(np.arange(len(column)), column, markersize=4, linewidth=1.2, label=name, **line_style(index))
         axes.axhline(0.5, color="#777777", linewidth=1, linestyle="--", zorder=1)
         axes.set_title(f"{modality} tokens", fontsize=9)
         axes.set_ylabel("that skip (%)", fontsize=9)
         axes.set_ylim(-0.04, 1.04)
-        axes.yaxis.set_major_formatter(PercentFormatter(1.0, symbol=""))
+        in_percent(axes.yaxis)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         plain(axes)
     panels[-1].set_xlabel("decoder layer", fontsize=9)
@@ -201,16 +194,14 @@ def draw_growing_sets(curves: Mapping[str, Curve], point: tuple[str, float, floa
     above, below = figure.subplots(2, 1, sharex=True)
     for index, (name, curve) in enumerate(curves.items()):
         shares, accuracies, divergences = zip(*sorted(curve), strict=True)
-        style = {"color": COLOURS[index % len(COLOURS)], "marker": MARKERS[index % len(MARKERS)], "markersize": 4}
-        above.plot(shares, accuracies, linewidth=1.2, label=name, **style)
-        below.plot(shares, divergences, linewidth=1.2, **style)
+        above.plot(shares, accuracies, markersize=4, linewidth=1.2, label=name, **line_style(index))
+        below.plot(shares, divergences, markersize=4, linewidth=1.2, **line_style(index))
     if point is not None:
         above.plot([point[1]], [point[2]], "*", color="black", markersize=11, label=point[0], zorder=4)
-    above.yaxis.set_major_formatter(PercentFormatter(1.0, symbol=""))
+    in_percent(above.yaxis, below.xaxis)
     above.set_ylabel("accuracy (%)", fontsize=9)
     below.set_ylabel("KL from all layers\n(nats per answer token)", fontsize=9)
     below.set_xlabel("decoder FLOPs executed (% of dense)", fontsize=9)
-    below.xaxis.set_major_formatter(PercentFormatter(1.0, symbol=""))
     for axes in (above, below):
         plain(axes)
     figure.legend(*above.get_legend_handles_labels(), loc="outside lower center", ncols=2, fontsize=8, frameon=False)

@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -14,25 +13,12 @@ from matplotlib.ticker import MaxNLocator
 from numpy.typing import ArrayLike, NDArray
 from PIL.Image import Image
 
-from .style import VALUES, hatch, ink, save
+from .style import VALUES, hatch, ink, saved
 
 MOST_PATCHES_WITH_LINES = 16
 CHARACTERS_PER_LINE = 92
 
 Floats = NDArray[np.float64]
-
-
-def plot_depth_map(
-    path: str | Path,
-    image: Image,
-    vision_depth: ArrayLike,
-    tokens: Sequence[str],
-    token_depth: Sequence[float],
-    layers: int,
-    title: str,
-) -> None:
-    """Save the figure of `draw_depth_map` as `path`, PNG or SVG."""
-    save(draw_depth_map(image, vision_depth, tokens, token_depth, layers, title), path)
 
 
 def draw_depth_map(
@@ -91,6 +77,9 @@ def draw_depth_map(
     bar.set_label("layers executed", fontsize=8)
     figure.suptitle(title, fontsize=10, parse_math=False)
     return figure
+
+
+plot_depth_map = saved(draw_depth_map)
 
 
 def _check_depths(patches: Floats, tokens: Sequence[str], words: Floats, layers: int) -> None:

@@ -1,18 +1,24 @@
 """What all figures share: colours that colour-blind readers can tell apart, plain axes, and how they are written."""
 
 import io
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any, Concatenate, ParamSpec
 
 from matplotlib import colormaps, rc_context
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
+from matplotlib.ticker import PercentFormatter
 
 # Okabe and Ito 2008 without yellow, which is hard to see on white.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 MARKERS = "osD^vP*X<>h"
 MODALITY_COLOURS = {"text": "#0072B2", "vision": "#D55E00"}
 VALUES = colormaps["viridis"]
+
+P = ParamSpec("P")
 
 
 def save(figure: Figure, path: str | Path) -> None:
@@ -23,6 +29,16 @@ def save(figure: Figure, path: str | Path) -> None:
     # A date or random ids in the file would make equal figures differ.
     with rc_context({"svg.hashsalt": "skipit"}):
         figure.savefig(path, dpi=200, metadata={"Date": None} if kind == ".svg" else None)
+
+
+def saved(draw: Callable[P, Figure]) -> Callable[Concatenate[str | Path, P], None]:
+    """The function that saves what `draw` draws: a path that ends in .png or .svg, then the same arguments."""
+
+    def plot(path: str | Path, *args: P.args, **kwargs: P.kwargs) -> None:
+        save(draw(*args, **kwargs), path)
+
+    plot.__doc__ = f"Save the figure of `{draw.__name__}` as `path`, PNG or SVG."
+    return plot
 
 
 def as_svg(figure: Figure) -> bytes:
@@ -38,6 +54,17 @@ def hatch(axes: Axes, left: float, top: float, wide: float, high: float) -> None
     axes.add_patch(
         Rectangle((left, top), wide, high, facecolor="#E6E6E6", edgecolor="#9A9A9A", hatch="////", linewidth=0)
     )
+
+
+def line_style(index: int) -> dict[str, Any]:
+    """Colour and marker of a line or group, by its place among them."""
+    return {"color": COLOURS[index % len(COLOURS)], "marker": MARKERS[index % len(MARKERS)]}
+
+
+def in_percent(*axes: Axis) -> None:
+    """Label shares as percent."""
+    for axis in axes:
+        axis.set_major_formatter(PercentFormatter(1.0, symbol=""))
 
 
 def ink(colour: tuple[float, float, float, float]) -> str:

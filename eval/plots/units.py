@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Mapping
-from pathlib import Path
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -15,18 +14,11 @@ from numpy.typing import ArrayLike, NDArray
 from skipit.eval.statistics import spearman
 from skipit.router import MODALITIES
 
-from .style import MARKERS, MODALITY_COLOURS, VALUES, hatch, ink, plain, save
+from .style import MARKERS, MODALITY_COLOURS, VALUES, hatch, ink, plain, saved
 
 MOST_LAYERS_WITH_NUMBERS = 32
 
 Floats = NDArray[np.float64]
-
-
-def plot_layer_modality_heatmaps(
-    path: str | Path, tables: Mapping[str, ArrayLike], ranges: Mapping[str, tuple[float, float]] | None = None
-) -> None:
-    """Save the figure of `draw_layer_modality_heatmaps` as `path`, PNG or SVG."""
-    save(draw_layer_modality_heatmaps(tables, ranges), path)
 
 
 def draw_layer_modality_heatmaps(
@@ -77,11 +69,7 @@ def draw_layer_modality_heatmaps(
     return figure
 
 
-def plot_scatter(
-    path: str | Path, predicted: ArrayLike, measured: ArrayLike, labels: tuple[str, str], diagonal: bool = False
-) -> None:
-    """Save the figure of `draw_scatter` as `path`, PNG or SVG."""
-    save(draw_scatter(predicted, measured, labels, diagonal), path)
+plot_layer_modality_heatmaps = saved(draw_layer_modality_heatmaps)
 
 
 def draw_scatter(predicted: ArrayLike, measured: ArrayLike, labels: tuple[str, str], diagonal: bool = False) -> Figure:
@@ -134,6 +122,9 @@ def draw_scatter(predicted: ArrayLike, measured: ArrayLike, labels: tuple[str, s
     axes.legend(fontsize=8, frameon=False)
     plain(axes)
     return figure
+
+
+plot_scatter = saved(draw_scatter)
 
 
 def _norm(array: Floats, ends: tuple[float, float] | None) -> Normalize:

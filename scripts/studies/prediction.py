@@ -9,16 +9,14 @@ from functools import partial
 from typing import Any
 
 import torch
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from skipit.eval.claims.prediction import (
     SCOPES,
     RankCorrelation,
     by_scope,
-    growing_sets,
-    layer_contribution,
-    predictors,
-    random_sets,
+    plan_without,
     rank_correlation,
     set_damages,
 )
@@ -26,13 +24,16 @@ from skipit.eval.measure.controlled import Effect, effects, one_unit_skipped, sk
 from skipit.eval.plots import plot_scatter
 from skipit.router.config import KVPolicy
 from skipit.router.folders import provenance, save_json
-from skipit.theory.profile import profile
+from skipit.theory.profile import Profile, profile
+from skipit.theory.redundancy import prox
 
+from .contribution import layer_contribution
 from .study import Study, command
 
 KINDS: tuple[KVPolicy, ...] = ("retain", "evict")
 LC_ROWS = 40  # as many as ShortV uses
 BATCH = 32
+DISTANCES = (0.001, 0.01, 0.1)
 
 
 @dataclass(frozen=True)
@@ -98,6 +99,44 @@ def bench(study: Prediction) -> dict[str, Any]:
             labels = ("predicted damage (nats per answer token)", f"KL of skipping, {kv} (nats per answer token)")
             plot_scatter(study.out / f"damage_{kv}.png", tables["damage"], truth["new rows"], labels, diagonal=True)
     return results
+
+
+def predictors(profile: Profile, kv: KVPolicy) -> dict[str, Float[Tensor, "layers modality"]]:
+    """What a profile says about skipping each unit, small where redundant.
+
+    Args:
+        profile: of the model.
+        kv: policy of the skips to predict; only the damage knows it.
+
+    Returns:
+        `damage`, `geometric`, `relative update`, `proximal t` at a few t, `block influence` (ShortGPT: the geometric
+        redundancy of all tokens together, hence equal for both modalities) and `VAR` (of vision units).
+    """
+    attention = profile.var_text.double()
+    return {
+        "damage": profile.damage[kv].unit.double(),
+        "geometric": profile.geometric.double(),
+        "relative update": profile.update.double(),
+        **{f"proximal {t:g}": prox(profile.histogram, t) for t in DISTANCES},
+        "block influence": profile.block_influence[:, None].expand(-1, 2),
+        "VAR": torch.stack([torch.full_like(attention, torch.nan), attention], dim=-1),
+    }
+
+
+def growing_sets(damage: Float[Tensor, "layers modality"]) -> list[Bool[Tensor, "layers modality"]]:
+    """Plans (True runs) that skip the unit of least damage, the two of least damage, and so on up to all."""
+    order = damage.flatten().nan_to_num(torch.inf).argsort().tolist()
+    return [plan_without(order[: size + 1], len(damage)) for size in range(int(damage.isfinite().sum()))]
+
+
+def random_sets(
+    damage: Float[Tensor, "layers modality"], size: int, number: int, seed: int = 0
+) -> list[Bool[Tensor, "layers modality"]]:
+    """Plans (True runs) that skip `size` units drawn at random, such as pairs."""
+    generator = torch.Generator().manual_seed(seed)
+    units = damage.flatten().isfinite().nonzero()[:, 0]
+    drawn = [units[torch.randperm(len(units), generator=generator)[:size]].tolist() for _ in range(number)]
+    return [plan_without(chosen, len(damage)) for chosen in drawn]
 
 
 def _sets(damage: Tensor, kv: str, study: Prediction, skip: Callable[[list[Tensor]], list[Effect]]) -> dict[str, Any]:

@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from skipit.eval.claims.prediction import layer_contribution
 from skipit.router import MODALITIES, Gated, Step, attach, set_gates
 from skipit.router.config import KVPolicy, Unit
 from skipit.theory.calibrate import calibrate
@@ -18,6 +17,7 @@ from skipit.theory.cost import CostModel
 from skipit.theory.plan import make_plan
 from skipit.train.data.sources import load_model
 from studies.answers import Options, always, answers
+from studies.contribution import layer_contribution
 from studies.study import Study
 
 from .choices import (
