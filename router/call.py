@@ -21,6 +21,7 @@ from .modality import MODALITIES
 
 Mode = Literal["masked", "gathered", "dense"]
 KWARG = "skipit_call"
+DENSE: Mode = "dense"  # what stands in the place of a `Call` where every layer runs for every token
 
 
 class Decision(NamedTuple):

@@ -5,7 +5,7 @@ transformers hands down to every decoder layer. What a caller wants for a stretc
 execution, a trace) is a context variable that the pre-hook reads: `with running(mode="masked"): ...`.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
@@ -15,8 +15,9 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor, nn
 
-from .cache import SkipCache
-from .call import KWARG, Call, Mode, Policy, Step, Trace
+from .attention import use_packed
+from .cache import SkipCache, check_complete, take_over
+from .call import DENSE, KWARG, Call, Mode, Policy, Step, Trace
 from .config import Granularity, KVPolicy, RouterConfig, Unit, check_choice
 from .errors import InputError
 from .modality import token_modality
@@ -68,8 +69,15 @@ def running(**options: Any) -> Iterator[None]:
 class Router:
     """The pre-hook of a gated model: turns the arguments of a forward call into a `Call` for its layers."""
 
-    def __init__(self, config: RouterConfig, num_layers: int, image_layers: frozenset[int] = frozenset()) -> None:
+    def __init__(
+        self,
+        config: RouterConfig,
+        num_layers: int,
+        image_layers: frozenset[int] = frozenset(),
+        attention_configs: Sequence[Any] = (),
+    ) -> None:
         self.config = config
+        self.attention_configs = attention_configs
         self.num_layers = num_layers
         self.image_layers = image_layers
 
@@ -77,8 +85,13 @@ class Router:
         """Add the call to `kwargs`; see `torch.nn.Module.register_forward_pre_hook`."""
         options = _running.get()
         mode = options.mode or ("masked" if model.training else "gathered")
-        if mode == "dense":
+        if KWARG in kwargs:  # the model around this one has had its router already
             return args, kwargs
+        for config in self.attention_configs:
+            use_packed(config)  # `set_attn_implementation` may have been called
+        if mode == "dense":
+            check_complete(kwargs.get("past_key_values"))
+            return args, {**kwargs, KWARG: DENSE}
         if mode == "gathered" and _wants_attention_weights(model, kwargs):
             mode = "masked"  # the weights of every token, which gathered execution does not compute
         if args:
@@ -117,9 +130,7 @@ class Router:
             if use_cache is None:
                 use_cache = model.config.get_text_config().use_cache  # type: ignore[union-attr, operator]
             return SkipCache(self.num_layers, self.image_layers) if use_cache else None
-        if isinstance(cache, SkipCache):
-            return cache
-        return SkipCache.from_dynamic(cache, self.num_layers, self.image_layers)
+        return take_over(cache, self.num_layers, self.image_layers)
 
     @staticmethod
     def _tokens(
