@@ -16,7 +16,6 @@ from .projections import unwrap_projections, wrap_projections
 from .running import Router
 from .subclass import mix_in, take_out
 
-
 GATE = "layer_gate"  # a layer's gate among its submodules
 
 

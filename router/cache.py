@@ -237,8 +237,8 @@ def check_complete(cache: Any) -> None:
     """
     if isinstance(cache, SkipCache) and any(layer.index is not None for layer in cache.layers):
         raise UnsupportedModelError(
-            "`past_key_values`: a gated run with kv='evict' has left keys out of this cache, and a dense run needs them "
-            "all. Start from an empty cache."
+            "`past_key_values`: a gated run with kv='evict' has left keys out of this cache, and a dense run "
+            "needs them all. Start from an empty cache."
         )
 
 

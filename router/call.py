@@ -6,6 +6,7 @@ threads and gradient checkpointing (which replays a layer with the same argument
 
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from itertools import pairwise
 from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
@@ -16,6 +17,7 @@ from torch import Tensor
 from .attention import Layout
 from .cache import SkipCache, SkipCacheLayer
 from .config import Granularity, KVPolicy, Unit
+from .errors import InputError
 from .gates import TokenGate
 from .modality import MODALITIES
 
@@ -119,6 +121,20 @@ class Trace:
 
     steps: list[Step] = field(default_factory=list)
 
+    def check_one_pass(self) -> None:
+        """Refuse steps that are not one prompt and the tokens after it, each of which was run once.
+
+        Raises:
+            InputError: says so.
+        """
+        for before, after in pairwise(self.steps):
+            if after.past != before.past + before.real.shape[1] or len(after.real) != len(before.real):
+                raise InputError(
+                    "a trace has one entry per token, but tokens were run more than once while generating: with beams, "
+                    "prompt lookup, an assistant, guidance, or `use_cache=False`. Leave that out, or read the steps of "
+                    "`running(trace=...)` one by one."
+                )
+
 
 @dataclass(frozen=True)
 class Call:
@@ -177,7 +193,7 @@ class Call:
         means, known = (logits[..., None] * chosen).sum(1) / count.clamp(min=1), count > 0
         if self.cache is not None:
             held = self.cache.layers[layer]
-            if held.decided is not None:
+            if held.decided is not None and self.past > 0:  # of earlier calls; gradient checkpointing replays this one
                 earlier = ~held.decided.isnan()
                 means, known = torch.where(earlier, held.decided, means), known | earlier
             held.decided = means.detach().masked_fill(~known, torch.nan)

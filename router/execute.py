@@ -101,8 +101,12 @@ def masked(forward: Forward, hidden: States, skipped: States, execution: Executi
     run, weight = decision.run, decision.straight_through()
     if call.kv == "retain" or execution.of_images or (weight is None and bool((run | ~call.real).all())):
         return _select(skipped, dense(forward, hidden, execution, kwargs), decision)
-    if weight is not None and store is None:
-        kwargs = {**kwargs, KEY_WEIGHT_KWARG: KeyWeights(kwargs.get("attention_mask"), weight)}
+    if weight is not None:
+        mask = kwargs.get("attention_mask")
+        if store is not None and store.seen:
+            mask = _mask_over(hidden, store, kwargs, call.past)
+            weight = torch.cat([(store.slots(len(run), run.device) >= 0).to(weight), weight], dim=1)
+        kwargs = {**kwargs, KEY_WEIGHT_KWARG: KeyWeights(mask, weight)}
     kwargs = {**kwargs, "attention_mask": _mask_over(hidden, store, kwargs, call.past, run)}
     if store is not None:
         kwargs["past_key_values"] = Marked(store, call.past, run)

@@ -5,10 +5,12 @@ transformers hands down to every decoder layer. What a caller wants for a stretc
 execution, a trace) is a context variable that the pre-hook reads: `with running(mode="masked"): ...`.
 """
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
+from functools import update_wrapper, wraps
 from typing import Any
 
 import torch
@@ -33,6 +35,7 @@ class _Running:
     unit: Unit | None = None
     granularity: Granularity | None = None
     prompt: Bool[Tensor, "batch seq"] | None = None
+    prompt_length: int | None = None  # which `generate` knows: tokens per row, padding counted
     trace: Trace | None = None
 
     def __post_init__(self) -> None:
@@ -41,7 +44,10 @@ class _Running:
                 check_choice(name, getattr(self, name), kind)
 
 
-_running: ContextVar[_Running] = ContextVar("skipit_running", default=_Running())  # noqa: B039 - frozen
+_NOTHING_SET = _Running()
+_running: ContextVar[_Running] = ContextVar("skipit_running", default=_NOTHING_SET)
+# Of every open `running` block, the threads that were there when it began.
+_open: dict[object, frozenset[threading.Thread]] = {}
 
 
 @contextmanager
@@ -55,15 +61,71 @@ def running(**options: Any) -> Iterator[None]:
             part of the input, as in training, the tokens that may decide for their row), `trace` (a `Trace` that
             receives every step).
 
+    A thread does not see the options of the one that started it, unless `model.generate` was taken inside the block, as
+    in `Thread(target=model.generate)`; a thread that would run the default by mistake gets an error.
+
     Example:
         >>> with running(mode="dense"):
         ...     pass  # model.generate(...) runs every layer for every token
     """
-    token = _running.set(replace(_running.get(), **options))
+    block = object()
+    _open[block] = frozenset(threading.enumerate())
+    try:
+        with within(replace(_running.get(), **options)):
+            yield
+    finally:
+        del _open[block]
+
+
+@contextmanager
+def within(options: _Running) -> Iterator[None]:
+    """Have these options for a call of our own, which concerns no other thread."""
+    token = _running.set(options)
     try:
         yield
     finally:
         _running.reset(token)
+
+
+def current() -> _Running:
+    """The options that hold here.
+
+    Raises:
+        InputError: this thread was started inside a `running` block, whose options do not reach it.
+    """
+    options = _running.get()
+    if options is _NOTHING_SET and _open:
+        here = threading.current_thread()
+        if all(here not in there for there in tuple(_open.values())):
+            raise InputError(
+                "`running`: this thread was started inside a block of another thread, whose options do not reach it. "
+                "Open the block inside the thread (`running()` for the defaults), start it with "
+                "Thread(target=model.generate, ...), or pass `budget` to `generate`."
+            )
+    return options
+
+
+class OptionsOfAccess:
+    """A method that, called by another thread, has the options of where it was taken from its object."""
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        self.function = function
+        update_wrapper(self, function)
+
+    def __get__(self, instance: Any, owner: type | None = None) -> Callable[..., Any]:
+        """The bound method."""
+        method: Callable[..., Any] = self.function.__get__(instance, owner)
+        options, thread = _running.get(), threading.get_ident()
+        if instance is None or options is _NOTHING_SET:
+            return method
+
+        @wraps(method)
+        def call(*args: Any, **kwargs: Any) -> Any:
+            elsewhere = threading.get_ident() != thread and _running.get() is _NOTHING_SET
+            with within(options) if elsewhere else nullcontext():
+                return method(*args, **kwargs)
+
+        return call
 
 
 class Router:
@@ -83,7 +145,7 @@ class Router:
 
     def __call__(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         """Add the call to `kwargs`; see `torch.nn.Module.register_forward_pre_hook`."""
-        options = _running.get()
+        options = current()
         mode = options.mode or ("masked" if model.training else "gathered")
         if KWARG in kwargs:  # the model around this one has had its router already
             return args, kwargs
@@ -102,6 +164,7 @@ class Router:
         past = cache.get_seq_length() if cache is not None else 0
         modality, real, position = self._tokens(model, kwargs, past)
         kv, unit = options.kv or self.config.kv, options.unit or self.config.unit
+        granularity = options.granularity or self.config.granularity
         step = None
         if options.trace is not None:
             step = Step(modality, real, past, kv, unit, layers=self.num_layers)
@@ -110,11 +173,11 @@ class Router:
             policy=options.policy or Gated(self.config.threshold_at(options.budget)),
             kv=kv,
             unit=unit,
-            granularity=options.granularity or self.config.granularity,
+            granularity=granularity,
             mode=mode,
             modality=modality,
             real=real,
-            prompt=real if options.prompt is None else real & options.prompt.to(real.device),
+            prompt=_deciding(real, past, options) if granularity == "sequence" else real,
             position=position,
             past=past,
             tokens=int(real.sum()),
@@ -152,6 +215,24 @@ class Router:
             real = torch.ones(batch, length, dtype=torch.bool, device=modality.device)
             position = torch.arange(past, past + length, device=modality.device).expand(batch, -1)
         return modality, real, position
+
+
+def _deciding(real: Bool[Tensor, "batch seq"], past: int, options: _Running) -> Bool[Tensor, "batch seq"]:
+    """The tokens that decide for their row: those of its prompt, which have to come together.
+
+    Raises:
+        InputError: this call has a piece of a prompt alone.
+    """
+    if options.prompt is not None:
+        return real & options.prompt.to(real.device)
+    length, end = real.shape[1], options.prompt_length
+    piece = past > 0 and length > 1 if end is None else past < end and (past > 0 or length < end)
+    if piece:
+        raise InputError(
+            f"`granularity`: 'sequence' decides by the whole prompt, got {length} tokens of one after {past} cached. Give "
+            "the prompt in one call, without `prefill_chunk_size` or a cached prefix, or use granularity='token'."
+        )
+    return real if end is None else real & (torch.arange(past, past + length, device=real.device) < end)
 
 
 def _wants_attention_weights(model: nn.Module, kwargs: dict[str, Any]) -> bool:

@@ -58,7 +58,8 @@ def generate(model: Any, *, return_trace: bool = False, budget: float | str | No
     Raises:
         SkipItError: the model has no gates.
         RouterConfigError: not a calibrated budget.
-        InputError: `return_trace` with beams, which change rows while generating.
+        InputError: `return_trace` with beams, which change rows while generating, or with anything else that runs a
+            token more than once.
     """
     _, router = find_router(model)
     router.config.threshold_at(budget)
@@ -73,6 +74,7 @@ def generate(model: Any, *, return_trace: bool = False, budget: float | str | No
     trace = Trace()
     with running(trace=trace):
         output = model.generate(budget=budget, **kwargs)
+    trace.check_one_pass()
     executed, dense = trace_flops(CostModel.of(model, router.config.layers), trace.steps)
     return output, GenerationTrace(
         run=torch.cat([step.run for step in trace.steps], dim=-1),
