@@ -162,8 +162,8 @@ def _device(layer: nn.Module) -> torch.device:
     A meta device is kept otherwise: gates of a model without weights have none either.
     """
     hooks = [getattr(module, "_hf_hook", None) for module in layer.modules()]
-    wanted = [hook.execution_device for hook in hooks if getattr(hook, "execution_device", None) is not None]
-    return torch.device(wanted[0]) if wanted else next(layer.parameters()).device
+    devices = [getattr(hook, "execution_device", None) for hook in hooks]
+    return torch.device(next((device for device in devices if device is not None), next(layer.parameters()).device))
 
 
 def _attention_configs(decoder: nn.Module) -> list[Any]:

@@ -188,7 +188,7 @@ class SkipCache(DynamicCache):
     layers: list[SkipCacheLayer]  # type: ignore[assignment]
 
     def __init__(self, num_layers: int, image_layers: frozenset[int] = frozenset()) -> None:
-        Cache.__init__(self, layers=_new_layers(num_layers, image_layers))
+        Cache.__init__(self, layers=[*_new_layers(num_layers, image_layers)])
 
     def num_bytes(self) -> int:
         """Memory of the keys and values that are held, in bytes, without room to spare."""
@@ -226,7 +226,7 @@ def take_over(cache: Cache, num_layers: int, image_layers: frozenset[int] = froz
         mine.update(theirs.keys, theirs.values)
     taken: Any = cache
     taken.__class__, taken.layers, taken.layer_class_to_replicate = SkipCache, layers, None
-    return taken  # type: ignore[no-any-return]
+    return taken
 
 
 def check_complete(cache: Any) -> None:

@@ -21,7 +21,7 @@ from .attention import use_packed
 from .cache import SkipCache, check_complete, take_over
 from .call import DENSE, KWARG, Call, Mode, Policy, Step, Trace
 from .config import Granularity, KVPolicy, RouterConfig, Unit, check_choice
-from .errors import InputError
+from .errors import InputError, UnsupportedModelError
 from .modality import token_modality
 from .policies import Gated
 
@@ -110,7 +110,7 @@ class OptionsOfAccess:
 
     def __init__(self, function: Callable[..., Any]) -> None:
         self.function = function
-        update_wrapper(self, function)
+        update_wrapper(self, function)  # type: ignore[arg-type]
 
     def __get__(self, instance: Any, owner: type | None = None) -> Callable[..., Any]:
         """The bound method."""
@@ -156,6 +156,8 @@ class Router:
             return args, {**kwargs, KWARG: DENSE}
         if mode == "gathered" and _wants_attention_weights(model, kwargs):
             mode = "masked"  # the weights of every token, which gathered execution does not compute
+        if mode == "gathered" and hasattr(model, "peft_config"):
+            _check_adapters(model)
         if args:
             kwargs = {**dict(zip(("input_ids", "pixel_values"), args, strict=False)), **kwargs}
         cache = self._cache(model, kwargs)
@@ -217,6 +219,21 @@ class Router:
         return modality, real, position
 
 
+def _check_adapters(model: nn.Module) -> None:
+    """Refuse adapters that look at a token's row or its place in it, which packed tokens do not have.
+
+    Raises:
+        UnsupportedModelError: PEFT has told an adapter of rows or offsets, for this call.
+    """
+    for module in model.modules():
+        for hook in module._forward_pre_hooks.values():
+            for what in {"adapter_names", "alora_offsets"} & set(getattr(hook, "keywords", ())):
+                raise UnsupportedModelError(
+                    f"`{what}`: an adapter that depends on a token's row or place cannot run on packed tokens. "
+                    "Merge one adapter for all rows, or compute every token: `with running(mode='masked')`."
+                )
+
+
 def _deciding(real: Bool[Tensor, "batch seq"], past: int, options: _Running) -> Bool[Tensor, "batch seq"]:
     """The tokens that decide for their row: those of its prompt, which have to come together.
 
@@ -229,8 +246,8 @@ def _deciding(real: Bool[Tensor, "batch seq"], past: int, options: _Running) -> 
     piece = past > 0 and length > 1 if end is None else past < end and (past > 0 or length < end)
     if piece:
         raise InputError(
-            f"`granularity`: 'sequence' decides by the whole prompt, got {length} tokens of one after {past} cached. Give "
-            "the prompt in one call, without `prefill_chunk_size` or a cached prefix, or use granularity='token'."
+            f"`granularity`: 'sequence' decides by the whole prompt, got {length} tokens of one after {past} cached. "
+            "Give it in one call, without `prefill_chunk_size` or a cached prefix, or use granularity='token'."
         )
     return real if end is None else real & (torch.arange(past, past + length, device=real.device) < end)
 

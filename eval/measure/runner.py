@@ -167,12 +167,13 @@ def answer_batches(
     """
     if len(rows) == 0:
         raise InputError("the data set is empty; expected at least one row.")
-    wishes = {"max_new_tokens": max_new_tokens, "do_sample": False, "output_logits": logits}
+    wishes = {"max_new_tokens": max_new_tokens, "do_sample": False, "output_logits": logits, "use_cache": True}
     for chunk, inputs in prompt_batches(model, rows, collate, batch_size):
         trace = Trace()
         with running(**{**options, "trace": trace}):
             made = model.generate(**inputs, **wishes, return_dict_in_generate=True)
         new, end = made.sequences[:, inputs["input_ids"].shape[1] :], model.generation_config.eos_token_id
+        trace.check_one_pass()
         leave_out_finished(trace.steps, new, end)
         kept = made.logits or ()
         del made  # holds the cache, which is not to stay beside that of the next batch
