@@ -123,7 +123,7 @@ def _derivatives(
     worth = gradient @ value.float().transpose(-1, -2) - (gradient * output.float()).sum(-1, keepdim=True)
     attention = share * there
     d_scores = attention * worth * scaling
-    others = ~_own(*scores.shape[-2:], scores.device)
+    others = ~_own(scores.shape[-2], scores.shape[-1], scores.device)
     d_weight = (torch.where(there, share, share / (1 + share)) * worth * others).sum((1, 2))
     d_query, d_key = d_scores @ key.float(), d_scores.transpose(-1, -2) @ query.float()
     return d_query, d_key, attention.transpose(-1, -2) @ gradient, d_weight
