@@ -42,6 +42,7 @@ class SkipCacheLayer(DynamicLayer):
         seen: tokens per row that have passed, whether or not they were kept.
         decided: the gate logits that a prompt's tokens have decided by together (see `Call.pooled`), NaN where none
             were there; None where tokens decide for themselves.
+        learned: whether a gate that learns has marked some of them as absent.
     """
 
     keys: Float[Tensor, "batch heads slots head_dim"]
@@ -52,6 +53,7 @@ class SkipCacheLayer(DynamicLayer):
         self.index: Int[Tensor, "batch_or_1 slots"] | None = None
         self.seen = 0
         self.decided: Float[Tensor, "batch modalities"] | None = None
+        self.learned = False
         self._room_for_keys: _Room | None = None
         self._room_for_values: _Room | None = None
 
@@ -104,7 +106,7 @@ class SkipCacheLayer(DynamicLayer):
     def reset(self) -> None:
         """Forget everything."""
         super().reset()
-        self.index, self.seen, self.decided = None, 0, None
+        self.index, self.seen, self.decided, self.learned = None, 0, None, False
         self._room_for_keys = self._room_for_values = None
 
     def crop(self, tokens_to_remove: int) -> None:
@@ -165,7 +167,7 @@ def _extend(
         Both together, a view of the room; and the room.
     """
     slots, more = held.shape[-2] if held.dim() == 4 else 0, new.shape[-2]
-    if slots == 0 or (torch.is_grad_enabled() and (held.requires_grad or new.requires_grad)):
+    if slots == 0 or torch.is_grad_enabled():  # a backward pass may read what a later step would write over
         # Contiguous: kernels take a fifth longer over the transposed views that projections leave.
         return torch.cat([held, new], dim=-2) if slots else new.contiguous(), None
     if room is None or not _ends(room, held) or slots + more > room.memory.shape[-2]:
@@ -208,6 +210,10 @@ def take_over(cache: Cache, num_layers: int, image_layers: frozenset[int] = froz
         UnsupportedModelError: neither a `SkipCache` nor a `DynamicCache`, or a sliding window has dropped tokens.
     """
     if isinstance(cache, SkipCache):
+        if len(cache.layers) != num_layers:
+            raise UnsupportedModelError(
+                f"`past_key_values`: got the cache of a model with {len(cache.layers)} layers, this one has {num_layers}."
+            )
         return cache
     if type(cache) is not DynamicCache or cache.offloading:
         raise UnsupportedModelError(

@@ -55,7 +55,7 @@ class GatedLayer(Mixin, _Module):
         held: SkipCache | None = kwargs.get("past_key_values")
         store = held.layers[self.skipit_index] if held is not None else None
         if call.step is not None:
-            call.step.decisions.setdefault(self.skipit_index, decision)
+            call.step.record(self.skipit_index, decision)
             if self.skipit_attends_to_images:
                 call.step.images = image_states(kwargs, len(hidden_states), store)
         execution = Execution(decision, call, store, self.skipit_attends_to_images)

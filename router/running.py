@@ -11,7 +11,9 @@ from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from functools import update_wrapper, wraps
+from types import MethodType
 from typing import Any
+from weakref import WeakSet
 
 import torch
 from jaxtyping import Bool, Int
@@ -46,8 +48,9 @@ class _Running:
 
 _NOTHING_SET = _Running()
 _running: ContextVar[_Running] = ContextVar("skipit_running", default=_NOTHING_SET)
-# Of every open `running` block, the threads that were there when it began.
+# Of every open `running` block, the threads that were there when it began; and those that were not, when it ended.
 _open: dict[object, frozenset[threading.Thread]] = {}
+_strays: WeakSet[threading.Thread] = WeakSet()
 
 
 @contextmanager
@@ -62,18 +65,20 @@ def running(**options: Any) -> Iterator[None]:
             receives every step).
 
     A thread does not see the options of the one that started it, unless `model.generate` was taken inside the block, as
-    in `Thread(target=model.generate)`; a thread that would run the default by mistake gets an error.
+    in `Thread(target=model.generate)`; a thread that was started inside a block, and would run the default by mistake,
+    gets an error. One that was there before, such as a pool's, opens a block of its own.
 
     Example:
         >>> with running(mode="dense"):
         ...     pass  # model.generate(...) runs every layer for every token
     """
-    block = object()
-    _open[block] = frozenset(threading.enumerate())
+    block, before = object(), frozenset(threading.enumerate())
+    _open[block] = before
     try:
         with within(replace(_running.get(), **options)):
             yield
     finally:
+        _strays.update(set(threading.enumerate()) - before)
         del _open[block]
 
 
@@ -94,13 +99,13 @@ def current() -> _Running:
         InputError: this thread was started inside a `running` block, whose options do not reach it.
     """
     options = _running.get()
-    if options is _NOTHING_SET and _open:
+    if options is _NOTHING_SET and (_open or _strays):
         here = threading.current_thread()
-        if all(here not in there for there in tuple(_open.values())):
+        if here in _strays or any(here not in before for before in tuple(_open.values())):
             raise InputError(
                 "`running`: this thread was started inside a block of another thread, whose options do not reach it. "
-                "Open the block inside the thread (`running()` for the defaults), start it with "
-                "Thread(target=model.generate, ...), or pass `budget` to `generate`."
+                "Open the block inside the thread (`running()` for the defaults), or give the thread the model's own "
+                "method: Thread(target=model.generate, ...)."
             )
     return options
 
@@ -114,18 +119,18 @@ class OptionsOfAccess:
 
     def __get__(self, instance: Any, owner: type | None = None) -> Callable[..., Any]:
         """The bound method."""
-        method: Callable[..., Any] = self.function.__get__(instance, owner)
-        options, thread = _running.get(), threading.get_ident()
-        if instance is None or options is _NOTHING_SET:
-            return method
+        if instance is None:
+            return self.function
+        options, thread = _running.get(), threading.current_thread()
 
-        @wraps(method)
-        def call(*args: Any, **kwargs: Any) -> Any:
-            elsewhere = threading.get_ident() != thread and _running.get() is _NOTHING_SET
-            with within(options) if elsewhere else nullcontext():
-                return method(*args, **kwargs)
+        @wraps(self.function)
+        def call(instance: Any, *args: Any, **kwargs: Any) -> Any:
+            elsewhere = threading.current_thread() is not thread and _running.get() is _NOTHING_SET
+            # A copy: the defaults are then what was set, too.
+            with within(replace(options)) if elsewhere else nullcontext():
+                return self.function(instance, *args, **kwargs)
 
-        return call
+        return MethodType(call, instance)
 
 
 class Router:
@@ -145,10 +150,10 @@ class Router:
 
     def __call__(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         """Add the call to `kwargs`; see `torch.nn.Module.register_forward_pre_hook`."""
-        options = current()
-        mode = options.mode or ("masked" if model.training else "gathered")
         if KWARG in kwargs:  # the model around this one has had its router already
             return args, kwargs
+        options = current()
+        mode = options.mode or ("masked" if model.training else "gathered")
         for config in self.attention_configs:
             use_packed(config)  # `set_attn_implementation` may have been called
         if mode == "dense":
@@ -169,7 +174,7 @@ class Router:
         granularity = options.granularity or self.config.granularity
         step = None
         if options.trace is not None:
-            step = Step(modality, real, past, kv, unit, layers=self.num_layers)
+            step = Step(modality, real, past, kv, unit, layers=self.num_layers, learning=torch.is_grad_enabled())
             options.trace.steps.append(step)
         call = Call(
             policy=options.policy or Gated(self.config.threshold_at(options.budget)),
@@ -179,7 +184,7 @@ class Router:
             mode=mode,
             modality=modality,
             real=real,
-            prompt=_deciding(real, past, options) if granularity == "sequence" else real,
+            prompt=_deciding(real, past, options, kwargs) if granularity == "sequence" else real,
             position=position,
             past=past,
             tokens=int(real.sum()),
@@ -234,22 +239,37 @@ def _check_adapters(model: nn.Module) -> None:
                 )
 
 
-def _deciding(real: Bool[Tensor, "batch seq"], past: int, options: _Running) -> Bool[Tensor, "batch seq"]:
+def _deciding(
+    real: Bool[Tensor, "batch seq"], past: int, options: _Running, kwargs: dict[str, Any]
+) -> Bool[Tensor, "batch seq"]:
     """The tokens that decide for their row: those of its prompt, which have to come together.
 
+    Outside `generate` the first call has the prompt, and a single token after it is a generated one.
+
     Raises:
-        InputError: this call has a piece of a prompt alone.
+        InputError: this call has a piece of a prompt alone, or answers in it that nothing tells from the prompt.
     """
-    if options.prompt is not None:
-        return real & options.prompt.to(real.device)
-    length, end = real.shape[1], options.prompt_length
-    piece = past > 0 and length > 1 if end is None else past < end and (past > 0 or length < end)
+    length, prompt, end = real.shape[1], options.prompt, options.prompt_length
+    if prompt is not None:
+        deciding = real & prompt.to(real.device)
+        piece = past > 0 and bool(deciding.any())
+    elif end is not None:
+        deciding = real & (torch.arange(past, past + length, device=real.device) < end)
+        piece = past < end and (past > 0 or length < end)
+    else:
+        deciding = real if past == 0 else torch.zeros_like(real)
+        piece = past > 0 and length > 1
+        if kwargs.get("labels") is not None:
+            raise InputError(
+                "`granularity`: 'sequence' decides by the prompt, and there are `labels`, so answers are in the input. "
+                "Say what the prompt is: `with running(prompt=labels == -100)`, or use granularity='token'."
+            )
     if piece:
         raise InputError(
             f"`granularity`: 'sequence' decides by the whole prompt, got {length} tokens of one after {past} cached. "
-            "Give it in one call, without `prefill_chunk_size` or a cached prefix, or use granularity='token'."
+            "Give it in one call, without `prefill_chunk_size`, a cached prefix or guidance, or use granularity='token'."
         )
-    return real if end is None else real & (torch.arange(past, past + length, device=real.device) < end)
+    return deciding
 
 
 def _wants_attention_weights(model: nn.Module, kwargs: dict[str, Any]) -> bool:
