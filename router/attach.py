@@ -16,6 +16,8 @@ from .projections import unwrap_projections, wrap_projections
 from .running import Router
 from .subclass import mix_in, take_out
 
+GATE = "layer_gate"  # a layer's gate among its submodules
+
 
 def attach(model: nn.Module, config: RouterConfig | None = None) -> Router:
     """Give every decoder layer of a loaded model a gate; new gates let every token run.
@@ -53,9 +55,7 @@ def attach(model: nn.Module, config: RouterConfig | None = None) -> Router:
     hidden_size = decoder.config.hidden_size  # type: ignore[union-attr]
     of_images = image_layers(decoder.config)
     for index, layer in enumerate(layers):
-        parameter = next(layer.parameters())
-        # A meta device is kept: gates of a model without weights have none either.
-        layer.layer_gate = TokenGate(hidden_size, index).to(parameter.device)  # type: ignore[arg-type]
+        layer.layer_gate = TokenGate(hidden_size, index).to(_device(layer))  # type: ignore[arg-type]
         layer.skipit_index = index  # type: ignore[assignment]
         layer.skipit_attends_to_images = index in of_images  # type: ignore[assignment]
         mix_in_parts(layer)
@@ -63,8 +63,9 @@ def attach(model: nn.Module, config: RouterConfig | None = None) -> Router:
         wrap_projections(layer)
     for attention_config in _attention_configs(decoder):
         attention_config._attn_implementation_internal = implementation
-    router = Router(config, len(layers), of_images)
-    model.register_forward_pre_hook(router, with_kwargs=True)
+    router = Router(config, len(layers), of_images, _attention_configs(decoder))
+    for module in _entries(model, decoder):
+        module.register_forward_pre_hook(router, with_kwargs=True)
     add_budget_argument(model)
     return router
 
@@ -85,10 +86,11 @@ def detach(model: nn.Module) -> None:
     for attention_config in _attention_configs(decoder):
         name = attention_config._attn_implementation_internal
         attention_config._attn_implementation_internal = name.removeprefix(PREFIX)
-    for key, hook in list(top._forward_pre_hooks.items()):
-        if hook is router:
-            del top._forward_pre_hooks[key]
-            top._forward_pre_hooks_with_kwargs.pop(key, None)
+    for module in _entries(top, decoder):
+        for key, hook in list(module._forward_pre_hooks.items()):
+            if hook is router:
+                del module._forward_pre_hooks[key]
+                module._forward_pre_hooks_with_kwargs.pop(key, None)
     remove_budget_argument(top)
 
 
@@ -147,6 +149,21 @@ def _find(model: nn.Module) -> tuple[nn.Module, Router] | None:
             if isinstance(hook, Router):
                 return module, hook
     return None
+
+
+def _entries(model: nn.Module, decoder: nn.Module) -> list[nn.Module]:
+    """The modules by which a caller may enter: the model, those inside it around the decoder, and the decoder."""
+    return [module for module in model.modules() if any(inner is decoder for inner in module.modules())]
+
+
+def _device(layer: nn.Module) -> torch.device:
+    """Where a layer is executed: of one whose weights are offloaded, where they are brought to.
+
+    A meta device is kept otherwise: gates of a model without weights have none either.
+    """
+    hooks = [getattr(module, "_hf_hook", None) for module in layer.modules()]
+    devices = [getattr(hook, "execution_device", None) for hook in hooks]
+    return torch.device(next((device for device in devices if device is not None), next(layer.parameters()).device))
 
 
 def _attention_configs(decoder: nn.Module) -> list[Any]:

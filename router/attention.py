@@ -182,7 +182,7 @@ def _wrap(base: str) -> Callable[..., Any]:
 
 
 def packed_implementation(base: str) -> str:
-    """The name of the packed version of an attention implementation, registered with transformers on first use.
+    """The name of the packed version of an attention implementation.
 
     Raises:
         UnsupportedModelError: packed attention does not wrap this implementation.
@@ -192,8 +192,21 @@ def packed_implementation(base: str) -> str:
             f"attention implementation: got {base!r}, gated execution supports {', '.join(SUPPORTED)}. "
             "Load the model with attn_implementation='sdpa'."
         )
-    name = PREFIX + base
-    if name not in ALL_ATTENTION_FUNCTIONS:
-        AttentionInterface.register(name, _wrap(base))
-        AttentionMaskInterface.register(name, ALL_MASK_ATTENTION_FUNCTIONS[base])
-    return name
+    return PREFIX + base
+
+
+def use_packed(config: Any) -> None:
+    """Have the packed version of the attention that a configuration names, also after it has been named anew.
+
+    Raises:
+        UnsupportedModelError: packed attention does not wrap this implementation.
+    """
+    name = config._attn_implementation_internal
+    if name is not None and not name.startswith(PREFIX):
+        config._attn_implementation_internal = packed_implementation(name)
+
+
+# At import: a model that was unpickled in another process looks for these names, too.
+for _base in SUPPORTED:
+    AttentionInterface.register(PREFIX + _base, _wrap(_base))
+    AttentionMaskInterface.register(PREFIX + _base, ALL_MASK_ATTENTION_FUNCTIONS[_base])

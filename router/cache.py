@@ -5,7 +5,8 @@ that every layer holds them all. Here each layer counts the tokens it has seen a
 values, the sequence index of each slot: rows may hold different tokens, and a slot of index -1 holds none.
 """
 
-from typing import Any, Self
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -21,6 +22,18 @@ KeysAndValues = tuple[Float[Tensor, "rows heads slots head_dim"], Float[Tensor, 
 SPARE = 32  # tokens of room that a layer makes when it is extended: so many decoding steps without a copy
 
 
+@dataclass
+class _Room:
+    """Memory for keys or values with space to spare, of which the first `used` slots are taken.
+
+    Whoever holds its end alone may go on in place; layers that were copied, or cropped, make room of their own, so that
+    nobody writes over what another still reads.
+    """
+
+    memory: Float[Tensor, "batch heads room dim"]
+    used: int
+
+
 class SkipCacheLayer(DynamicLayer):
     """Keys and values of the tokens that exist for one layer.
 
@@ -29,6 +42,7 @@ class SkipCacheLayer(DynamicLayer):
         seen: tokens per row that have passed, whether or not they were kept.
         decided: the gate logits that a prompt's tokens have decided by together (see `Call.pooled`), NaN where none
             were there; None where tokens decide for themselves.
+        learned: whether a gate that learns has marked some of them as absent.
     """
 
     keys: Float[Tensor, "batch heads slots head_dim"]
@@ -39,8 +53,9 @@ class SkipCacheLayer(DynamicLayer):
         self.index: Int[Tensor, "batch_or_1 slots"] | None = None
         self.seen = 0
         self.decided: Float[Tensor, "batch modalities"] | None = None
-        self._room_for_keys: Float[Tensor, "batch heads room head_dim"] | None = None
-        self._room_for_values: Float[Tensor, "batch heads room value_dim"] | None = None
+        self.learned = False
+        self._room_for_keys: _Room | None = None
+        self._room_for_values: _Room | None = None
 
     def append(
         self, keys: Keys, values: Values, index: Int[Tensor, "batch tokens"] | None, tokens: int
@@ -91,7 +106,7 @@ class SkipCacheLayer(DynamicLayer):
     def reset(self) -> None:
         """Forget everything."""
         super().reset()
-        self.index, self.seen, self.decided = None, 0, None
+        self.index, self.seen, self.decided, self.learned = None, 0, None, False
         self._room_for_keys = self._room_for_values = None
 
     def crop(self, tokens_to_remove: int) -> None:
@@ -143,59 +158,39 @@ class ImageCacheLayer(SkipCacheLayer):
 
 def _extend(
     held: Float[Tensor, "batch heads slots dim"] | Float[Tensor, " 0"],
-    room: Float[Tensor, "rows heads room dim"] | None,
+    room: _Room | None,
     new: Float[Tensor, "batch heads tokens dim"],
-) -> tuple[Float[Tensor, "batch heads all dim"], Float[Tensor, "batch heads more dim"] | None]:
+) -> tuple[Float[Tensor, "batch heads all dim"], _Room | None]:
     """Append `new` to `held`, without a copy of `held` where its room has space.
 
     Returns:
         Both together, a view of the room; and the room.
     """
     slots, more = held.shape[-2] if held.dim() == 4 else 0, new.shape[-2]
-    if slots == 0 or (torch.is_grad_enabled() and (held.requires_grad or new.requires_grad)):
+    if slots == 0 or torch.is_grad_enabled():  # a backward pass may read what a later step would write over
         # Contiguous: kernels take a fifth longer over the transposed views that projections leave.
         return torch.cat([held, new], dim=-2) if slots else new.contiguous(), None
-    # Whatever selected, repeated or moved the held ones has given them memory of their own.
-    fits = room is not None and room.data_ptr() == held.data_ptr() and room.shape[:2] == held.shape[:2]
-    if room is None or not fits or slots + more > room.shape[-2]:
-        room = held.new_empty(*held.shape[:2], slots + more + SPARE, held.shape[-1])
-        room[..., :slots, :] = held
-    room[..., slots : slots + more, :] = new
-    return room[..., : slots + more, :], room
+    if room is None or not _ends(room, held) or slots + more > room.memory.shape[-2]:
+        room = _Room(held.new_empty(*held.shape[:2], slots + more + SPARE, held.shape[-1]), slots)
+        room.memory[..., :slots, :] = held
+    room.memory[..., slots : slots + more, :] = new
+    room.used = slots + more
+    return room.memory[..., : slots + more, :], room
 
 
-class SkipCache(Cache):
+def _ends(room: _Room, held: Float[Tensor, "batch heads slots dim"]) -> bool:
+    """Whether what is held is all that the room has: not what was selected, repeated, moved, cropped or copied."""
+    same = room.memory.data_ptr() == held.data_ptr() and room.memory.shape[:2] == held.shape[:2]
+    return same and room.used == held.shape[-2]
+
+
+class SkipCache(DynamicCache):
     """A cache for gated models; a gated model makes one by itself wherever transformers would make its own."""
 
     layers: list[SkipCacheLayer]  # type: ignore[assignment]
 
     def __init__(self, num_layers: int, image_layers: frozenset[int] = frozenset()) -> None:
-        kinds = [ImageCacheLayer if index in image_layers else SkipCacheLayer for index in range(num_layers)]
-        super().__init__(layers=[kind() for kind in kinds])
-
-    @classmethod
-    def from_dynamic(cls, cache: Cache, num_layers: int, image_layers: frozenset[int] = frozenset()) -> Self:
-        """Take over a `DynamicCache`, empty or filled by the dense model.
-
-        Raises:
-            UnsupportedModelError: another kind of cache, or one whose sliding window has dropped tokens.
-        """
-        if type(cache) is not DynamicCache or cache.offloading:
-            raise UnsupportedModelError(
-                f"`past_key_values`: got {type(cache).__name__}, a gated model takes `SkipCache` or `DynamicCache`. "
-                "Leave `cache_implementation` unset, or run the dense model: `with running(mode='dense')`."
-            )
-        taken = cls(num_layers, image_layers)
-        for mine, theirs in zip(taken.layers, cache.layers, strict=False):
-            if not isinstance(theirs, DynamicLayer) or theirs.keys is None or theirs.values is None:
-                continue  # empty
-            if theirs.keys.shape[-2] != theirs.get_seq_length():
-                raise UnsupportedModelError(
-                    "`past_key_values`: a sliding window has already dropped tokens, so the cache cannot be taken "
-                    "over. Start from an empty cache."
-                )
-            mine.update(theirs.keys, theirs.values)
-        return taken
+        Cache.__init__(self, layers=[*_new_layers(num_layers, image_layers)])
 
     def num_bytes(self) -> int:
         """Memory of the keys and values that are held, in bytes, without room to spare."""
@@ -204,3 +199,55 @@ class SkipCache(Cache):
             for layer in self.layers
             if layer.is_initialized
         )
+
+
+def take_over(cache: Cache, num_layers: int, image_layers: frozenset[int] = frozenset()) -> SkipCache:
+    """Let a gated model fill the cache that its caller owns, whether empty or filled by the dense model.
+
+    The object stays the caller's, and becomes a `SkipCache` with what it holds.
+
+    Raises:
+        UnsupportedModelError: neither a `SkipCache` nor a `DynamicCache`, or a sliding window has dropped tokens.
+    """
+    if isinstance(cache, SkipCache):
+        if len(cache.layers) != num_layers:
+            raise UnsupportedModelError(
+                f"`past_key_values`: got the cache of a model with {len(cache.layers)} layers, this one has {num_layers}."
+            )
+        return cache
+    if type(cache) is not DynamicCache or cache.offloading:
+        raise UnsupportedModelError(
+            f"`past_key_values`: got {type(cache).__name__}, a gated model takes `SkipCache` or `DynamicCache`. "
+            "Leave `cache_implementation` unset, or run the dense model: `with running(mode='dense')`."
+        )
+    layers = _new_layers(num_layers, image_layers)
+    for mine, theirs in zip(layers, cache.layers, strict=False):
+        if not isinstance(theirs, DynamicLayer) or theirs.keys is None or theirs.values is None:
+            continue  # empty
+        if theirs.keys.shape[-2] != theirs.get_seq_length():
+            raise UnsupportedModelError(
+                "`past_key_values`: a sliding window has already dropped tokens, so the cache cannot be taken "
+                "over. Start from an empty cache."
+            )
+        mine.update(theirs.keys, theirs.values)
+    taken: Any = cache
+    taken.__class__, taken.layers, taken.layer_class_to_replicate = SkipCache, layers, None
+    return taken
+
+
+def check_complete(cache: Any) -> None:
+    """Refuse a cache in which keys were evicted, for a run that would look for all of them.
+
+    Raises:
+        UnsupportedModelError: says so.
+    """
+    if isinstance(cache, SkipCache) and any(layer.index is not None for layer in cache.layers):
+        raise UnsupportedModelError(
+            "`past_key_values`: a gated run with kv='evict' has left keys out of this cache, and a dense run "
+            "needs them all. Start from an empty cache."
+        )
+
+
+def _new_layers(num_layers: int, image_layers: frozenset[int]) -> list[SkipCacheLayer]:
+    kinds = [ImageCacheLayer if index in image_layers else SkipCacheLayer for index in range(num_layers)]
+    return [kind() for kind in kinds]

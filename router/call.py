@@ -16,11 +16,13 @@ from torch import Tensor
 from .attention import Layout
 from .cache import SkipCache, SkipCacheLayer
 from .config import Granularity, KVPolicy, Unit
+from .errors import InputError
 from .gates import TokenGate
 from .modality import MODALITIES
 
 Mode = Literal["masked", "gathered", "dense"]
 KWARG = "skipit_call"
+DENSE: Mode = "dense"  # what stands in the place of a `Call` where every layer runs for every token
 
 
 class Decision(NamedTuple):
@@ -85,6 +87,8 @@ class Step:
         layers: of the model; those without a decision were left out by the model itself, and no token ran them. 0
             stands for as many as have one.
         images: what cross-attention layers attend to.
+        learning: whether the call was made with gradients.
+        detached: a layer of such a call decided without: reentrant gradient checkpointing runs it so at first.
     """
 
     modality: Int[Tensor, "batch seq"]
@@ -95,6 +99,13 @@ class Step:
     decisions: dict[int, Decision] = field(default_factory=dict)
     layers: int = 0
     images: ImageStates = NO_IMAGES
+    learning: bool = False
+    detached: bool = False
+
+    def record(self, layer: int, decision: Decision) -> None:
+        """Keep what a layer decided."""
+        self.decisions.setdefault(layer, decision)
+        self.detached |= self.learning and not torch.is_grad_enabled()
 
     @property
     def run(self) -> Bool[Tensor, "layers batch seq"]:
@@ -103,7 +114,16 @@ class Step:
 
     @property
     def probability(self) -> Float[Tensor, "layers batch seq"]:
-        """The gates' run probabilities, fp32 with gradient; a fixed decision counts as 0 or 1."""
+        """The gates' run probabilities, fp32 with gradient; a fixed decision counts as 0 or 1.
+
+        Raises:
+            InputError: a gradient is wanted, and reentrant checkpointing has left none.
+        """
+        if self.detached and torch.is_grad_enabled():
+            raise InputError(
+                "the gates' probabilities have no gradient under reentrant gradient checkpointing. Use "
+                'gradient_checkpointing_kwargs={"use_reentrant": False}, or read them under `torch.no_grad()`.'
+            )
         every = [d.run.float() if d.probability is None else d.probability for d in self._ordered()]
         return torch.stack([probability.to(self.real.device) for probability in every])
 
@@ -117,6 +137,24 @@ class Trace:
     """The steps of the calls made while the trace was active, in order."""
 
     steps: list[Step] = field(default_factory=list)
+
+    def check_one_pass(self, end: int) -> None:
+        """Refuse steps that are not one prompt and the tokens after it, each of which was run once.
+
+        Args:
+            end: tokens per row that had to be run: those of the prompt, and the generated ones but for the last.
+
+        Raises:
+            InputError: says so.
+        """
+        after = [(step.past, len(step.real)) for step in self.steps[1:]] + [(end, len(self.steps[-1].real))]
+        for step, next_one in zip(self.steps, after, strict=True):
+            if next_one != (step.past + step.real.shape[1], len(step.real)):
+                raise InputError(
+                    "a trace has one entry per token, but tokens were run more than once while generating: with beams, "
+                    "prompt lookup, an assistant, guidance, or `use_cache=False`. Leave that out, or read the steps of "
+                    "`running(trace=...)` one by one."
+                )
 
 
 @dataclass(frozen=True)
@@ -176,8 +214,8 @@ class Call:
         means, known = (logits[..., None] * chosen).sum(1) / count.clamp(min=1), count > 0
         if self.cache is not None:
             held = self.cache.layers[layer]
-            if held.decided is not None:
+            if held.decided is not None and self.past > 0:  # of earlier calls; gradient checkpointing replays this one
                 earlier = ~held.decided.isnan()
                 means, known = torch.where(earlier, held.decided, means), known | earlier
-            held.decided = means.detach().masked_fill(~known, torch.nan)
+            held.decided = means.masked_fill(~known, torch.nan)
         return torch.where(known.gather(1, self.modality), means.gather(1, self.modality), logits)

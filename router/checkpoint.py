@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .attach import attach, detach, find_router, gate_state, set_gates
+from .attach import GATE, attach, detach, find_router, gate_state, set_gates
 from .config import RouterConfig
 from .errors import CheckpointError, SkipItError
 from .files import CONFIG, check_files, count_values, read_headers, whole_numbers
@@ -137,12 +137,9 @@ def save_gated(
     """
     config, gates = find_router(model)[1].config, gate_state(model)
     with new_directory(out, overwrite) as folder:
-        detach(model)
-        try:
-            model.save_pretrained(folder, **options)
-        finally:
-            attach(model, config)
-            set_gates(model, **gates)
+        # The gates stay where they are: an optimizer may hold them.
+        weights = {name: tensor for name, tensor in model.state_dict().items() if GATE not in name.split(".")}
+        model.save_pretrained(folder, state_dict=weights, **options)
         if processor is not None:
             processor.save_pretrained(folder)
         save_router(folder, config, gates)

@@ -78,7 +78,8 @@ class _WeightedAttention(torch.autograd.Function):
         mask: Shaped[Tensor, "#batch 1 queries keys"],
         scaling: float,
     ) -> Float[Tensor, "batch heads queries value_dim"]:
-        output = F.scaled_dot_product_attention(query, key, value, _over(mask, _there(weight)), scale=scaling)
+        there = _there(weight, query.shape[2])
+        output = F.scaled_dot_product_attention(query, key, value, _over(mask, there), scale=scaling)
         ctx.save_for_backward(query, key, value, weight, mask, output)
         ctx.scaling = scaling
         return output
@@ -100,41 +101,45 @@ class _WeightedAttention(torch.autograd.Function):
 
 
 def _derivatives(
-    of_heads: list[Float[Tensor, "batch some tokens _"]],
-    weight: Float[Tensor, "batch tokens"],
-    mask: Shaped[Tensor, "#batch 1 tokens tokens"],
+    of_heads: list[Float[Tensor, "batch some _ _"]],
+    weight: Float[Tensor, "batch keys"],
+    mask: Shaped[Tensor, "#batch 1 queries keys"],
     scaling: float,
 ) -> tuple[
-    Float[Tensor, "batch some tokens head_dim"],
-    Float[Tensor, "batch some tokens head_dim"],
-    Float[Tensor, "batch some tokens value_dim"],
-    Float[Tensor, "batch tokens"],
+    Float[Tensor, "batch some queries head_dim"],
+    Float[Tensor, "batch some keys head_dim"],
+    Float[Tensor, "batch some keys value_dim"],
+    Float[Tensor, "batch keys"],
 ]:
     """Of query, key, value and weights; given are some heads' query, key, value, output and the output's gradient."""
     query, key, value, output, gradient = of_heads
     gradient = gradient.float()
     scores = (query @ key.transpose(-1, -2)).float() * scaling
     scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask
-    there = _there(weight)
+    there = _there(weight, query.shape[2])
     # Of each key, over the sum of those that are there: for them attention itself, for the others e_j / A.
     total = scores.masked_fill(~there, -torch.inf).logsumexp(-1, keepdim=True)
     share = torch.exp((scores - total.masked_fill(total == -torch.inf, 0)).clamp(max=30))
     worth = gradient @ value.float().transpose(-1, -2) - (gradient * output.float()).sum(-1, keepdim=True)
     attention = share * there
     d_scores = attention * worth * scaling
-    others = ~torch.eye(scores.shape[-2], scores.shape[-1], dtype=torch.bool, device=scores.device)
+    others = ~_own(scores.shape[-2], scores.shape[-1], scores.device)
     d_weight = (torch.where(there, share, share / (1 + share)) * worth * others).sum((1, 2))
     d_query, d_key = d_scores @ key.float(), d_scores.transpose(-1, -2) @ query.float()
     return d_query, d_key, attention.transpose(-1, -2) @ gradient, d_weight
 
 
-def _there(weight: Float[Tensor, "batch tokens"]) -> Bool[Tensor, "batch 1 tokens tokens"]:
+def _own(queries: int, keys: int, device: torch.device) -> Bool[Tensor, "queries keys"]:
+    """Which key is a query's own: the queries are the last ones of the tokens whose keys there are."""
+    return torch.arange(keys, device=device) == torch.arange(keys - queries, keys, device=device)[:, None]
+
+
+def _there(weight: Float[Tensor, "batch keys"], queries: int) -> Bool[Tensor, "batch 1 queries keys"]:
     """Which keys a query may see as far as weights go: its own always."""
-    own = torch.eye(weight.shape[-1], dtype=torch.bool, device=weight.device)
-    return (weight > 0.5)[:, None, None, :] | own
+    return (weight > 0.5)[:, None, None, :] | _own(queries, weight.shape[-1], weight.device)
 
 
 def _over(
-    mask: Shaped[Tensor, "#batch 1 tokens tokens"], there: Bool[Tensor, "batch 1 tokens tokens"]
-) -> Shaped[Tensor, "batch 1 tokens tokens"]:
+    mask: Shaped[Tensor, "#batch 1 queries keys"], there: Bool[Tensor, "batch 1 queries keys"]
+) -> Shaped[Tensor, "batch 1 queries keys"]:
     return mask & there if mask.dtype == torch.bool else mask.masked_fill(~there, torch.finfo(mask.dtype).min)

@@ -25,6 +25,7 @@ from torch.utils._pytree import tree_map_only
 from .attention import LAYOUT_KWARG, Layout, visible_keys
 from .cache import ImageCacheLayer, KeysAndValues, SkipCacheLayer
 from .call import Call, Decision
+from .errors import UnsupportedModelError
 from .eviction import KEY_WEIGHT_KWARG, KeyWeights
 from .projections import only
 from .stand_ins import HeldImages, Marked, Packed, Ready, capture
@@ -96,16 +97,30 @@ def dense(forward: Forward, hidden: States, execution: Execution, kwargs: dict[s
 
 
 def masked(forward: Forward, hidden: States, skipped: States, execution: Execution, kwargs: dict[str, Any]) -> Any:
-    """Run a module for every token and select; under `evict` nobody but itself sees a token that skips."""
+    """Run a module for every token and select; under `evict` nobody but itself sees a token that skips.
+
+    Raises:
+        UnsupportedModelError: gates would have to learn through what an earlier call has cached.
+    """
     decision, call, store = execution.decision, execution.call, execution.store
     run, weight = decision.run, decision.straight_through()
     if call.kv == "retain" or execution.of_images or (weight is None and bool((run | ~call.real).all())):
         return _select(skipped, dense(forward, hidden, execution, kwargs), decision)
-    if weight is not None and store is None:
-        kwargs = {**kwargs, KEY_WEIGHT_KWARG: KeyWeights(kwargs.get("attention_mask"), weight)}
+    if weight is not None:
+        mask = kwargs.get("attention_mask")
+        if store is not None and store.learned:
+            raise UnsupportedModelError(
+                "`past_key_values`: gates under kv='evict' cannot learn through keys that an earlier call has cached. "
+                "Give all tokens in one call, or make the earlier call under `torch.no_grad()`."
+            )
+        if store is not None and store.seen:
+            mask = _mask_over(hidden, store, kwargs, call.past)
+            weight = torch.cat([(store.slots(len(run), run.device) >= 0).to(weight), weight], dim=1)
+        kwargs = {**kwargs, KEY_WEIGHT_KWARG: KeyWeights(mask, weight)}
     kwargs = {**kwargs, "attention_mask": _mask_over(hidden, store, kwargs, call.past, run)}
     if store is not None:
         kwargs["past_key_values"] = Marked(store, call.past, run)
+        store.learned |= weight is not None
     return _select(skipped, forward(hidden, **kwargs), decision)
 
 

@@ -31,5 +31,6 @@ class TokenGate(nn.Module):
         self, hidden: Float[Tensor, "batch seq dim"], modality: Int[Tensor, "batch seq"]
     ) -> Float[Tensor, "batch seq"]:
         """Gate logits of every token."""
-        scores = F.linear(normalize(hidden), self.weight.float(), self.bias.float())
+        with torch.autocast(hidden.device.type, enabled=False):
+            scores = F.linear(normalize(hidden), self.weight.float(), self.bias.float())
         return scores.gather(-1, modality[..., None]).squeeze(-1)

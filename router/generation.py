@@ -1,12 +1,12 @@
 """The `generate` of a gated model: transformers' own, with one setting more, `budget`."""
 
-from contextlib import nullcontext
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
 from transformers import GenerationMixin
 
-from .running import running
+from .running import OptionsOfAccess, current, within
 from .subclass import Mixin, mix_in, take_out
 
 if TYPE_CHECKING:
@@ -15,9 +15,13 @@ else:
     _Model = object
 
 
+_PROMPTS = ("input_ids", "inputs_embeds")
+
+
 class BudgetedModel(Mixin, _Model):
     """Mixin put before the own class of a model that generates."""
 
+    @OptionsOfAccess
     def generate(
         self,
         inputs: Any = None,
@@ -40,7 +44,9 @@ class BudgetedModel(Mixin, _Model):
             RouterConfigError: not a calibrated budget.
         """
         chosen = budget if budget is not None else getattr(generation_config, "budget", None)
-        with nullcontext() if chosen is None else running(budget=chosen):
+        options = current() if chosen is None else replace(current(), budget=chosen)
+        prompt = next((given for given in (inputs, *map(kwargs.get, _PROMPTS)) if given is not None), None)
+        with within(replace(options, prompt_length=None if prompt is None else prompt.shape[1])):
             return super().generate(inputs, generation_config, *args, **kwargs)  # type: ignore[misc]
 
 

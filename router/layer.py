@@ -15,9 +15,9 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from .cache import SkipCache
-from .call import KWARG, Call, image_states
+from .call import KWARG, Call, Mode, image_states
 from .config import Unit
-from .errors import UnsupportedModelError
+from .errors import InputError, UnsupportedModelError
 from .execute import Execution, dense, execute, execute_tokenwise
 from .gates import TokenGate
 from .subclass import Mixin, mix_in, own_class, take_out
@@ -40,17 +40,22 @@ class GatedLayer(Mixin, _Module):
     skipit_attends_to_images: bool
 
     def forward(self, hidden_states: Float[Tensor, "batch seq dim"], *args: Any, **kwargs: Any) -> Any:
-        """Run the layer for the tokens that the call's policy chooses; the whole layer when there is no call."""
+        """Run the layer for the tokens that the call's policy chooses; the whole layer in a dense run."""
         kwargs = _named(own_class(type(self)), 1, args, kwargs)
-        call: Call | None = kwargs.pop(KWARG, None)
+        call: Call | Mode | None = kwargs.pop(KWARG, None)
         if call is None:
+            raise InputError(
+                f"`{type(self).__name__}` has a gate and was reached without its router, which would run every token. "
+                "Call the whole model, or the model inside it that takes `input_ids`."
+            )
+        if isinstance(call, str):
             return super().forward(hidden_states, **kwargs)
         call = call.to(hidden_states.device)
         decision = call.policy.decide(self.skipit_index, hidden_states, call, self.layer_gate)
         held: SkipCache | None = kwargs.get("past_key_values")
         store = held.layers[self.skipit_index] if held is not None else None
         if call.step is not None:
-            call.step.decisions.setdefault(self.skipit_index, decision)
+            call.step.record(self.skipit_index, decision)
             if self.skipit_attends_to_images:
                 call.step.images = image_states(kwargs, len(hidden_states), store)
         execution = Execution(decision, call, store, self.skipit_attends_to_images)

@@ -5,20 +5,25 @@ transformers hands down to every decoder layer. What a caller wants for a stretc
 execution, a trace) is a context variable that the pre-hook reads: `with running(mode="masked"): ...`.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
+from functools import update_wrapper, wraps
+from types import MethodType
 from typing import Any
+from weakref import WeakSet
 
 import torch
 from jaxtyping import Bool, Int
 from torch import Tensor, nn
 
-from .cache import SkipCache
-from .call import KWARG, Call, Mode, Policy, Step, Trace
+from .attention import use_packed
+from .cache import SkipCache, check_complete, take_over
+from .call import DENSE, KWARG, Call, Mode, Policy, Step, Trace
 from .config import Granularity, KVPolicy, RouterConfig, Unit, check_choice
-from .errors import InputError
+from .errors import InputError, UnsupportedModelError
 from .modality import token_modality
 from .policies import Gated
 
@@ -32,6 +37,7 @@ class _Running:
     unit: Unit | None = None
     granularity: Granularity | None = None
     prompt: Bool[Tensor, "batch seq"] | None = None
+    prompt_length: int | None = None  # which `generate` knows: tokens per row, padding counted
     trace: Trace | None = None
 
     def __post_init__(self) -> None:
@@ -40,7 +46,11 @@ class _Running:
                 check_choice(name, getattr(self, name), kind)
 
 
-_running: ContextVar[_Running] = ContextVar("skipit_running", default=_Running())  # noqa: B039 - frozen
+_NOTHING_SET = _Running()
+_running: ContextVar[_Running] = ContextVar("skipit_running", default=_NOTHING_SET)
+# Of every open `running` block, the threads that were there when it began; and those that were not, when it ended.
+_open: dict[object, frozenset[threading.Thread]] = {}
+_strays: WeakSet[threading.Thread] = WeakSet()
 
 
 @contextmanager
@@ -54,33 +64,105 @@ def running(**options: Any) -> Iterator[None]:
             part of the input, as in training, the tokens that may decide for their row), `trace` (a `Trace` that
             receives every step).
 
+    A thread does not see the options of the one that started it, unless `model.generate` was taken inside the block, as
+    in `Thread(target=model.generate)`; a thread that was started inside a block, and would run the default by mistake,
+    gets an error. One that was there before, such as a pool's, opens a block of its own.
+
     Example:
         >>> with running(mode="dense"):
         ...     pass  # model.generate(...) runs every layer for every token
     """
-    token = _running.set(replace(_running.get(), **options))
+    block, before = object(), frozenset(threading.enumerate())
+    _open[block] = before
+    try:
+        with within(replace(_running.get(), **options)):
+            yield
+    finally:
+        _strays.update(set(threading.enumerate()) - before)
+        del _open[block]
+
+
+@contextmanager
+def within(options: _Running) -> Iterator[None]:
+    """Have these options for a call of our own, which concerns no other thread."""
+    token = _running.set(options)
     try:
         yield
     finally:
         _running.reset(token)
 
 
+def current() -> _Running:
+    """The options that hold here.
+
+    Raises:
+        InputError: this thread was started inside a `running` block, whose options do not reach it.
+    """
+    options = _running.get()
+    if options is _NOTHING_SET and (_open or _strays):
+        here = threading.current_thread()
+        if here in _strays or any(here not in before for before in tuple(_open.values())):
+            raise InputError(
+                "`running`: this thread was started inside a block of another thread, whose options do not reach it. "
+                "Open the block inside the thread (`running()` for the defaults), or give the thread the model's own "
+                "method: Thread(target=model.generate, ...)."
+            )
+    return options
+
+
+class OptionsOfAccess:
+    """A method that, called by another thread, has the options of where it was taken from its object."""
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        self.function = function
+        update_wrapper(self, function)  # type: ignore[arg-type]
+
+    def __get__(self, instance: Any, owner: type | None = None) -> Callable[..., Any]:
+        """The bound method."""
+        if instance is None:
+            return self.function
+        options, thread = _running.get(), threading.current_thread()
+
+        @wraps(self.function)
+        def call(instance: Any, *args: Any, **kwargs: Any) -> Any:
+            elsewhere = threading.current_thread() is not thread and _running.get() is _NOTHING_SET
+            # A copy: the defaults are then what was set, too.
+            with within(replace(options)) if elsewhere else nullcontext():
+                return self.function(instance, *args, **kwargs)
+
+        return MethodType(call, instance)
+
+
 class Router:
     """The pre-hook of a gated model: turns the arguments of a forward call into a `Call` for its layers."""
 
-    def __init__(self, config: RouterConfig, num_layers: int, image_layers: frozenset[int] = frozenset()) -> None:
+    def __init__(
+        self,
+        config: RouterConfig,
+        num_layers: int,
+        image_layers: frozenset[int] = frozenset(),
+        attention_configs: Sequence[Any] = (),
+    ) -> None:
         self.config = config
+        self.attention_configs = attention_configs
         self.num_layers = num_layers
         self.image_layers = image_layers
 
     def __call__(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         """Add the call to `kwargs`; see `torch.nn.Module.register_forward_pre_hook`."""
-        options = _running.get()
-        mode = options.mode or ("masked" if model.training else "gathered")
-        if mode == "dense":
+        if KWARG in kwargs:  # the model around this one has had its router already
             return args, kwargs
+        options = current()
+        mode = options.mode or ("masked" if model.training else "gathered")
+        for config in self.attention_configs:
+            use_packed(config)  # `set_attn_implementation` may have been called
+        if mode == "dense":
+            check_complete(kwargs.get("past_key_values"))
+            return args, {**kwargs, KWARG: DENSE}
         if mode == "gathered" and _wants_attention_weights(model, kwargs):
             mode = "masked"  # the weights of every token, which gathered execution does not compute
+        if mode == "gathered" and hasattr(model, "peft_config"):
+            _check_adapters(model)
         if args:
             kwargs = {**dict(zip(("input_ids", "pixel_values"), args, strict=False)), **kwargs}
         cache = self._cache(model, kwargs)
@@ -89,19 +171,20 @@ class Router:
         past = cache.get_seq_length() if cache is not None else 0
         modality, real, position = self._tokens(model, kwargs, past)
         kv, unit = options.kv or self.config.kv, options.unit or self.config.unit
+        granularity = options.granularity or self.config.granularity
         step = None
         if options.trace is not None:
-            step = Step(modality, real, past, kv, unit, layers=self.num_layers)
+            step = Step(modality, real, past, kv, unit, layers=self.num_layers, learning=torch.is_grad_enabled())
             options.trace.steps.append(step)
         call = Call(
             policy=options.policy or Gated(self.config.threshold_at(options.budget)),
             kv=kv,
             unit=unit,
-            granularity=options.granularity or self.config.granularity,
+            granularity=granularity,
             mode=mode,
             modality=modality,
             real=real,
-            prompt=real if options.prompt is None else real & options.prompt.to(real.device),
+            prompt=_deciding(real, past, options, kwargs) if granularity == "sequence" else real,
             position=position,
             past=past,
             tokens=int(real.sum()),
@@ -117,9 +200,7 @@ class Router:
             if use_cache is None:
                 use_cache = model.config.get_text_config().use_cache  # type: ignore[union-attr, operator]
             return SkipCache(self.num_layers, self.image_layers) if use_cache else None
-        if isinstance(cache, SkipCache):
-            return cache
-        return SkipCache.from_dynamic(cache, self.num_layers, self.image_layers)
+        return take_over(cache, self.num_layers, self.image_layers)
 
     @staticmethod
     def _tokens(
@@ -141,6 +222,54 @@ class Router:
             real = torch.ones(batch, length, dtype=torch.bool, device=modality.device)
             position = torch.arange(past, past + length, device=modality.device).expand(batch, -1)
         return modality, real, position
+
+
+def _check_adapters(model: nn.Module) -> None:
+    """Refuse adapters that look at a token's row or its place in it, which packed tokens do not have.
+
+    Raises:
+        UnsupportedModelError: PEFT has told an adapter of rows or offsets, for this call.
+    """
+    for module in model.modules():
+        for hook in module._forward_pre_hooks.values():
+            for what in {"adapter_names", "alora_offsets"} & set(getattr(hook, "keywords", ())):
+                raise UnsupportedModelError(
+                    f"`{what}`: an adapter that depends on a token's row or place cannot run on packed tokens. "
+                    "Merge one adapter for all rows, or compute every token: `with running(mode='masked')`."
+                )
+
+
+def _deciding(
+    real: Bool[Tensor, "batch seq"], past: int, options: _Running, kwargs: dict[str, Any]
+) -> Bool[Tensor, "batch seq"]:
+    """The tokens that decide for their row: those of its prompt, which have to come together.
+
+    Outside `generate` the first call has the prompt, and a single token after it is a generated one.
+
+    Raises:
+        InputError: this call has a piece of a prompt alone, or answers in it that nothing tells from the prompt.
+    """
+    length, prompt, end = real.shape[1], options.prompt, options.prompt_length
+    if prompt is not None:
+        deciding = real & prompt.to(real.device)
+        piece = past > 0 and bool(deciding.any())
+    elif end is not None:
+        deciding = real & (torch.arange(past, past + length, device=real.device) < end)
+        piece = past < end and (past > 0 or length < end)
+    else:
+        deciding = real if past == 0 else torch.zeros_like(real)
+        piece = past > 0 and length > 1
+        if kwargs.get("labels") is not None:
+            raise InputError(
+                "`granularity`: 'sequence' decides by the prompt, and there are `labels`, so answers are in the input. "
+                "Say what the prompt is: `with running(prompt=labels == -100)`, or use granularity='token'."
+            )
+    if piece:
+        raise InputError(
+            f"`granularity`: 'sequence' decides by the whole prompt, got {length} tokens of one after {past} cached. "
+            "Give it in one call, without `prefill_chunk_size`, a cached prefix or guidance, or use granularity='token'."
+        )
+    return deciding
 
 
 def _wants_attention_weights(model: nn.Module, kwargs: dict[str, Any]) -> bool:

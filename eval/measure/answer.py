@@ -10,7 +10,7 @@ from skipit.train.data.collate import Collator
 from skipit.train.data.rows import Row
 
 from .runner import right_answer
-from .traced import generate
+from .traced import ONE_PASS, generate
 
 EXAMPLES = 3
 
@@ -101,7 +101,7 @@ def answer(
     row = Row({"images": images, "prompt": prompt}, "the question")
     batch = Collator(processor, with_completion=False)([row])
     inputs = {name: value.to(model.device) for name, value in batch.items()}
-    settings = {**inputs, "max_new_tokens": max_new_tokens, "do_sample": False}
+    settings = {**inputs, **ONE_PASS, "max_new_tokens": max_new_tokens, "do_sample": False}
     if dense:
         with running(mode="dense"):
             ids, trace = model.generate(**settings), None

@@ -15,6 +15,7 @@ from skipit.router.config import KVPolicy
 from skipit.theory.cost import CostModel, trace_compute
 
 from .recorded import Kinds, Record, Recorded, Row
+from .traced import ONE_PASS
 
 Collate = Callable[[Sequence[Row]], dict[str, Tensor]]
 
@@ -167,12 +168,14 @@ def answer_batches(
     """
     if len(rows) == 0:
         raise InputError("the data set is empty; expected at least one row.")
-    wishes = {"max_new_tokens": max_new_tokens, "do_sample": False, "output_logits": logits}
+    wishes = {**ONE_PASS, "do_sample": False, "max_new_tokens": max_new_tokens, "output_logits": logits}
     for chunk, inputs in prompt_batches(model, rows, collate, batch_size):
         trace = Trace()
         with running(**{**options, "trace": trace}):
-            made = model.generate(**inputs, **wishes, return_dict_in_generate=True)
+            made = model.generate(**inputs, **{**wishes, "return_dict_in_generate": True})
         new, end = made.sequences[:, inputs["input_ids"].shape[1] :], model.generation_config.eos_token_id
+        if trace.steps:
+            trace.check_one_pass(made.sequences.shape[1] - 1)
         leave_out_finished(trace.steps, new, end)
         kept = made.logits or ()
         del made  # holds the cache, which is not to stay beside that of the next batch

@@ -10,6 +10,19 @@ from skipit.router import InputError, Trace, find_router, running
 from skipit.theory.cost import CostModel, trace_flops
 
 
+# One row per answer, and one pass over each of its tokens, whatever a checkpoint's `generation_config` asks for.
+ONE_PASS = {
+    "num_beams": 1,
+    "num_return_sequences": 1,
+    "prompt_lookup_num_tokens": None,
+    "prefill_chunk_size": None,
+    "use_cache": True,
+    "output_attentions": False,
+    "output_hidden_states": False,
+    "return_dict_in_generate": False,
+}
+
+
 @dataclass(frozen=True)
 class GenerationTrace:
     """What a generation executed.
@@ -58,7 +71,8 @@ def generate(model: Any, *, return_trace: bool = False, budget: float | str | No
     Raises:
         SkipItError: the model has no gates.
         RouterConfigError: not a calibrated budget.
-        InputError: `return_trace` with beams, which change rows while generating.
+        InputError: `return_trace` with beams, which change rows while generating, or with anything else that runs a
+            token more than once; or of a dense run, which records nothing.
     """
     _, router = find_router(model)
     router.config.threshold_at(budget)
@@ -73,6 +87,11 @@ def generate(model: Any, *, return_trace: bool = False, budget: float | str | No
     trace = Trace()
     with running(trace=trace):
         output = model.generate(budget=budget, **kwargs)
+    if not trace.steps:
+        raise InputError("`return_trace`: a dense run executes every layer for every token, and records nothing.")
+    made = output if isinstance(output, Tensor) else output.sequences
+    embedded = kwargs.get("inputs_embeds") if kwargs.get("input_ids") is None else None
+    trace.check_one_pass(made.shape[1] - 1 + (0 if embedded is None else embedded.shape[1]))
     executed, dense = trace_flops(CostModel.of(model, router.config.layers), trace.steps)
     return output, GenerationTrace(
         run=torch.cat([step.run for step in trace.steps], dim=-1),

@@ -12,6 +12,7 @@ from PIL import Image
 from rich.progress import Progress
 
 from skipit.eval.measure.runner import leave_out_finished
+from skipit.eval.measure.traced import ONE_PASS
 from skipit.router import InputError, Trace, find_router, running
 from skipit.theory.cost import CostModel, trace_compute
 from skipit.train.adapter import load
@@ -124,7 +125,7 @@ class SkipIt(lmms):
         trace = Trace()
         start = time.perf_counter()
         with running(trace=trace, budget=self.budget, mode="dense" if self.dense else None):
-            output = self.model.generate(**inputs, **generation_settings(settings))
+            output = self.model.generate(**inputs, **{**ONE_PASS, **generation_settings(settings)})
         new = output[:, inputs["input_ids"].shape[1] :].cpu()  # waits for the device
         took = time.perf_counter() - start
         spent = (0.0, 0.0)

@@ -11,7 +11,7 @@ from transformers import DynamicCache, StaticCache
 from transformers.cache_utils import DynamicSlidingWindowLayer
 
 from skipit.router import SkipCache, UnsupportedModelError
-from skipit.router.cache import SPARE, SkipCacheLayer
+from skipit.router.cache import SPARE, SkipCacheLayer, take_over
 
 
 def states(index: Tensor, heads: int = 2) -> Tensor:
@@ -124,10 +124,10 @@ def test_taking_over_a_dynamic_cache() -> None:
     dynamic = DynamicCache()
     keys, values = torch.randn(2, 1, 1, 3, 2)
     dynamic.update(keys, values, 0)
-    cache = SkipCache.from_dynamic(dynamic, 2)
+    cache = take_over(dynamic, 2)
     assert torch.equal(cache.layers[0].keys, keys)
     assert [layer.get_seq_length() for layer in cache.layers] == [3, 0]
-    assert SkipCache.from_dynamic(DynamicCache(), 2).get_seq_length() == 0
+    assert take_over(DynamicCache(), 2).get_seq_length() == 0
 
 
 def test_caches_that_cannot_be_taken_over() -> None:
@@ -139,18 +139,18 @@ def test_caches_that_cannot_be_taken_over() -> None:
         r"Leave `cache_implementation` unset, or run the dense model: `with running\(mode='dense'\)`."
     )
     with pytest.raises(UnsupportedModelError, match=message.format("StaticCache")):
-        SkipCache.from_dynamic(StaticCache(config, max_cache_len=8), 4)
+        take_over(StaticCache(config, max_cache_len=8), 4)
     offloaded = DynamicCache()
     offloaded.offloading = True
     with pytest.raises(UnsupportedModelError, match=message.format("DynamicCache")):
-        SkipCache.from_dynamic(offloaded, 4)
+        take_over(offloaded, 4)
     sliding = DynamicCache()
     sliding.layers.append(DynamicSlidingWindowLayer(sliding_window=3))
     sliding.update(torch.randn(1, 1, 5, 2), torch.randn(1, 1, 5, 2), 0)
     with pytest.raises(
         UnsupportedModelError, match=r"a sliding window has already dropped tokens.*Start from an empty cache"
     ):
-        SkipCache.from_dynamic(sliding, 1)
+        take_over(sliding, 1)
 
 
 def test_decoding_steps_do_not_copy_what_is_held() -> None:

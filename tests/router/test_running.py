@@ -8,7 +8,7 @@ from tiny_models import ROWS, build, inputs
 from torch import Tensor
 
 from skipit.router import FixedUnits, RouterConfig, RouterConfigError, SkipCache, Trace, attach, running
-from skipit.router.call import KWARG, Call
+from skipit.router.call import DENSE, KWARG, Call
 from skipit.router.running import _running
 
 SKIP_ALL = FixedUnits(torch.zeros(4, 2, dtype=torch.bool))
@@ -60,7 +60,7 @@ def test_what_layers_are_told() -> None:
     with running(policy=SKIP_ALL):
         assert seen(model, batch).policy is SKIP_ALL
     with running(mode="dense"):
-        assert seen(model, batch) is None
+        assert seen(model, batch) == DENSE
     assert seen(model.train(), batch).mode == "masked"
 
 
