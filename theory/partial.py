@@ -5,7 +5,6 @@ the sums are replaced in one: a run may be killed at any moment.
 """
 
 import hashlib
-import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -130,12 +129,7 @@ class Partial:
                 save_json(folder / RECORD, self._record)
                 save_tensors(folder / SUMS, sums)
             return
-        new = self.folder / f"{SUMS}.new"
-        try:
-            save_tensors(new, sums)
-            os.replace(new, self.folder / SUMS)
-        except OSError as error:
-            raise CheckpointError(f"{self.folder} cannot be written: {error}") from error
+        save_tensors(self.folder / SUMS, sums)
 
     def remove(self) -> None:
         """Delete the folder, once the profile itself is written."""
