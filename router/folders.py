@@ -59,13 +59,14 @@ def claimed(out: str | Path, check: Callable[[], None]) -> Iterator[None]:
 
     Args:
         out: the folder; its parents are made.
-        check: refuses it. Asked before anything is made, and again when no other process can make it any more.
+        check: refuses it. Asked before anything is made, and again when no other process can write it any more.
 
     Raises:
         CheckpointError: `check` raises it, or another process writes the folder.
     """
     out = Path(out)
-    check()
+    if not beside(out, "old").exists():  # else it may be put back first
+        check()
     missing = [parent for parent in out.absolute().parents if not parent.exists()]
     try:
         with writing(out):

@@ -11,7 +11,7 @@ from .errors import CheckpointError
 try:
     import fcntl
 except ImportError:  # where there is none, a copy of this file still reads checkpoints
-    pass
+    fcntl = None  # type: ignore[assignment]
 
 _HELD: ContextVar[frozenset[Path]] = ContextVar("held", default=frozenset())
 
@@ -62,7 +62,7 @@ def _take(folder: Path, place: Path) -> int:
             os.close(descriptor)
             if isinstance(error, BlockingIOError):
                 raise CheckpointError(
-                    f"{folder} is in use: another skipit is writing it. Wait until it is done, or choose another --out."
+                    f"{folder} is in use: another skipit is writing it. Wait until it is done, or write elsewhere."
                 ) from error
             raise CheckpointError(f"{folder} cannot be written: {place} cannot be locked: {error}") from error
         if os.fstat(descriptor).st_nlink:

@@ -105,6 +105,20 @@ def is_checkpoint(folder: Path) -> bool:
     return (folder / ROUTER_FILE).is_file() and any((folder / name).is_file() for name in (CONFIG, ADAPTER_CONFIG))
 
 
+def check_exported(folder: Path) -> None:
+    """Refuse what a checkpoint is made of, and say how it is made.
+
+    Raises:
+        CheckpointError: the folder is a run or a plan.
+    """
+    made = {CONFIG_FILE: ("a training run", ""), "plan.json": ("a plan", " --model MODEL")}
+    for file, (what, more) in made.items():
+        if (folder / file).is_file():
+            raise CheckpointError(
+                f"{folder} is {what}, not a checkpoint. Export it first: `skipit export {folder}{more} --out DIR`."
+            )
+
+
 def export_again(
     checkpoint: str | Path, out: str | Path, evaluation: str | Path | None = None, *, overwrite: bool = False
 ) -> None:

@@ -224,7 +224,12 @@ class SkipTrainer(Trainer):
                 save_json(pending, values)
                 save_manifest(folder, {pending.name: STATE_FILE})
                 pending.replace(folder / STATE_FILE)
-        except (CheckpointError, OSError, RuntimeError, SafetensorError) as error:  # torch and safetensors have errors of their own
+        except (
+            CheckpointError,
+            OSError,
+            RuntimeError,
+            SafetensorError,
+        ) as error:  # torch and safetensors have errors of their own
             shutil.rmtree(folder, ignore_errors=True)
             last = last_checkpoint(folder.parent)
             kept = (

@@ -47,9 +47,10 @@ VERBS: dict[str, Verb] = {
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one verb; returns the exit status: 0 done, 1 refused with a reason, 2 wrong arguments, 130 interrupted, 143 by SIGTERM.
+    """Run one verb.
 
-    Whatever it returns, the folder of `--out` is whole or as it was.
+    Returns:
+        The exit status: 0 done, 1 refused with a reason, 2 wrong arguments, 130 interrupted, 143 by SIGTERM.
     """
     line = sys.argv[1:] if argv is None else argv
     try:

@@ -1,7 +1,6 @@
 """`skipit profile`: a model measured on data."""
 
 import argparse
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .options import Parser, load_rows, partial_folder, positive_int
