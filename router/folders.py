@@ -95,7 +95,7 @@ def new_directory(out: str | Path, overwrite: bool = False) -> Iterator[Path]:
     new, old = beside(out, "new"), beside(out, "old")
     with claimed(out, lambda: check_out(out, overwrite)):
         try:
-            with writing(out):
+            with writing(out), _naming(new, out):
                 new.mkdir()
                 yield new
                 _to_disk(new)
@@ -131,6 +131,17 @@ def writing(path: Path) -> Iterator[None]:
         yield
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"{path} cannot be written: {error}") from error
+
+
+@contextmanager
+def _naming(new: Path, out: Path) -> Iterator[None]:
+    """Let errors about a folder that is being made call it what it will be called."""
+    try:
+        yield
+    except CheckpointError as error:
+        if str(new) not in str(error):
+            raise
+        raise CheckpointError(str(error).replace(str(new), str(out))) from error
 
 
 def _to_disk(folder: Path) -> None:
