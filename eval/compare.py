@@ -5,6 +5,7 @@ import math
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from skipit.eval.claims.tracking import Tracking, track
@@ -129,6 +130,7 @@ def compare(
     repeats: int = 15,
     contexts: Mapping[str, Callable[[], AbstractContextManager[Any]]] | None = None,
     kinds: Kinds | None = None,
+    keep: Callable[[str, Callable[[], Outcome]], Outcome] = lambda name, answer: answer(),
     progress: Callable[[int], None] = lambda rows: None,
 ) -> Comparison:
     """Answer the same rows with an untouched dense model and with gated ones.
@@ -143,6 +145,7 @@ def compare(
         repeats: of the timing.
         contexts: what a gated model runs in, such as `lambda: running(budget=0.5)`.
         kinds: of tokens that are recorded of gated models, for `measure_spending`.
+        keep: gives a model's answers by its name, from where they are kept or by asking it.
         progress: called with the number of rows of each finished batch.
 
     Raises:
@@ -152,18 +155,15 @@ def compare(
     collate = Collator(processor, with_completion=False)
     costs = CostModel.of(dense)
     contexts = contexts or {}
-    outcomes = {
-        "dense": run_dataset(dense, processor, rows, collate, costs, "retain", batch_size=batch_size, progress=progress)
-    }
+    ask = partial(run_dataset, processor=processor, rows=rows, collate=collate, costs=costs, batch_size=batch_size)
+    outcomes = {"dense": keep("dense", lambda: ask(dense, kv="retain", progress=progress))}
     subjects = {"dense": Subject(dense)}
     tracking = {}
     for name, model in gated.items():
         kv = find_router(model)[1].config.kv
         subjects[name] = Subject(model, contexts[name]) if name in contexts else Subject(model)
         with subjects[name].context():
-            outcomes[name] = run_dataset(
-                model, processor, rows, collate, costs, kv, kinds=kinds, batch_size=batch_size, progress=progress
-            )
+            outcomes[name] = keep(name, partial(ask, model, kv=kv, kinds=kinds, progress=progress))
         if profile is not None:
             skip_rate = outcomes[name].skip_rate.numpy()
             tracking[name] = track(skip_rate, theory_tables(profile, kv), theory_skips(profile, outcomes[name], kv))

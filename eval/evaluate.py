@@ -1,37 +1,44 @@
 """Evaluating a gated checkpoint: everything that eval.json holds, and the report made of it."""
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+import hashlib
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from skipit.eval.claims.alignment import align
 from skipit.eval.claims.controlled_skipping import controlled_skipping
-from skipit.eval.claims.pattern import outer_layers
+from skipit.eval.claims.pattern import outer_layers, row_skip_rates
 from skipit.eval.claims.spending import asked_cells, measure_spending
 from skipit.eval.claims.tracking import track
 from skipit.eval.measure.answer import depth_examples
 from skipit.eval.measure.latency import hardware
-from skipit.eval.measure.runner import Outcome, run_dataset
+from skipit.eval.measure.parts import Parts
+from skipit.eval.measure.recorded import Recorded
+from skipit.eval.measure.runner import Outcome, right_answer, run_dataset
 from skipit.eval.report.sweeps import load_baselines, load_transfer
 from skipit.eval.report.whole import report
 from skipit.eval.statistics import paired_difference
 from skipit.router import find_router
-from skipit.router.checkpoint import ROUTER_FILE
+from skipit.router.checkpoint import GATES_FILE, ROUTER_FILE
 from skipit.router.errors import CheckpointError
 from skipit.router.folders import load_json, new_directory, provenance, save_json
-from skipit.theory.artefact import load_profile
+from skipit.theory.artefact import load_profile, profile_tables
 from skipit.theory.cost import CostModel
+from skipit.theory.identity import fingerprint
+from skipit.theory.partial import digest
 from skipit.theory.profile import Profile
-from skipit.train.adapter import load, load_with_dense
+from skipit.train.adapter import ADAPTER_WEIGHTS, load, load_with_dense
 from skipit.train.card import ADAPTER_CONFIG, EVALUATION, PROVENANCE_FILE
 from skipit.train.data.collate import Collator
 from skipit.train.data.rows import Rows
-from skipit.train.data.sources import load_data
+from skipit.train.data.sources import load_data, name_data
 from skipit.train.display import loading, progress
-from skipit.train.export import check_profile
+from skipit.train.export import check_exported, check_profile
 
 from .compare import Comparison, compare, theory_skips, theory_tables
 
@@ -57,6 +64,7 @@ class Request:
         baselines: folder of `scripts/study peers`.
         transfer: folder of `scripts/study transfer`.
         controlled_samples: rows of controlled skipping; 0 leaves it out, and spending by input and calibration.
+        columns: the data's own names of `images`, `prompt`, `completion` and `answer`, where they differ.
     """
 
     checkpoint: Path
@@ -72,6 +80,7 @@ class Request:
     baselines: Path | None = None
     transfer: Path | None = None
     controlled_samples: int = 48
+    columns: Mapping[str, str] | None = None
 
 
 @dataclass
@@ -82,18 +91,29 @@ class _Bench:
     model: Any
     processor: Any
     dense: Any
-    rows: Any
+    rows: Rows
     profile: Profile | None
+    parts: Parts
     made: dict[str, dict[str, Any]] = field(default_factory=dict)
 
 
-def evaluate(request: Request, out: Path, overwrite: bool = False) -> Comparison:
+def evaluate(request: Request, out: Path, overwrite: bool = False, resume: bool = False) -> Comparison:
     """Measure everything that was asked for, and write eval.json and report.html into a new folder.
 
+    Every part that is done is kept beside the folder, in `OUT.partial`, until it is whole.
+
+    Args:
+        request: what to evaluate.
+        out: folder to make.
+        overwrite: replace it, and forget what is kept.
+        resume: go on from what is kept of an evaluation that was stopped.
+
     Raises:
-        SkipItError: something cannot be read, or does not belong together; nothing is written.
+        SkipItError: something cannot be read or written, or does not belong together; what is done is kept.
     """
     # What is cheap to refuse comes first.
+    check_exported(request.checkpoint)
+    parts = Parts(out.parent / f"{out.name}.partial", resume=resume, overwrite=overwrite)
     sweeps: dict[str, Any] = {}
     if request.baselines is not None:
         sweeps["baselines"] = load_baselines(request.baselines)
@@ -104,11 +124,20 @@ def evaluate(request: Request, out: Path, overwrite: bool = False) -> Comparison
     measured = load_profile(request.profile) if request.profile else None
     with loading("loading"):
         model, processor, dense = load_with_dense(request.checkpoint, request.base, budget=request.budget)
-        rows = load_data(request.data, request.split, request.samples, request.seed)
+        found = load_data(request.data, request.split, request.samples, request.seed, columns=request.columns)
+    # Pictures may be files, bytes or one without a list: whoever asks for a row finds them open.
+    rows = Rows(found, Collator(processor, with_completion=False).checked)
     if measured is not None:
         check_profile(measured, request.checkpoint, dense)
-    bench = _Bench(request, model, processor, dense, rows, measured)
+    bench = _Bench(request, model, processor, dense, rows, measured, parts)
+    parts.begin(_settings(bench))
     with progress("eval", 2 * len(rows)) as advance:
+
+        def keep(name: str, answer: Callable[[], Outcome]) -> Outcome:
+            if parts.holds(name):
+                advance(len(rows))
+            return parts.outcome(name, answer)
+
         result = compare(
             dense,
             {"gated": model},
@@ -117,6 +146,7 @@ def evaluate(request: Request, out: Path, overwrite: bool = False) -> Comparison
             measured,
             repeats=request.repeats,
             kinds=asked_cells(model.config) if request.controlled_samples else None,
+            keep=keep,
             progress=advance,
         )
     values, pictures = _values(bench, result)
@@ -128,7 +158,47 @@ def evaluate(request: Request, out: Path, overwrite: bool = False) -> Comparison
         save_json(folder / EVALUATION, values)
         # From the file: the page can show nothing that is not in it.
         (folder / REPORT).write_text(report(load_json(folder / EVALUATION), pictures), encoding="utf-8")
+    parts.remove()
     return result
+
+
+def _settings(bench: _Bench) -> dict[str, Any]:
+    """What must be the same when an evaluation goes on: the request, the models, their gates and the rows.
+
+    Raises:
+        InputError: a row cannot be read or has no answer, which is better found before hours of work.
+    """
+    request = bench.request
+    settings = {**asdict(request), "data": name_data(request.data), "rows": _fingerprint(bench.rows)}
+    routers = {"gated": request.checkpoint, **{name: path for name, path in request.also}}
+    settings["routers"] = {name: _gates(path) for name, path in routers.items()}
+    settings["models"] = [fingerprint(model) for model in (bench.dense, bench.model)]
+    if bench.profile is not None:
+        settings["tables"] = digest(profile_tables(bench.profile)).hex()
+    plain: dict[str, Any] = json.loads(json.dumps(settings, default=str))
+    return plain
+
+
+def _fingerprint(rows: Rows) -> str:
+    """A hash of everything that rows hold."""
+    found = hashlib.sha256()
+    with progress("read", len(rows)) as advance:
+        for number, row in enumerate(rows):
+            right_answer(row, number)
+            media = [np.asarray(item) for name in ("images", "videos") for item in row.get(name) or ()]
+            rest = {name: value for name, value in row.items() if name not in ("images", "videos")}
+            found.update(repr((rest, [(item.shape, str(item.dtype)) for item in media])).encode())
+            for item in media:
+                found.update(np.ascontiguousarray(item).data)
+            advance(1)
+    return found.hexdigest()
+
+
+def _gates(checkpoint: Path) -> str:
+    """A hash of a checkpoint's gates, their settings, and its adapter's tensors."""
+    files = (ROUTER_FILE, GATES_FILE, ADAPTER_WEIGHTS)
+    contents = [(checkpoint / name).read_bytes() for name in files if (checkpoint / name).is_file()]
+    return hashlib.sha256(b"".join(contents)).hexdigest()
 
 
 def _values(bench: _Bench, result: Comparison) -> tuple[dict[str, Any], list[Any]]:
@@ -137,30 +207,25 @@ def _values(bench: _Bench, result: Comparison) -> tuple[dict[str, Any], list[Any
     config = find_router(bench.model)[1].config
     values: dict[str, Any] = result.to_json()
     dense, gated = result.outcomes["dense"], result.outcomes["gated"]
-    kinds = [str(row.get("kind", "all")) for row in Rows(bench.rows)]
+    rows: Any = bench.rows
+    kinds = [str(row.get("kind", "all")) for row in rows]
     values["gated"]["difference"] = _differences(dense, gated, kinds)
     values["also"] = [_further(bench, name, path, dense, kinds) for name, path in request.also]
     if profile is not None:
         values["theory"] = {name: table.tolist() for name, table in theory_tables(profile, config.kv).items()}
     rates: Any = gated.skip_rate[:, 1].numpy()
     if request.controlled_samples:
-        rows: Any = Rows(bench.rows)
-        costs = CostModel.of(bench.model)
-        with progress("spending", len(rows)) as advance:
-            spending = measure_spending(
-                dense.recorded, gated.recorded, bench.dense, bench.processor, rows, costs, progress=advance
-            )
-        rates = spending.skip_rates.numpy()
-        values |= {"adaptivity": spending.adaptivity.to_json(), "calibration": spending.confidence.to_json()}
+        values |= bench.parts.values("spending", lambda: _spending(bench, dense.recorded, gated.recorded))
+        rates = row_skip_rates(gated.recorded.records).numpy()
         if profile is not None:
             skips = torch.from_numpy(theory_skips(profile, gated, config.kv))
             values["alignment"] = align(gated.recorded.records, skips).to_json()
     if profile is not None and (pattern := outer_layers(profile, rates)) is not None:
         values["pattern"] = pattern
-    few = Rows(bench.rows.select(range(min(request.controlled_samples, len(bench.rows)))))
-    if request.controlled_samples and profile is not None:
-        values |= controlled_skipping(bench.dense, bench.processor, few, profile, config.kv)
-    values["examples"], pictures = depth_examples(bench.model, bench.processor, Rows(bench.rows), request.budget)
+    few = [rows[number] for number in range(min(request.controlled_samples, len(rows)))]
+    if few and profile is not None:
+        values |= controlled_skipping(bench.dense, bench.processor, few, profile, config.kv, keep=bench.parts.values)
+    values["examples"], pictures = depth_examples(bench.model, bench.processor, rows, request.budget)
     record = checkpoint_record(request.checkpoint)
     values["settings"] = {
         "checkpoint": str(request.checkpoint),
@@ -178,15 +243,27 @@ def _values(bench: _Bench, result: Comparison) -> tuple[dict[str, Any], list[Any
     return values, pictures
 
 
+def _spending(bench: _Bench, dense: Recorded, gated: Recorded) -> dict[str, Any]:
+    rows: Any = bench.rows
+    with progress("spending", len(rows)) as advance:
+        spending = measure_spending(
+            dense, gated, bench.dense, bench.processor, rows, CostModel.of(bench.model), progress=advance
+        )
+    return {"adaptivity": spending.adaptivity.to_json(), "calibration": spending.confidence.to_json()}
+
+
 def _further(bench: _Bench, name: str, path: Path, dense: Outcome, kinds: Sequence[str]) -> dict[str, Any]:
     """A further router on the same rows: loaded, measured and let go, so that never more than one more is in memory."""
     with loading(f"loading {name}"):
         model, processor = load(path, bench.request.base if _is_adapter(path) else None)
     kv = find_router(model)[1].config.kv
     collate, costs = Collator(processor, with_completion=False), CostModel.of(bench.dense)
-    rows: Any = Rows(bench.rows)
+    rows: Any = bench.rows
+    part = f"also-{len(bench.made) + 1}"
     with progress(name[:10], len(rows)) as advance:
-        outcome = run_dataset(model, processor, rows, collate, costs, kv, progress=advance)
+        outcome = bench.parts.outcome(
+            part, lambda: run_dataset(model, processor, rows, collate, costs, kv, progress=advance)
+        )
     router: dict[str, Any] = {
         "name": name,
         "checkpoint": str(path),
@@ -200,13 +277,14 @@ def _further(bench: _Bench, name: str, path: Path, dense: Outcome, kinds: Sequen
     if bench.profile is not None:
         tables, skips = theory_tables(bench.profile, kv), theory_skips(bench.profile, outcome, kv)
         router["tracking"] = track(outcome.skip_rate.numpy(), tables, skips).to_json()
-    router["made"] = f"also-{len(bench.made) + 1}"
-    bench.made[router["made"]] = made_checkpoint(path, f"router {name!r}")
+    router["made"] = part
+    bench.made[part] = made_checkpoint(path, f"router {name!r}")
     return router
 
 
 def _check_further(path: Path, checkpoint: Path) -> None:
     """Refuse a further router that is none, or was made from another model, before hours of work."""
+    check_exported(path)
     if not (path / ROUTER_FILE).is_file():
         raise CheckpointError(f"{path} has no {ROUTER_FILE}: it is no gated checkpoint. Make one with `skipit export`.")
     ours, theirs = checkpoint_record(checkpoint).get("model"), checkpoint_record(path).get("model")

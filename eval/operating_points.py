@@ -1,7 +1,8 @@
 """Operating points of a gated checkpoint: a threshold for a budget, or one whose risk is certified."""
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +13,14 @@ from skipit.router import InputError, find_router
 from skipit.router.checkpoint import ROUTER_FILE, load, load_router
 from skipit.router.config import point_name
 from skipit.router.errors import CheckpointError
-from skipit.router.folders import load_json, provenance, save_json
+from skipit.router.folders import claimed, load_json, provenance, save_json
 from skipit.theory.calibrate import calibrate
 from skipit.theory.cost import CostModel
 from skipit.theory.identity import fingerprint
 from skipit.theory.risk import NotCertifiedError, allowed_errors, check_rows, threshold_grid
 from skipit.train.card import CERTIFICATES, PROVENANCE_FILE, shares_of, update_points
 from skipit.train.data.collate import Collator, batches
+from skipit.train.export import check_exported
 
 GRID_ROWS = 32  # choose the thresholds to test, and are not tested on
 
@@ -65,35 +67,35 @@ def certify_checkpoint(
     folder = Path(folder)
     if not name or _is_number(name):
         raise InputError(f"`name`: got {name!r}, expected a word: numbers are the names of budgets.")
-    check_name(folder, name, overwrite)
-    order = independent_rows(rows, seed)
-    chosen, tested = order[:GRID_ROWS], order[GRID_ROWS:]
-    try:
-        check_rows(len(tested), risk, confidence)
-    except InputError as error:
-        raise InputError(
-            f"{error} Of {len(rows)} rows, {len(rows) - len(order)} have images that another has too, and "
-            f"{len(chosen)} choose the thresholds to test."
-        ) from error
-    model, processor = load(folder)
-    collate = Collator(processor, with_completion=False)
-    grid = threshold_grid(gate_logits(model, _select(rows, chosen), collate, batch_size))
-    certificate = certify_thresholds(
-        model,
-        _select(rows, tested),
-        collate,
-        grid=grid,
-        risk=risk,
-        confidence=confidence,
-        batch_size=batch_size,
-        max_new_tokens=max_new_tokens,
-        progress=progress,
-    )
-    if certificate.chosen is None:
-        raise NotCertifiedError(_refusal(certificate))
-    record = {**certificate.to_json(), "max_new_tokens": max_new_tokens, "seed": seed, "model": fingerprint(model)}
-    store_point(folder, name, certificate.chosen.threshold, record, certificate.chosen.compute)
-    return certificate
+    with claimed_point(folder, name, overwrite):
+        order = independent_rows(rows, seed)
+        chosen, tested = order[:GRID_ROWS], order[GRID_ROWS:]
+        try:
+            check_rows(len(tested), risk, confidence)
+        except InputError as error:
+            raise InputError(
+                f"{error} Of {len(rows)} rows, {len(rows) - len(order)} have images that another has too, and "
+                f"{len(chosen)} choose the thresholds to test."
+            ) from error
+        model, processor = load(folder)
+        collate = Collator(processor, with_completion=False)
+        grid = threshold_grid(gate_logits(model, _select(rows, chosen), collate, batch_size))
+        certificate = certify_thresholds(
+            model,
+            _select(rows, tested),
+            collate,
+            grid=grid,
+            risk=risk,
+            confidence=confidence,
+            batch_size=batch_size,
+            max_new_tokens=max_new_tokens,
+            progress=progress,
+        )
+        if certificate.chosen is None:
+            raise NotCertifiedError(_refusal(certificate))
+        record = {**certificate.to_json(), "max_new_tokens": max_new_tokens, "seed": seed, "model": fingerprint(model)}
+        store_point(folder, name, certificate.chosen.threshold, record, certificate.chosen.compute)
+        return certificate
 
 
 def budget_checkpoint(
@@ -108,25 +110,33 @@ def budget_checkpoint(
         CheckpointError: not a gated checkpoint, the budget is calibrated already, or the folder cannot be written.
     """
     folder, name = Path(folder), point_name(budget)
-    check_name(folder, name, overwrite)
-    model, processor = load(folder)
-    held_out = list(batches(rows, Collator(processor), batch_size))
-    threshold, share = calibrate(model, held_out, CostModel.of(model), budget, find_router(model)[1].config.kv)
-    store_point(folder, name, threshold, None, share)
-    return share
+    with claimed_point(folder, name, overwrite):
+        model, processor = load(folder)
+        held_out = list(batches(rows, Collator(processor), batch_size))
+        threshold, share = calibrate(model, held_out, CostModel.of(model), budget, find_router(model)[1].config.kv)
+        store_point(folder, name, threshold, None, share)
+        return share
 
 
-def check_name(folder: Path, name: str, overwrite: bool) -> None:
-    """Refuse a name that is taken, before anything is measured.
+@contextmanager
+def claimed_point(folder: Path, name: str, overwrite: bool) -> Iterator[None]:
+    """Keep a checkpoint for this process, and refuse a name that is taken before anything is measured.
 
     Raises:
-        CheckpointError: not a gated checkpoint, or the name is taken.
+        CheckpointError: not a gated checkpoint, the name is taken, or another process writes the folder.
     """
-    config, _ = load_router(folder)
-    if name in config.operating_points and not overwrite:
-        raise CheckpointError(
-            f"{folder} has an operating point {name!r} already. Choose another name, or pass --overwrite to replace it."
-        )
+
+    def check() -> None:
+        check_exported(folder)
+        config, _ = load_router(folder)
+        if name in config.operating_points and not overwrite:
+            raise CheckpointError(
+                f"{folder} has an operating point {name!r} already. Choose another name, or pass --overwrite to "
+                "replace it."
+            )
+
+    with claimed(folder, check):
+        yield
 
 
 def independent_rows(rows: Any, seed: int = 0) -> list[int]:
@@ -147,8 +157,9 @@ def store_point(
 ) -> None:
     """Write an operating point into a checkpoint, and what is certified about it, or that nothing is.
 
-    Each file is replaced whole, the record first: whoever reads an operating point finds its record. The measured share
-    of dense FLOPs is noted beside how the checkpoint was made, and in the model card.
+    Each file is replaced whole, the threshold last: whoever reads an operating point finds its record, and a point that
+    is replaced is gone until its new record is there. The measured share of dense FLOPs is noted beside how the
+    checkpoint was made, and in the model card.
 
     Raises:
         CheckpointError: the folder cannot be written.
@@ -159,19 +170,19 @@ def store_point(
     records.pop(name, None)
     if record is not None:
         records[name] = {**record, "made_by": provenance()}
-    try:
-        if records or path.exists():
-            save_json(path, records)
-        provenance_path = folder / PROVENANCE_FILE
-        made = load_json(provenance_path) if provenance_path.is_file() else {}
-        shares = {**shares_of(made), **({} if share is None else {name: share})}
-        if made:
-            save_json(provenance_path, {**made, "calibrated_shares": shares})
-        changed = config.with_point(name, threshold)
-        save_json(folder / ROUTER_FILE, changed.to_dict())
-        update_points(folder, changed, shares, records)
-    except OSError as error:
-        raise CheckpointError(f"{folder} cannot be written: {error}") from error
+    if name in config.operating_points:  # never a threshold beside another's record
+        points = {other: at for other, at in config.operating_points.items() if other != name}
+        save_json(folder / ROUTER_FILE, {**config.to_dict(), "operating_points": points})
+    if records or path.exists():
+        save_json(path, records)
+    provenance_path = folder / PROVENANCE_FILE
+    made = load_json(provenance_path) if provenance_path.is_file() else {}
+    shares = {**shares_of(made), **({} if share is None else {name: share})}
+    if made:
+        save_json(provenance_path, {**made, "calibrated_shares": shares})
+    changed = config.with_point(name, threshold)
+    update_points(folder, changed, shares, records)
+    save_json(folder / ROUTER_FILE, changed.to_dict())  # last: the point is there when all about it is
 
 
 def _refusal(certificate: Certificate) -> str:

@@ -1,5 +1,6 @@
 """A gated checkpoint: a normal Hugging Face folder with the gates, their settings and their code beside the weights."""
 
+from collections.abc import Callable
 from pathlib import Path
 from threading import Lock
 from typing import Any
@@ -120,7 +121,14 @@ def attach_from(model: nn.Module, folder: str | Path, budget: float | str | None
 
 
 def save_gated(
-    model: Any, processor: Any, out: str | Path, *, card: str | None = None, overwrite: bool = False, **options: Any
+    model: Any,
+    processor: Any,
+    out: str | Path,
+    *,
+    card: str | None = None,
+    overwrite: bool = False,
+    finish: Callable[[Path], None] = lambda folder: None,
+    **options: Any,
 ) -> None:
     """Write a gated model as a folder that transformers loads as the dense model and `load` as the gated one.
 
@@ -133,6 +141,7 @@ def save_gated(
         out: folder to make.
         card: text of the README.md inside.
         overwrite: replace an existing folder.
+        finish: called with the folder before it gets its name, to add to it.
         **options: passed to the model's `save_pretrained`, such as `max_shard_size`.
     """
     config, gates = find_router(model)[1].config, gate_state(model)
@@ -146,6 +155,7 @@ def save_gated(
         add_code(folder)
         if card is not None:
             (folder / "README.md").write_text(card, encoding="utf-8")
+        finish(folder)
 
 
 def load(folder: str | Path, *, budget: float | str | None = None, **options: Any) -> tuple[Any, Any]:

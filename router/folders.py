@@ -1,7 +1,7 @@
 """Writing folders that are whole or not there, and reading JSON and safetensors with errors that name the file.
 
-A folder is written beside its place and renamed, so a killed run leaves nothing half-made and never destroys
-what was there. Nothing is ever pickled.
+A folder is written beside its place and renamed, so a killed run leaves nothing half-made under its name and never
+destroys what was there; what it leaves beside it, the next one clears. Nothing is ever pickled.
 """
 
 import json
@@ -10,17 +10,18 @@ import platform
 import shlex
 import shutil
 import sys
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
+from safetensors import SafetensorError
 from torch import Tensor
 
 from .errors import CheckpointError
+from .lock import beside, locked
 from .strict_json import parse_json, read_json, regular_size
 
 _T = TypeVar("_T")
@@ -61,40 +62,138 @@ class Stored(NamedTuple):
 
 
 @contextmanager
+def claimed(out: str | Path, check: Callable[[], None]) -> Iterator[None]:
+    """Keep a folder for this process from before the work until it is written; clear what killed ones left beside it.
+
+    Args:
+        out: the folder; its parents are made.
+        check: refuses it. Asked before anything is made, and again when no other process can write it any more.
+
+    Raises:
+        CheckpointError: `check` raises it, or another process writes the folder.
+    """
+    out = Path(out)
+    if not beside(out, "old").exists():  # else it may be put back first
+        check()
+    missing = [parent for parent in out.absolute().parents if not parent.exists()]
+    try:
+        with writing(out):
+            out.parent.mkdir(parents=True, exist_ok=True)
+        with locked(out) as first:
+            if first:
+                with writing(out):
+                    _recover(out)
+                check()
+            yield
+    finally:
+        with suppress(OSError):  # in which something lies by now
+            for parent in missing:
+                parent.rmdir()
+
+
+@contextmanager
 def new_directory(out: str | Path, overwrite: bool = False) -> Iterator[Path]:
     """A temporary folder that becomes `out` when the block ends without an error.
 
     Raises:
-        CheckpointError: `out` exists and is not to be overwritten, or cannot be made.
+        CheckpointError: `out` exists and is not to be overwritten, or cannot be made, or not in full, or another
+            process writes it.
     """
     out = Path(out)
-    check_out(out, overwrite)
+    new, old = beside(out, "new"), beside(out, "old")
+    with claimed(out, lambda: check_out(out, overwrite)):
+        try:
+            with writing(out), _naming(new, out):
+                new.mkdir()
+                yield new
+                _to_disk(new)
+            check_out(out, overwrite)
+            with writing(out):
+                if out.exists():
+                    os.replace(out, old)
+                os.replace(new, out)
+                _sync(out.parent)
+        finally:
+            _recover(out)
+
+
+def _recover(out: Path) -> None:
+    """Put back a folder that was to be replaced and was not, and remove what is left of one that was not finished."""
+    new, old = beside(out, "new"), beside(out, "old")
+    if old.exists() and not out.exists():
+        os.replace(old, out)
+    for left in (old, new):
+        if left.is_symlink():
+            left.unlink()
+        shutil.rmtree(left, ignore_errors=True)
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Turn what a full disk or a missing permission raises into an error that names what was to be written.
+
+    Raises:
+        CheckpointError: it cannot be written.
+    """
     try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
-    except OSError as error:
-        raise CheckpointError(f"{out} cannot be written: {error}") from error
+        yield
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{path} cannot be written: {error}") from error
+
+
+@contextmanager
+def _naming(new: Path, out: Path) -> Iterator[None]:
+    """Let errors about a folder that is being made call it what it will be called."""
     try:
-        yield temporary
-        temporary.chmod(0o755)  # mkdtemp makes it private, as safetensors does its files
-        for file in temporary.rglob("*.safetensors"):
-            file.chmod(0o644)
-        if out.exists():
-            old = Path(tempfile.mkdtemp(prefix=f".{out.name}.old.", dir=out.parent))
-            os.replace(out, old / out.name)
-            os.replace(temporary, out)
-            shutil.rmtree(old)
-        else:
-            os.replace(temporary, out)
+        yield
+    except CheckpointError as error:
+        if str(new) not in str(error):
+            raise
+        raise CheckpointError(str(error).replace(str(new), str(out))) from error
+
+
+def _to_disk(folder: Path) -> None:
+    """Give a folder's files the usual permissions and have them on the disk before it gets its name."""
+    for path in (*folder.rglob("*"), folder):
+        if path.suffix == ".safetensors":
+            path.chmod(0o644)  # safetensors makes them private
+        if not path.is_symlink():
+            _sync(path)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        os.close(descriptor)
+
+
+@contextmanager
+def new_file(path: Path) -> Iterator[Path]:
+    """A temporary file that becomes `path` when the block ends: a killed process leaves the old file or the new one.
+
+    Raises:
+        CheckpointError: it cannot be written; the old one is as it was.
+    """
+    beside_it = path.with_name(f"{path.name}.part")
+    with writing(path):
+        try:
+            yield beside_it
+            _sync(beside_it)
+            os.replace(beside_it, path)
+        finally:
+            beside_it.unlink(missing_ok=True)
 
 
 def save_json(path: Path, values: Any) -> None:
-    """Write JSON, readable and with NaN as null; a killed process leaves the old file or the new one."""
-    beside = path.with_name(f"{path.name}.part")
-    beside.write_text(json.dumps(_plain(values), indent=2, allow_nan=False) + "\n", encoding="utf-8")
-    os.replace(beside, path)
+    """Write JSON, readable and with NaN as null, whole or not at all.
+
+    Raises:
+        CheckpointError: it cannot be written.
+    """
+    with new_file(path) as beside_it:
+        beside_it.write_text(json.dumps(_plain(values), indent=2, allow_nan=False) + "\n", encoding="utf-8")
 
 
 def load_json(path: Path) -> dict[str, Any]:
@@ -110,10 +209,15 @@ def load_json(path: Path) -> dict[str, Any]:
 
 
 def save_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
-    """Write a safetensors file."""
+    """Write a safetensors file, whole or not at all.
+
+    Raises:
+        CheckpointError: it cannot be written.
+    """
     from safetensors.torch import save_file
 
-    save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, path)
+    with new_file(path) as beside_it:
+        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, beside_it)
 
 
 def load_tensors(path: Path) -> dict[str, Tensor]:

@@ -5,7 +5,6 @@ the sums are replaced in one: a run may be killed at any moment.
 """
 
 import hashlib
-import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -19,6 +18,48 @@ from skipit.router.folders import load_json, load_tensors, new_directory, save_j
 
 VERSION = 2
 RECORD, SUMS = "partial.json", "sums.safetensors"
+
+
+def check_unfinished(folder: Path, what: str, *, resume: bool, overwrite: bool) -> None:
+    """Refuse to lose what was done, or to go on where nothing was.
+
+    Args:
+        folder: that keeps what was done; beside it, its record.
+        what: is unfinished, in a word.
+        resume: go on from what the folder holds.
+        overwrite: forget what it holds.
+
+    Raises:
+        CheckpointError: there is nothing to resume, or something that would be lost.
+    """
+    here = (folder / RECORD).is_file()
+    if resume and not here:
+        raise CheckpointError(f"{folder} does not hold an unfinished {what}. Start without --resume.")
+    if here and not resume and not overwrite:
+        raise CheckpointError(
+            f"{folder} holds an unfinished {what}. Go on with --resume, or pass --overwrite to start anew."
+        )
+    if folder.exists() and not here:
+        raise CheckpointError(f"{folder} exists and is no unfinished {what}. Delete it yourself.")
+
+
+def check_same(folder: Path, now: dict[str, Any]) -> None:
+    """Refuse to go on with other settings than those that a folder's record holds.
+
+    Raises:
+        CheckpointError: the message says what differs.
+    """
+    before = load_json(folder / RECORD)
+    differs = [
+        f"{name} was {before.get(name)!r}, is {now.get(name)!r}"
+        for name in sorted(before.keys() | now.keys())
+        if before.get(name) != now.get(name)
+    ]
+    if differs:
+        raise CheckpointError(
+            f"{folder} cannot be resumed, what is measured differs: {'; '.join(differs)}. "
+            "Give the same arguments, or start anew with --overwrite."
+        )
 
 
 class Partial:
@@ -50,19 +91,7 @@ class Partial:
         self.folder, self.every, self.of = Path(folder), every, dict(of or {})
         self.resume, self.done, self._digest, self._seen = resume, 0, b"", b""
         self._record: dict[str, Any] = {}
-        here = self.holds_sums()
-        if resume and not here:
-            raise CheckpointError(f"{self.folder} does not hold an unfinished profile. Start without --resume.")
-        if here and not resume and not overwrite:
-            raise CheckpointError(
-                f"{self.folder} holds an unfinished profile. Go on with --resume, or pass --overwrite to start anew."
-            )
-        if self.folder.exists() and not here:
-            raise CheckpointError(f"{self.folder} exists and is no unfinished profile. Delete it yourself.")
-
-    def holds_sums(self) -> bool:
-        """Whether there is something to go on from."""
-        return (self.folder / RECORD).is_file() and (self.folder / SUMS).is_file()
+        check_unfinished(self.folder, "profile", resume=resume, overwrite=overwrite)
 
     def begin(self, of: dict[str, Any]) -> dict[str, Tensor] | None:
         """Start, or go on: returns the sums so far, None where there are none.
@@ -77,17 +106,7 @@ class Partial:
         if not self.resume:
             self.remove()
             return None
-        before = load_json(self.folder / RECORD)
-        differs = [
-            f"{name} was {before.get(name)!r}, is {self._record.get(name)!r}"
-            for name in sorted(before.keys() | self._record.keys())
-            if before.get(name) != self._record.get(name)
-        ]
-        if differs:
-            raise CheckpointError(
-                f"{self.folder} cannot be resumed, what is measured differs: {'; '.join(differs)}. "
-                "Give the same arguments, or start anew with --overwrite."
-            )
+        check_same(self.folder, self._record)
         state = load_tensors(self.folder / SUMS)
         try:
             self.done = int(state.pop("batches"))
@@ -104,7 +123,7 @@ class Partial:
         """
         expected, seen = self._digest, 0
         for number, batch in enumerate(batches):
-            self._seen, seen = _digest(self._seen, batch), number + 1
+            self._seen, seen = digest(batch, self._seen), number + 1
             if seen == self.done and self._seen != expected:
                 break
             if seen > self.done:
@@ -130,12 +149,7 @@ class Partial:
                 save_json(folder / RECORD, self._record)
                 save_tensors(folder / SUMS, sums)
             return
-        new = self.folder / f"{SUMS}.new"
-        try:
-            save_tensors(new, sums)
-            os.replace(new, self.folder / SUMS)
-        except OSError as error:
-            raise CheckpointError(f"{self.folder} cannot be written: {error}") from error
+        save_tensors(self.folder / SUMS, sums)
 
     def remove(self) -> None:
         """Delete the folder, once the profile itself is written."""
@@ -143,10 +157,10 @@ class Partial:
             shutil.rmtree(self.folder)
 
 
-def _digest(before: bytes, batch: dict[str, Tensor]) -> bytes:
-    """A hash of a batch's contents and of the one before it."""
-    digest = hashlib.sha256(before)
-    for name, value in sorted(batch.items()):
-        digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
-        digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
-    return digest.digest()
+def digest(tensors: dict[str, Tensor], before: bytes = b"") -> bytes:
+    """A hash of tensors with their names, and of what came before them."""
+    found = hashlib.sha256(before)
+    for name, value in sorted(tensors.items()):
+        found.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+        found.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return found.digest()

@@ -17,7 +17,7 @@ from skipit.theory.identity import fingerprint
 from skipit.train.data.sources import resolve_model
 
 from .card import ADAPTER_CONFIG, PROVENANCE_FILE, write_card
-from .export import open_run
+from .export import check_exported, open_run
 from .lora import ADAPTER_WEIGHTS, merge_lora, read_settings
 from .run_folder import ADAPTER
 
@@ -85,11 +85,12 @@ def load(
         **options: passed to transformers' `from_pretrained`, such as `dtype` and `device_map`.
 
     Raises:
-        CheckpointError: neither of the two, damaged, or the base is another model.
+        CheckpointError: neither of the two, damaged, not exported yet, or the base is another model.
         RouterConfigError: not a calibrated budget.
         InputError: `base` for a checkpoint that holds its own weights.
     """
     folder = Path(folder)
+    check_exported(folder)
     if (folder / ADAPTER_CONFIG).is_file():
         return _load_adapter(folder, base, budget, options)
     if base is not None:
@@ -116,6 +117,7 @@ def load_with_dense(
         RouterConfigError: not a calibrated budget.
     """
     folder = Path(folder)
+    check_exported(folder)
     if (folder / ADAPTER_CONFIG).is_file():
         source, options = _base_of(read_router(folder)[1], base)
         return *load(folder, base, budget=budget), gated.load_dense(source, **options)[0]

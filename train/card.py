@@ -12,7 +12,7 @@ from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 from skipit.router import RouterConfig
 from skipit.router.checkpoint import ROUTER_FILE
 from skipit.router.errors import CheckpointError
-from skipit.router.folders import load_json
+from skipit.router.folders import load_json, new_file
 from skipit.train.data.sources import REFERENCE
 
 Kind = Literal["run", "adapter", "plan"]
@@ -163,7 +163,8 @@ def update_points(folder: Path, config: RouterConfig, shares: Mapping[str, float
     before, start, rest = path.read_text(encoding="utf-8").partition(_START)
     _, end, after = rest.partition(_END)
     if start and end:
-        path.write_text(before + points_table(config, shares, records) + after, encoding="utf-8")
+        with new_file(path) as file:
+            file.write_text(before + points_table(config, shares, records) + after, encoding="utf-8")
 
 
 def write_card(folder: Path, evaluation: Mapping[str, Any] | None = None) -> None:

@@ -1,6 +1,6 @@
 """What the command line shows: progress on standard error, and nothing that other libraries have to say.
 
-On a terminal these are bars; in a file or a pipe, one line per step when it is done.
+On a terminal these are bars; in a file or a pipe, a line every few seconds, and one per step when it is done.
 """
 
 import logging
@@ -17,6 +17,7 @@ from transformers import ProgressCallback, TrainerControl, TrainerState, Trainin
 from transformers.utils import logging as transformers_logging
 
 console = Console(stderr=True)
+EVERY = 10.0  # seconds between lines
 
 
 class Advance:
@@ -103,15 +104,37 @@ def _bar(what: str, total: int, figures: str = "") -> Iterator[tuple[Progress, A
         TimeRemainingColumn(),
         TextColumn("{task.fields[figures]}"),
     )
-    started = time.perf_counter()
-    with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
+    with (Progress if console.is_terminal else _Lines)(*columns, console=console) as bar:
         task = bar.add_task(what, total=total, figures=figures)
         yield bar, task
-    if not console.is_terminal:
-        done = bar.tasks[0]
-        seconds = time.perf_counter() - started
-        line = f"{what:<10} {done.completed:.0f}/{total}  {seconds:.0f} s  {done.fields['figures']}"
-        console.print(line.rstrip(), markup=False, highlight=False)
+    if isinstance(bar, _Lines):
+        bar.say(what)
+
+
+class _Lines(Progress):
+    """A bar for a file or a pipe."""
+
+    def __init__(self, *columns: Any, console: Console) -> None:
+        super().__init__(*columns, console=console, disable=True)
+        self._started = self._said = time.perf_counter()
+
+    def advance(self, task_id: Any, advance: float = 1) -> None:
+        super().advance(task_id, advance)
+        self._say_sometimes()
+
+    def update(self, task_id: Any, **shown: Any) -> None:
+        super().update(task_id, **shown)
+        self._say_sometimes()
+
+    def _say_sometimes(self) -> None:
+        if time.perf_counter() - self._said >= EVERY:
+            self.say(self.tasks[0].description)
+
+    def say(self, what: str) -> None:
+        """How far the one task is, in a line."""
+        done, self._said = self.tasks[0], time.perf_counter()
+        line = f"{what:<10} {done.completed:.0f}/{done.total:.0f}  {self._said - self._started:.0f} s"
+        console.print(f"{line}  {done.fields['figures']}".rstrip(), markup=False, highlight=False)
 
 
 def quiet() -> ExitStack:

@@ -11,7 +11,7 @@ from skipit.router.checkpoint import ROUTER_FILE, load_dense, load_router, save_
 from skipit.router.config import RouterConfig
 from skipit.router.errors import CheckpointError
 from skipit.router.files import CONFIG
-from skipit.router.folders import load_json, new_directory, provenance, save_json
+from skipit.router.folders import check_out, claimed, load_json, new_directory, provenance, save_json
 from skipit.theory.artefact import check_same_model, load_plan
 from skipit.theory.identity import fingerprint
 from skipit.theory.profile import Profile
@@ -72,11 +72,9 @@ def export(run: str | Path, out: str | Path, *, overwrite: bool = False) -> None
     Raises:
         CheckpointError: not a finished run, or `out` exists.
     """
-    with new_directory(out, overwrite) as folder:
+    with claimed(out, lambda: check_out(Path(out), overwrite)):
         model, processor = merge_run(run)
-        save_gated(model, processor, folder, overwrite=True)
-        save_json(folder / PROVENANCE_FILE, {**load_json(Path(run) / RUN_FILE), "exported_by": provenance()})
-        write_card(folder)
+        _save(model, processor, out, overwrite, load_json(Path(run) / RUN_FILE))
 
 
 def export_plan(plan: str | Path, source: str, out: str | Path, *, overwrite: bool = False) -> None:
@@ -87,17 +85,39 @@ def export_plan(plan: str | Path, source: str, out: str | Path, *, overwrite: bo
     """
     gates = load_plan(plan)
     record = {"base": source, "model": gates.model, "budget": gates.budget, "init": gates.init, **gates.about}
-    with new_directory(out, overwrite) as folder:
+    with claimed(out, lambda: check_out(Path(out), overwrite)):
         model, processor = load_dense(resolve_model(source))
         attach_plan(model, gates)
-        save_gated(model, processor, folder, overwrite=True)
+        _save(model, processor, out, overwrite, record)
+
+
+def _save(model: Any, processor: Any, out: str | Path, overwrite: bool, record: dict[str, Any]) -> None:
+    """A gated checkpoint with the record of how it was made, and its card."""
+
+    def finish(folder: Path) -> None:
         save_json(folder / PROVENANCE_FILE, {**record, "exported_by": provenance()})
         write_card(folder)
+
+    save_gated(model, processor, out, overwrite=overwrite, finish=finish)
 
 
 def is_checkpoint(folder: Path) -> bool:
     """Whether a folder is what `export` makes, with all weights or as an adapter; a run folder is not."""
     return (folder / ROUTER_FILE).is_file() and any((folder / name).is_file() for name in (CONFIG, ADAPTER_CONFIG))
+
+
+def check_exported(folder: Path) -> None:
+    """Refuse what a checkpoint is made of, and say how it is made.
+
+    Raises:
+        CheckpointError: the folder is a run or a plan.
+    """
+    made = {CONFIG_FILE: ("a training run", ""), "plan.json": ("a plan", " --model MODEL")}
+    for file, (what, more) in made.items():
+        if (folder / file).is_file():
+            raise CheckpointError(
+                f"{folder} is {what}, not a checkpoint. Export it first: `skipit export {folder}{more} --out DIR`."
+            )
 
 
 def export_again(

@@ -27,7 +27,7 @@ from skipit.train.data.rows import Broken, training_rows
 from .config import TrainConfig
 from .gating import attach_plan
 from .launch import launched, stage_of
-from .run_folder import RunFolder, check_folder
+from .run_folder import RunFolder, claimed_run
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}  # of the weights, by precision
 
@@ -156,14 +156,14 @@ def train(
         callbacks: `transformers` trainer callbacks; a `ProgressCallback` among them replaces the printing of logs.
         report_to: where `Trainer` reports, such as "tensorboard".
         arguments: of `launched`, where several processes train or the model was loaded under ZeRO-3.
-        note: called with the reason for every row that was skipped.
+        note: called with the reason for every row that was skipped, and for a checkpoint that was passed over.
 
     Returns:
         The trained PEFT model, in eval mode, calibrated; under ZeRO-3 its weights stay sharded.
 
     Raises:
-        CheckpointError: `out` holds a run and neither `resume` nor `overwrite` is set, or there is nothing to resume,
-            or a setting that a resumed run must keep has changed.
+        CheckpointError: `out` holds a run and neither `resume` nor `overwrite` is set, or there is nothing whole to
+            resume, or a setting that a resumed run must keep has changed, or another process writes it.
         LaunchError: the processes are not what was asked for.
         InputError: more rows than `config.max_broken_rows` cannot be read, or a budget cannot be met, or the weights
             are fp16.
@@ -173,8 +173,10 @@ def train(
     from .trainer import SkipTrainer
 
     out = Path(out)
-    with launched(config, out, report_to=report_to) if arguments is None else nullcontext(arguments) as arguments:
-        check_folder(out, resume=resume, overwrite=overwrite)
+    with (
+        launched(config, out, report_to=report_to) if arguments is None else nullcontext(arguments) as arguments,
+        claimed_run(out, arguments.process_index == 0, resume=resume, overwrite=overwrite),
+    ):
         check_dtype(model)
         broken, collate, costs = Broken(config.max_broken_rows, note), Collator(processor), CostModel.of(model)
         rows = training_rows(dataset, collate.checked, broken)
@@ -184,7 +186,7 @@ def train(
         peft_model = prepare(model, plan, config)
         settings = {**config.to_dict(), "base": base, "processes": arguments.world_size}
         folder = RunFolder(out, settings, main=arguments.process_index == 0)
-        checkpoint = folder.prepare(resume)
+        checkpoint = folder.prepare(resume, note or (lambda text: None))
         # Every process runs every module, but for layers over images in a batch that has none.
         arguments.ddp_find_unused_parameters = "cross_attention" in layer_kinds(find_decoder(model)[1].config)
         trainer = SkipTrainer(

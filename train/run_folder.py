@@ -2,6 +2,8 @@
 
 import json
 import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,10 +13,11 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from skipit.router import find_router, gate_state
 from skipit.router.checkpoint import save_router
 from skipit.router.errors import CheckpointError
-from skipit.router.folders import check_out, load_json, save_json
+from skipit.router.folders import check_out, claimed, load_json, new_file, save_json, writing
 from skipit.theory.sharded import unsharded
 
 from .launch import CHECKPOINTS, barrier
+from .manifest import MANIFEST, find_damage
 
 ADAPTER = "adapter"
 RUN_FILE = "run.json"
@@ -62,6 +65,27 @@ def check_folder(out: Path, *, resume: bool, overwrite: bool) -> None:
     check_out(out, overwrite=True, made=(CONFIG_FILE,), foreign=f"is not a run: it has no {CONFIG_FILE}")
 
 
+@contextmanager
+def claimed_run(out: Path, main: bool, *, resume: bool, overwrite: bool) -> Iterator[None]:
+    """Keep a run folder for the processes of one run, of which the main one holds its lock; see `check_folder`.
+
+    Raises:
+        CheckpointError: it is refused, or another run writes it.
+    """
+
+    def check() -> None:
+        check_folder(out, resume=resume, overwrite=overwrite)
+
+    check()
+    with claimed(out, check) if main else nullcontext():
+        yield
+
+
+def has_checkpoint(out: Path) -> bool:
+    """Whether a run that is not finished can be resumed."""
+    return last_checkpoint(out / CHECKPOINTS) is not None
+
+
 def last_checkpoint(folder: Path) -> Path | None:
     """The last whole checkpoint in a folder, or None."""
     saved = [path.parent for path in folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*/{STATE_FILE}")]
@@ -86,20 +110,24 @@ class RunFolder:
     settings: dict[str, Any]
     main: bool
 
-    def prepare(self, resume: bool) -> Path | None:
+    def prepare(self, resume: bool, note: Callable[[str], None] = lambda text: None) -> Path | None:
         """The checkpoint to continue from, or None and a fresh folder with the settings in it.
 
+        Args:
+            resume: whether there is one.
+            note: called with what is wrong with a checkpoint that is passed over.
+
         Raises:
-            CheckpointError: a setting that a resumed run must keep has changed, or the folder cannot be written.
+            CheckpointError: a setting that a resumed run must keep has changed, no checkpoint is whole, or the folder
+                cannot be written.
         """
-        checkpoint = last_checkpoint(self.path / CHECKPOINTS) if resume else None
-        if checkpoint is not None:
+        if resume:
             self._check_settings()
         barrier()  # every process has looked at the folder
         if self.main:
-            self._make(checkpoint)
+            self._make(resume, note)
         barrier()
-        return checkpoint
+        return last_checkpoint(self.path / CHECKPOINTS) if resume else None
 
     def _check_settings(self) -> None:
         before, now = load_json(self.path / CONFIG_FILE), json.loads(json.dumps(self.settings))
@@ -107,18 +135,40 @@ class RunFolder:
             what = ", ".join(f"`{name}` was {before.get(name)!r}, now {now[name]!r}" for name in changed)
             raise CheckpointError(f"{self.path} cannot be resumed with other settings: {what}. Use the old ones.")
 
-    def _make(self, checkpoint: Path | None) -> None:
-        if checkpoint is None:
-            shutil.rmtree(self.path, ignore_errors=True)
+    def _make(self, resume: bool, note: Callable[[str], None]) -> None:
+        if resume:
+            self._keep_whole(note)
         else:
-            for unfinished in list((self.path / CHECKPOINTS).glob(f"{PREFIX_CHECKPOINT_DIR}-*")):
-                if _step(unfinished) > _step(checkpoint):
-                    shutil.rmtree(unfinished)  # a save that was killed; `Trainer` would count it as one to keep
-        try:
+            shutil.rmtree(self.path, ignore_errors=True)
+        with writing(self.path):
             self.path.mkdir(parents=True, exist_ok=True)
-            save_json(self.path / CONFIG_FILE, self.settings)
-        except OSError as error:
-            raise CheckpointError(f"{self.path} cannot be written: {error}") from error
+        save_json(self.path / CONFIG_FILE, self.settings)
+
+    def _keep_whole(self, note: Callable[[str], None]) -> None:
+        """Leave no checkpoint beyond the last that is whole: `Trainer` would count it as one to keep."""
+        found = sorted((self.path / CHECKPOINTS).glob(f"{PREFIX_CHECKPOINT_DIR}-*"), key=_step, reverse=True)
+        damaged: list[tuple[Path, str]] = []
+        for checkpoint in found:
+            if not (checkpoint / STATE_FILE).is_file():
+                continue  # a save that was killed
+            if not (checkpoint / MANIFEST).is_file():
+                note(f"{checkpoint.name} has no {MANIFEST}: an older skipit wrote it, and it cannot be verified.")
+                break
+            if (problem := find_damage(checkpoint)) is None:
+                break
+            damaged.append((checkpoint, problem))
+        else:
+            raise CheckpointError(
+                f"{self.path} cannot be resumed, no checkpoint is whole: "
+                f"{'; '.join(f'{path.name}: {problem}' for path, problem in damaged)}. "
+                "Put the file back, or start anew with --overwrite."
+            )
+        for path, problem in damaged:
+            shutil.rmtree(aside := path.with_name(f"damaged-{path.name}"), ignore_errors=True)
+            path.rename(aside)
+            note(f"{path.name} is damaged, {problem}: it is now {aside.name}, and {checkpoint.name} is resumed.")
+        for path in found[: found.index(checkpoint)]:
+            shutil.rmtree(path, ignore_errors=True)
 
     def finish(self, model: Any, history: list[dict[str, float]], record: dict[str, Any]) -> None:
         """Write the results: adapter in PEFT's format, router settings and gates, history and record.
@@ -127,15 +177,19 @@ class RunFolder:
             model: the trained PEFT model.
             history: figures of every step.
             record: what run.json says of the run.
+
+        Raises:
+            CheckpointError: something cannot be written; the checkpoints stay.
         """
         with unsharded(parameter for parameter in model.parameters() if parameter.requires_grad):
             if self.main:
-                model.save_pretrained(self.path / ADAPTER)
+                with writing(self.path / ADAPTER):
+                    model.save_pretrained(self.path / ADAPTER)
                 gates = {name: value.float() for name, value in gate_state(model).items()}
                 save_router(self.path, find_router(model)[1].config, gates)
         if self.main:
-            lines = "".join(json.dumps(figures) + "\n" for figures in history)
-            (self.path / "history.jsonl").write_text(lines, encoding="utf-8")
+            with new_file(self.path / "history.jsonl") as file:
+                file.write_text("".join(json.dumps(figures) + "\n" for figures in history), encoding="utf-8")
             save_json(self.path / RUN_FILE, record)
             shutil.rmtree(self.path / CHECKPOINTS, ignore_errors=True)
         barrier()

@@ -17,12 +17,14 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from skipit.router import MODALITIES, Gated, SkipItError, Trace, running
+from skipit.router.errors import CheckpointError
 from skipit.router.folders import load_json, save_json
 from skipit.theory.cost import CostModel
 from skipit.theory.labels import IGNORE
 
 from .config import TrainConfig
 from .launch import barrier, check_engine, stage_of
+from .manifest import save_manifest
 from .objective import DualAscent, answer_losses, answer_targets, gated_compute
 from .run_folder import STATE_FILE, last_checkpoint
 
@@ -218,8 +220,16 @@ class SkipTrainer(Trainer):
                     "thresholds": self.thresholds,
                     "history": self.progress.history,
                 }
-                save_json(folder / STATE_FILE, values)
-        except (OSError, RuntimeError, SafetensorError) as error:  # torch and safetensors have errors of their own
+                pending = folder / f"{STATE_FILE}.new"
+                save_json(pending, values)
+                save_manifest(folder, {pending.name: STATE_FILE})
+                pending.replace(folder / STATE_FILE)
+        except (
+            CheckpointError,
+            OSError,
+            RuntimeError,
+            SafetensorError,
+        ) as error:  # torch and safetensors have errors of their own
             shutil.rmtree(folder, ignore_errors=True)
             last = last_checkpoint(folder.parent)
             kept = (

@@ -1,5 +1,6 @@
 """Controlled skipping of an evaluation: every unit alone, growing sets and the 2x2 experiment, on the dense model."""
 
+from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor
@@ -21,7 +22,13 @@ DRAWS = 4  # sets of a quadrant
 
 
 def controlled_skipping(
-    dense: Any, processor: Any, rows: Any, profile: Profile, kv: KVPolicy, batch_size: int = 16
+    dense: Any,
+    processor: Any,
+    rows: Any,
+    profile: Profile,
+    kv: KVPolicy,
+    batch_size: int = 16,
+    keep: Callable[[str, Callable[[], dict[str, Any]]], dict[str, Any]] = lambda name, measure: measure(),
 ) -> dict[str, Any]:
     """Every unit left out alone, growing sets, and the 2x2 experiment, on the dense model.
 
@@ -32,6 +39,7 @@ def controlled_skipping(
         profile: of the dense model.
         kv: K/V policy of skipped tokens.
         batch_size: rows of a batch.
+        keep: gives an experiment's figures by its name, from where they are kept or by measuring.
 
     Returns:
         `units`, `growing` and `quadrants` as JSON has them, the last only where there are enough layers and images.
@@ -42,27 +50,34 @@ def controlled_skipping(
     read = [{name: value.to(device) for name, value in batch.items()} for batch in read]
     damage, cost, costs = profile.damage[kv].unit, profile.unit_cost(kv), CostModel.of(dense)
     layers = len(damage)
-    measured: dict[str, Any] = {}
-    attach(dense, RouterConfig(kv=kv))
-    try:
+
+    def units() -> dict[str, Any]:
         with progress("units", (2 * layers + 1) * len(read)) as advance:
-            measured["units"] = measure_units(dense, read, damage, kv, progress=advance).to_json()
+            return measure_units(dense, read, damage, kv, progress=advance).to_json()
+
+    def growing() -> dict[str, Any]:
         # At most 24 sets per order, however deep the model is.
         step = max(1, layers // 12)
         orders = unit_orders(damage, cost)
         plans = [plan for order in orders.values() for plan in growing_plans(order, layers, step)]
         with progress("sets", len({tuple(plan.flatten().tolist()) for plan in plans}) * len(read)) as advance:
-            growing = measure_growing(dense, read, damage, cost, kv, costs=costs, step=step, progress=advance)
-        measured["growing"] = growing.to_json()
+            return measure_growing(dense, read, damage, cost, kv, costs=costs, step=step, progress=advance).to_json()
+
+    def quadrants() -> dict[str, Any]:
+        redundancy, attention, saved = vision_tables(profile, kv)
+        cells = [equal_sets(split_quadrants(of, attention), saved, DRAWS) for of in redundancy.values()]
+        sets = {s for by in cells for several in by.values() for s in several}
+        with progress("2x2", (len(sets) + 1) * len(read)) as advance:
+            by_notion = measure_quadrants(
+                dense, read, redundancy, attention, saved, kv, costs=costs, draws=DRAWS, progress=advance
+            )
+        return {notion: of.to_json() for notion, of in by_notion.items()}
+
+    attach(dense, RouterConfig(kv=kv))
+    try:
+        measured = {"units": keep("units", units), "growing": keep("growing", growing)}
         try:
-            redundancy, attention, saved = vision_tables(profile, kv)
-            cells = [equal_sets(split_quadrants(of, attention), saved, DRAWS) for of in redundancy.values()]
-            sets = {s for by in cells for several in by.values() for s in several}
-            with progress("2x2", (len(sets) + 1) * len(read)) as advance:
-                by_notion = measure_quadrants(
-                    dense, read, redundancy, attention, saved, kv, costs=costs, draws=DRAWS, progress=advance
-                )
-            measured["quadrants"] = {notion: of.to_json() for notion, of in by_notion.items()}
+            measured["quadrants"] = keep("quadrants", quadrants)
         except InputError as error:  # a shallow model, or rows without images: the other experiments stand
             note(f"the 2x2 experiment is left out: {error}")
     finally:

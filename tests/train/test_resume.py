@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 from datasets import Dataset
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import LlavaForConditionalGeneration, TrainerCallback
 
@@ -122,6 +123,55 @@ def test_a_save_that_was_killed_does_not_count(run: Any, whole: Path, stopped: P
     checkpoints = stopped / "checkpoints"
     (checkpoints / "checkpoint-4" / STATE_FILE).unlink()  # it is written last
     assert same_run(run(stopped, resume=True), whole)
+
+
+@pytest.mark.parametrize("name", ["optimizer.pt", "scheduler.pt", "rng_state.pth", "skipit_state.json"])
+def test_a_checkpoint_that_lost_or_changed_a_file_is_passed_over(
+    run: Any, whole: Path, stopped: Path, name: str
+) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        run(stopped, At("on_step_end", 5, interrupt))
+    file, notes = stopped / "checkpoints" / "checkpoint-5" / name, list[str]()
+    if name == "skipit_state.json":  # still JSON, but of another price
+        file.write_text(file.read_text().replace('"step": 5', '"step": 4'))
+    else:
+        file.unlink()
+    assert same_run(run(stopped, resume=True, note=notes.append), whole)
+    what = "has changed" if name == "skipit_state.json" else "is missing"
+    assert notes == [
+        f"checkpoint-5 is damaged, {name} {what}: it is now damaged-checkpoint-5, and checkpoint-3 is resumed."
+    ]
+
+
+def test_a_tensor_less_is_named_where_no_other_checkpoint_is_whole(run: Any, stopped: Path) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        run(stopped, At("on_step_end", 2, interrupt))
+    file = stopped / "checkpoints" / "checkpoint-2" / "adapter_model.safetensors"
+    before = file.read_bytes()
+    save_file(dict(list(load_file(file).items())[1:]), file)
+    with pytest.raises(CheckpointError, match=r"no checkpoint is whole: checkpoint-2: adapter_model.safetensors has"):
+        run(stopped, resume=True)
+    file.write_bytes(before)
+    run(stopped, resume=True)
+
+
+def test_a_checkpoint_of_an_older_skipit_is_resumed_with_a_note(run: Any, whole: Path, stopped: Path) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        run(stopped, At("on_step_end", 4, interrupt))
+    (stopped / "checkpoints" / "checkpoint-4" / "manifest.json").unlink()
+    notes: list[str] = []
+    assert same_run(run(stopped, resume=True, note=notes.append), whole)
+    assert notes == ["checkpoint-4 has no manifest.json: an older skipit wrote it, and it cannot be verified."]
+
+
+def test_a_second_run_never_deletes_the_first_ones_folder(run: Any, whole: Path, stopped: Path) -> None:
+    def second(model: Any) -> None:
+        with ThreadPoolExecutor(1) as pool:
+            refusal = pool.submit(run, stopped, overwrite=True).exception()
+        assert "stopped is in use: another skipit is writing it" in str(refusal)
+
+    assert same_run(run(stopped, At("on_step_end", 2, second)), whole)
+    assert not list(stopped.parent.glob(".*"))
 
 
 def test_a_finished_run_holds_no_pickle(whole: Path) -> None:

@@ -23,6 +23,7 @@ def add_arguments(verb: Parser) -> None:
     verb.add_argument("--name", default="certified", help="of the point with this risk (default %(default)s)")
     verb.add_split("calibration")
     verb.add_samples(1000)
+    verb.add_columns()
     verb.add_batch_size()
     verb.add_max_new_tokens()
     verb.add_seed("of the order of rows")
@@ -31,17 +32,25 @@ def add_arguments(verb: Parser) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     """Store the point in the checkpoint and say what it executes or promises."""
-    from skipit.eval.operating_points import budget_checkpoint, certify_checkpoint, check_name
+    from skipit.eval.operating_points import claimed_point
     from skipit.router.errors import InputError
-    from skipit.theory.risk import SKIPPED_SHARES
-    from skipit.train.data.sources import load_data
-    from skipit.train.display import loading, progress
 
     if (arguments.budget is None) == (arguments.risk is None):
         raise InputError("give either --budget or --risk: an operating point spends a budget or has a certified risk.")
     folder = arguments.checkpoint
-    check_name(folder, arguments.name if arguments.budget is None else f"{arguments.budget:g}", arguments.overwrite)
-    rows = load_data(arguments.data, arguments.split, arguments.samples, arguments.seed)
+    name = arguments.name if arguments.budget is None else f"{arguments.budget:g}"
+    with claimed_point(folder, name, arguments.overwrite):
+        _calibrate(arguments)
+
+
+def _calibrate(arguments: argparse.Namespace) -> None:
+    from skipit.eval.operating_points import budget_checkpoint, certify_checkpoint
+    from skipit.theory.risk import SKIPPED_SHARES
+    from skipit.train.data.sources import load_data
+    from skipit.train.display import loading, progress
+
+    folder = arguments.checkpoint
+    rows = load_data(arguments.data, arguments.split, arguments.samples, arguments.seed, columns=arguments.columns)
     common = {"batch_size": arguments.batch_size, "overwrite": arguments.overwrite}
     if arguments.budget is not None:
         with loading("calibrating"):

@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from .options import BUDGET, KV, Parser, budget, check_out, positive_int
+from .options import BUDGET, KV, Parser, budget, positive_int
 
 ABOUT = "the whole data flow on the reference model"
 EXAMPLE = "skipit demo --out demo"
@@ -23,7 +23,6 @@ def run(arguments: argparse.Namespace) -> None:
     """Make every artefact and print a table."""
     from skipit.demo import demo
 
-    check_out(arguments)
     demo(
         arguments.out,
         budget=arguments.budget,

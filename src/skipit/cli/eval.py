@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from .options import CHECKPOINT, DATA, Parser, check_out, nonnegative_int, positive_int
+from .options import CHECKPOINT, DATA, Parser, nonnegative_int, positive_int
 
 ABOUT = "report what a gated checkpoint costs, saves and follows: report.html and eval.json"
 EXAMPLE = "skipit eval runs/checkpoint reference --profile runs/profile --out runs/eval"
@@ -41,7 +41,9 @@ def add_arguments(verb: Parser) -> None:
         metavar="N",
         help="rows of controlled skipping; 0 leaves out all experiments beyond answering rows (default %(default)s)",
     )
+    verb.add_columns()
     verb.add_argument("--repeats", type=positive_int, default=15, help="of the timing (default %(default)s)")
+    verb.add_flag("--resume", "go on from OUT.partial of an evaluation that was stopped")
 
 
 def named_checkpoint(text: str) -> tuple[str, Path]:
@@ -59,9 +61,8 @@ def run(arguments: argparse.Namespace) -> None:
     from skipit.eval.evaluate import REPORT, Request, evaluate
     from skipit.train.card import EVALUATION
 
-    check_out(arguments)
     settings = {name: getattr(arguments, name) for name in Request.__dataclass_fields__}
     request = Request(**{**settings, "also": tuple(arguments.also or ())})
-    comparison = evaluate(request, arguments.out, arguments.overwrite)
+    comparison = evaluate(request, arguments.out, arguments.overwrite, arguments.resume)
     print(comparison.table())
     print(f"{arguments.out}: {REPORT}, {EVALUATION}")

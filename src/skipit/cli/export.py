@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from .options import Parser, check_out
+from .options import Parser
 
 ABOUT = "write a gated checkpoint"
 EXAMPLE = "skipit export runs/run --out runs/checkpoint"
@@ -29,7 +29,6 @@ def run(arguments: argparse.Namespace) -> None:
     from skipit.train.export import is_checkpoint
     from skipit.train.hub import check_repository, push
 
-    check_out(arguments)
     if arguments.push_to_hub is not None:
         check_repository(arguments.push_to_hub)
     source, out = arguments.source, arguments.out

@@ -4,14 +4,17 @@ Heavy imports happen inside the verbs' runs, so `skipit --help` answers at once.
 """
 
 import argparse
+import signal
 import sys
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
 from . import calibrate, demo, export, generate, inspect, plan, probe, profile, theory, train
 from . import eval as evaluation
-from .options import Parser, set_defaults
+from .options import Parser, claim, partial_folder, set_defaults
 
 
 class Verb(Protocol):
@@ -44,7 +47,11 @@ VERBS: dict[str, Verb] = {
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one verb; returns the exit status: 0 done, 1 refused with a reason, 2 wrong arguments, 130 interrupted."""
+    """Run one verb.
+
+    Returns:
+        The exit status: 0 done, 1 refused with a reason, 2 wrong arguments, 130 interrupted, 143 by SIGTERM.
+    """
     line = sys.argv[1:] if argv is None else argv
     try:
         # The launcher of DeepSpeed puts this in front; the environment says it too.
@@ -97,19 +104,49 @@ def build_parser() -> Parser:
 
 def _run(arguments: argparse.Namespace) -> int:
     try:
-        from skipit.router.errors import SkipItError
-        from skipit.train.display import quiet
+        with _stopped_by_signals():
+            from skipit.router.errors import SkipItError
+            from skipit.train.display import quiet
 
-        try:
-            with quiet():
-                VERBS[arguments.verb].run(arguments)
-        except SkipItError as error:
-            print(f"skipit: {error}", file=sys.stderr)
-            return 1
-    except KeyboardInterrupt:
-        if arguments.verb == "train" or (arguments.verb == "profile" and profile.partial_folder(arguments).is_dir()):
+            try:
+                with quiet(), claim(arguments):
+                    VERBS[arguments.verb].run(arguments)
+            except (SkipItError, OSError) as error:
+                print(f"skipit: {error}", file=sys.stderr)
+                return 1
+    except KeyboardInterrupt as stop:
+        if _can_resume(arguments):
             print("skipit: interrupted. The same command with --resume goes on from the last save.", file=sys.stderr)
         else:
             print("skipit: interrupted; nothing was written.", file=sys.stderr)
-        return 130
+        return 128 + (stop.args[0] if stop.args else signal.SIGINT)
     return 0
+
+
+@contextmanager
+def _stopped_by_signals() -> Iterator[None]:
+    """Let SIGTERM, by which clusters preempt, and SIGHUP, of a terminal that closes, stop a verb as Ctrl-C does."""
+
+    def stop(number: int, _: Any) -> None:
+        signal.signal(number, signal.SIG_IGN)  # once: what is saved now is saved in full
+        raise KeyboardInterrupt(number)
+
+    ours = threading.current_thread() is threading.main_thread()  # no other may set handlers
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP) if ours}
+    ends = [number for number, handler in before.items() if handler == signal.SIG_DFL]  # nohup ignores one
+    for number in ends:
+        signal.signal(number, stop)
+    try:
+        yield
+    finally:
+        for number in ends:
+            signal.signal(number, signal.SIG_DFL)
+
+
+def _can_resume(arguments: argparse.Namespace) -> bool:
+    """Whether a verb that was stopped has kept something to go on from."""
+    if arguments.verb == "train":
+        from skipit.train.run_folder import has_checkpoint
+
+        return has_checkpoint(arguments.out)
+    return "resume" in arguments and partial_folder(arguments).is_dir()

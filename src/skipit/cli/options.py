@@ -1,6 +1,7 @@
 """What the verbs' arguments share: a parser, types, groups, and defaults from a YAML file."""
 
 import argparse
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -50,6 +51,10 @@ class Parser(argparse.ArgumentParser):
         self.add_split("train")
         self.add_batch_size()
         self.add_seed()
+        self.add_columns()
+
+    def add_columns(self) -> None:
+        """How the data calls what skipit reads."""
         self.add_argument(
             "--columns",
             type=column_names,
@@ -102,15 +107,26 @@ class Parser(argparse.ArgumentParser):
         )
 
 
-def check_out(arguments: argparse.Namespace) -> None:
-    """Refuse the folder of `add_out` before hours of work, not after them.
+def claim(arguments: argparse.Namespace) -> AbstractContextManager[None]:
+    """Keep the folder of `add_out` for this process, and refuse it before hours of work, not after them.
+
+    Nothing is kept for a verb without one, nor for `train`, of whose processes the first keeps it.
 
     Raises:
-        CheckpointError: it is there and not to be overwritten, holds what skipit did not make, or cannot be written.
+        CheckpointError: it is there and not to be overwritten, holds what skipit did not make, cannot be written, or
+            another process writes it.
     """
     from skipit.router import folders
 
-    folders.check_out(arguments.out, arguments.overwrite, MADE)
+    if arguments.verb == "train" or "out" not in arguments:
+        return nullcontext()
+    return folders.claimed(arguments.out, lambda: folders.check_out(arguments.out, arguments.overwrite, MADE))
+
+
+def partial_folder(arguments: argparse.Namespace) -> Path:
+    """Where a verb with --resume keeps what it has done until --out is whole."""
+    out: Path = arguments.out
+    return out.parent / f"{out.name}.partial"
 
 
 def load_rows(arguments: argparse.Namespace, samples: int) -> Any:

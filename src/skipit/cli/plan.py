@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from .options import BUDGET, KV, Parser, budget, check_out, nonnegative
+from .options import BUDGET, KV, Parser, budget, nonnegative
 
 ABOUT = "turn a profile into gates"
 EXAMPLE = "skipit plan runs/profile --budget 0.5 --out runs/plan"
@@ -39,7 +39,6 @@ def run(arguments: argparse.Namespace) -> None:
     """Write a plan and say what its gates are expected to run."""
     from skipit.router.errors import InputError
 
-    check_out(arguments)
     rules = {"--max-damage": arguments.max_damage, "--eps": arguments.eps, "--nu": arguments.nu}
     rule = next((name for name, value in rules.items() if value is not None), None)
     if arguments.mode is not None:

@@ -4,7 +4,7 @@ import argparse
 import io
 from typing import TYPE_CHECKING
 
-from .options import Parser, check_out, load_rows, positive, positive_int
+from .options import Parser, load_rows, positive, positive_int
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -33,7 +33,6 @@ def run(arguments: argparse.Namespace) -> None:
     from skipit.train.data.sources import load_model
     from skipit.train.display import loading, progress
 
-    check_out(arguments)
     with loading("loading"):
         model, processor = load_model(arguments.model)
         rows = load_rows(arguments, arguments.samples)

@@ -1,10 +1,9 @@
 """`skipit profile`: a model measured on data."""
 
 import argparse
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .options import Parser, check_out, load_rows, positive_int
+from .options import Parser, load_rows, partial_folder, positive_int
 
 if TYPE_CHECKING:
     from skipit.theory.backbone import Backbone
@@ -37,17 +36,10 @@ def add_arguments(verb: Parser) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     """Write a profile of the decoder, or of a part, and say how many rows it holds."""
-    check_out(arguments)
     if arguments.part == "decoder":
         _profile_decoder(arguments)
     else:
         _profile_part(arguments)
-
-
-def partial_folder(arguments: argparse.Namespace) -> Path:
-    """Where sums are saved until the profile is whole."""
-    out: Path = arguments.out
-    return out.parent / f"{out.name}.partial"
 
 
 def _profile_decoder(arguments: argparse.Namespace) -> None:

@@ -99,13 +99,16 @@ def run(arguments: argparse.Namespace) -> None:
     from skipit.train.display import loading, note, on_one_process, training_progress
     from skipit.train.launch import launched
     from skipit.train.run import DTYPES, train
-    from skipit.train.run_folder import RUN_FILE, check_folder
+    from skipit.train.run_folder import RUN_FILE, check_folder, claimed_run
 
     out = arguments.out
     check_folder(out, resume=arguments.resume, overwrite=arguments.overwrite)
     plan = load_plan(arguments.plan) if arguments.plan else None
     config = _config(arguments, {"budget": plan.budget, "kv": plan.kv} if plan else {})
-    with launched(config, out, report_to=arguments.report_to, processes=arguments.processes) as launch:
+    with (
+        launched(config, out, report_to=arguments.report_to, processes=arguments.processes) as launch,
+        claimed_run(out, launch.process_index == 0, resume=arguments.resume, overwrite=arguments.overwrite),
+    ):
         on_one_process(launch.process_index)
         with loading("loading"):
             model, processor = load_model(arguments.model, dtype=DTYPES[config.precision])

@@ -4,12 +4,14 @@ import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from families import build, processor
+from families.family import picture
+from torch import Tensor
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from skipit.eval.measure import latency
 from skipit.eval.measure.latency import Subject, hardware, time_models
@@ -28,24 +30,25 @@ class Machine:
         return self.time
 
 
-class Model(nn.Module):
+class Model(LlamaForCausalLM):
     """Takes a fixed time for a prompt and for a step, and writes down what it was called with."""
 
     def __init__(self, name: str, machine: Machine, prefill: float, step: float, log: list[str]) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.zeros(1))
+        small = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
+        super().__init__(LlamaConfig(vocab_size=9, **small))
         self.name, self.machine, self.costs, self.log = name, machine, (prefill, step), log
         self.calls: list[dict[str, Any]] = []
 
     def forward(self, **inputs: Any) -> Any:
         self.calls.append(inputs)
-        decoding = inputs.get("past_key_values") is not None
+        decoding = inputs["past_key_values"].get_seq_length() > 0
         if not decoding:
             self.log.append(self.name)
         self.machine.time += self.costs[decoding] * self.machine.slowness
-        logits = torch.zeros(1, inputs["input_ids"].shape[1], 9)
-        logits[..., 4] = 1
-        return SimpleNamespace(logits=logits, past_key_values="cache")
+        outputs = super().forward(**inputs)
+        outputs.logits = torch.zeros_like(outputs.logits)
+        outputs.logits[..., 4] = 1
+        return outputs
 
 
 @pytest.fixture
@@ -81,13 +84,26 @@ def test_a_step_decodes_one_token_from_the_cache(machine: Machine) -> None:
     model = Model("dense", machine, 1.0, 1.0, [])
     time_models({"dense": Subject(model)}, INPUTS, decode_steps=2, repeats=1)
     first, *steps = model.calls[:3]
-    assert first["input_ids"] is INPUTS["input_ids"]
+    assert torch.equal(first["input_ids"], INPUTS["input_ids"])
     assert first["use_cache"]
     for number, step in enumerate(steps, start=1):
         assert step["input_ids"].tolist() == [[4]], "the most likely token"
         assert step["attention_mask"].shape == (1, 3 + number)
-        assert step["past_key_values"] == "cache"
+        assert step["past_key_values"] is first["past_key_values"]
         assert not isinstance(step.get("pixel_values"), Tensor)
+
+
+def test_a_picture_has_rows_and_columns_while_it_is_timed() -> None:
+    """M-RoPE: positions that only the family's own preparation knows, in the prompt and after it."""
+    model, positions = build("qwen2.5-vl"), list[Tensor]()
+    model.register_forward_pre_hook(lambda _, __, given: positions.append(given["position_ids"]), with_kwargs=True)
+    text = "USER : <|vision_start|><|image_pad|><|vision_end|> what is it ASSISTANT :"
+    inputs = dict(processor("qwen2.5-vl")(text=[text], images=[[picture(0, 0)]], return_tensors="pt"))
+    time_models({"dense": Subject(model)}, inputs, decode_steps=2, repeats=1)
+    timed, positions = positions[:3], []
+    model.generate(**inputs, max_new_tokens=3, min_new_tokens=3, do_sample=False)
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(timed, positions, strict=True))
+    assert not torch.equal(timed[0][1], timed[0][2]), "rows and columns"
 
 
 def test_the_context_is_left_between_repeats(machine: Machine) -> None:
