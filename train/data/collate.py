@@ -139,7 +139,7 @@ class Collator:
 
 
 class _Read(NamedTuple):
-    """A row before processing: the prompt as text, all of it with the places of answers, the reply's messages, open images, and videos."""
+    """A row before processing: prompt and all of it as text, the reply's messages, open images, and videos."""
 
     prompt: str
     conversation: Answered

@@ -1,7 +1,7 @@
 """Which tokens of a row's text are its answer: those that the model writes itself, with the one that ends its turn.
 
-An answer is found by its characters in the whole text, not by how many tokens the prompt alone has: a tokenizer may join
-the end of a prompt to the first word of an answer, and the joined token is the answer's.
+An answer is found by its characters in the whole text, not by how many tokens the prompt alone has: a tokenizer may
+join the end of a prompt to the first word of an answer, and the joined token is the answer's.
 """
 
 import re
@@ -76,7 +76,7 @@ def _behind(text: str) -> str:
 
 
 def _after(text: str, prompt: str) -> int | None:
-    """Where a text goes on after a prompt, whose white space it may have otherwise; None if it begins in another way."""
+    """Where a text goes on after a prompt, whose white space it may have otherwise; None if it begins otherwise."""
     if text.startswith(prompt):
         return len(prompt)
     words = r"\s+".join(map(re.escape, prompt.split()))
@@ -87,10 +87,10 @@ def _after(text: str, prompt: str) -> int | None:
 def _no_generation(whole: str, asked: str, where: str) -> str:
     same = next((at for at, (one, other) in enumerate(zip(whole, asked, strict=False)) if one != other), len(whole))
     return (
-        f"{where}: the processor's chat template makes the model answer after {asked[max(0, same - 20) :]!r}, but writes "
-        f"this answer after {whole[max(0, same - 20) : same]!r}. If it opens a thought, the answer must begin with the "
-        "thought's end; or give the processor a chat template that opens none. Of an earlier answer that the template "
-        "shortens make a row of its own."
+        f"{where}: the processor's chat template has the model answer after {asked[max(0, same - 20) :]!r}, but writes "
+        f"this answer after {whole[max(0, same - 20) : same]!r}. Begin the completion with what is missing, such as a "
+        "thought that is opened, or give the processor a chat template that does not open it. An answer that the "
+        "template shortens because others follow it needs a row of its own."
     )
 
 
@@ -149,8 +149,8 @@ def _tokens(tokenizer: Any, text: str, where: str) -> tuple[list[int], Callable[
         before = tokenizer(text[:character], **options)["input_ids"]
         if ids[: len(before)] != before:
             raise InputError(
-                f"{where}: the tokenizer joins the answer to what stands beside it ({text[:character][-20:]!r}), and does "
-                "not say where its tokens are. Use a fast tokenizer (tokenizer.json)."
+                f"{where}: the tokenizer joins the answer to what is beside it ({text[:character][-20:]!r}), and does not "
+                "say where its tokens are. Use a fast tokenizer (tokenizer.json)."
             )
         return len(before)
 

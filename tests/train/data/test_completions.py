@@ -1,4 +1,4 @@
-"""Labels are the answer and the token that ends its turn, as a model would write them after the prompt; nothing else."""
+"""Labels are the answer and the token that ends its turn, as a model would write them after the prompt."""
 
 import copy
 from typing import Any
@@ -166,9 +166,8 @@ class TestThoughts:
     def test_one_that_the_template_closes_is_learned(self) -> None:
         """As Qwen3's: nothing was thought."""
         made = with_template("llava", "{{ 'ASSISTANT :' }}", f"{{{{ '{self.opened}' }}}}")
-        made.chat_template = made.chat_template.replace(
-            "else 'ASSISTANT : ' }}", "else 'ASSISTANT : < cat >  < dog > ' }}"
-        )
+        said = f"else '{self.opened} < dog > ' }}}}"
+        made.chat_template = made.chat_template.replace("else 'ASSISTANT : ' }}", said)
         assert labelled(made, row(completion="t7")) == ["< dog > t7 </s>"]
 
 
