@@ -267,7 +267,7 @@ def _deciding(
     if piece:
         raise InputError(
             f"`granularity`: 'sequence' decides by the whole prompt, got {length} tokens of one after {past} cached. "
-            "Give it in one call, without `prefill_chunk_size`, a cached prefix or guidance, or use granularity='token'."
+            "Give it in one call, without `prefill_chunk_size`, cached prefix or guidance, or use granularity='token'."
         )
     return deciding
 

@@ -7,7 +7,8 @@ from typing import Any
 
 from skipit.router import InputError, running
 from skipit.train.data.collate import Collator
-from skipit.train.data.rows import Row
+from skipit.train.data.pictures import read_picture
+from skipit.train.data.rows import Row, pictures
 
 from .runner import right_answer
 from .traced import ONE_PASS, generate
@@ -16,19 +17,16 @@ EXAMPLES = 3
 
 
 def open_images(paths: list[Path]) -> list[Any]:
-    """Open image files as RGB.
+    """Open image files as those of rows are.
 
     Raises:
         InputError: a file is missing or no image; the message names it.
     """
-    from PIL import Image, UnidentifiedImageError
-
     images = []
     for path in paths:
         try:
-            with Image.open(path) as image:
-                images.append(image.convert("RGB"))
-        except (OSError, UnidentifiedImageError) as error:
+            images.append(read_picture(path))
+        except InputError as error:
             raise InputError(f"image {path} cannot be read: {error}") from error
     return images
 
@@ -123,12 +121,14 @@ def depth_examples(
         What the report shows of each, and the images.
     """
     examples: list[dict[str, Any]] = []
-    pictures: list[Any] = []
+    shown: list[Any] = []
     kinds = set()
     for number_of_row, row in enumerate(rows):
-        images, kind = list(row.get("images") or ()), str(row.get("kind", number_of_row))
-        prompt = _text(row["prompt"])
-        if len(examples) == number or not images or kind in kinds or prompt is None:
+        kind, prompt = str(row.get("kind", number_of_row)), _text(row["prompt"])
+        if len(examples) == number or kind in kinds or prompt is None:
+            continue
+        images = pictures(row, f"row {number_of_row}")
+        if not images:
             continue
         kinds.add(kind)
         reply = answer(model, processor, images, prompt, budget=budget)
@@ -146,8 +146,8 @@ def depth_examples(
                 "layers": reply.depth.layers,
             }
         )
-        pictures.append(images[0])
-    return examples, pictures
+        shown.append(images[0])
+    return examples, shown
 
 
 def _text(prompt: Any) -> str | None:

@@ -8,7 +8,6 @@ import torch
 from accelerate import Accelerator
 from lmms_eval.api.model import lmms
 from lmms_eval.models.registry_v2 import ModelManifest
-from PIL import Image
 from rich.progress import Progress
 
 from skipit.eval.measure.runner import leave_out_finished
@@ -16,6 +15,7 @@ from skipit.eval.measure.traced import ONE_PASS
 from skipit.router import InputError, Trace, find_router, running
 from skipit.theory.cost import CostModel, trace_compute
 from skipit.train.adapter import load
+from skipit.train.data.pictures import read_picture
 
 MAX_NEW_TOKENS = 1024  # where a task does not say; lmms-eval's own default for LLaVA
 _SAMPLING = ("temperature", "top_p", "top_k")
@@ -151,8 +151,8 @@ def conversation(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Messages of lmms-eval, whose parts hold media under `url`, as processors want them.
 
     Example:
-        >>> conversation([{"role": "user", "content": [{"type": "image", "url": "a.png"}]}])
-        [{'role': 'user', 'content': [{'type': 'image', 'image': 'a.png'}]}]
+        >>> conversation([{"role": "user", "content": [{"type": "video", "url": "a.mp4"}]}])
+        [{'role': 'user', 'content': [{'type': 'video', 'video': 'a.mp4'}]}]
     """
     return [{"role": turn["role"], "content": [_part(part) for part in turn["content"]]} for turn in messages]
 
@@ -163,9 +163,7 @@ def _part(part: dict[str, Any]) -> dict[str, Any]:
         return {"type": "text", "text": part["text"]}
     if kind not in ("image", "video"):
         raise InputError(f"a task has a part of type {kind!r}; skipit takes text, images and videos.")
-    media = part["url"]
-    # Processors fail on palettes, transparency and greys.
-    return {"type": kind, kind: media.convert("RGB") if isinstance(media, Image.Image) else media}
+    return {"type": kind, kind: read_picture(part["url"]) if kind == "image" else part["url"]}
 
 
 def generation_settings(task: dict[str, Any]) -> dict[str, Any]:

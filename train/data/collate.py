@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property, partial
 from inspect import signature
 from typing import Any, NamedTuple
 
@@ -11,6 +12,7 @@ from torch import Tensor
 from skipit.router import InputError
 from skipit.theory.labels import IGNORE
 
+from .completions import Answered, Turns, answer_tokens, answered_text
 from .rows import Row, check_columns, films, numbered, pictures, turns_of
 
 
@@ -47,13 +49,27 @@ class Collator:
         if "suffix" in signature(self.processor.__call__).parameters:
             # A prefix LM, such as PaliGemma: a prompt's tokens see each other, so it must know where the answer begins.
             return self._process(places, prompts, media, "right", [_plain(row.reply) for row in read])
-        batch = self._process(places, [row.conversation for row in read], media, "right")
-        # The prompt alone, expanded the same way, says where the completion begins.
-        lengths = self._process(places, prompts, media, "right")["attention_mask"].sum(-1)
-        place = torch.arange(batch["input_ids"].shape[1])
-        inside = (place >= lengths[:, None]) & batch["attention_mask"].bool()
+        batch = self._process(places, [row.conversation.text for row in read], media, "right")
+        inside = torch.zeros_like(batch["input_ids"], dtype=torch.bool)
+        for number, (where, row) in enumerate(zip(places, read, strict=True)):
+            ids, label = answer_tokens(self._tokenizer, row.conversation, self._special, where)
+            # Media, which the processor expands, stand before the first answer: tokens agree from there to the end.
+            tail, length = len(ids) - label.index(True), int(batch["attention_mask"][number].sum())
+            if batch["input_ids"][number, length - tail : length].tolist() != ids[-tail:]:
+                raise InputError(f"{where}: the processor changes the answer's tokens, so that none can be labelled.")
+            inside[number, length - tail : length] = torch.tensor(label[-tail:])
         batch["labels"] = batch["input_ids"].masked_fill(~inside, IGNORE)
         return batch
+
+    @property
+    def _tokenizer(self) -> Any:
+        return getattr(self.processor, "tokenizer", self.processor)
+
+    @cached_property
+    def _special(self) -> frozenset[int]:
+        """Tokens that are no text; a tokenizer names some, such as Gemma's end of a turn, in one place only."""
+        added = getattr(self._tokenizer, "added_tokens_decoder", {})
+        return frozenset(self._tokenizer.all_special_ids) | {number for number, t in added.items() if t.special}
 
     def checked(self, row: Row) -> Row:
         """A row that can be collated as far as can be told without its processor, with its images opened.
@@ -70,20 +86,23 @@ class Collator:
         images, videos = pictures(row, where), films(row, where)
         turns = turns_of(row, "prompt", "user", where)
         turns = _with_placeholders(turns, {"image": len(images), "video": len(videos)}, where)
-        prompt, reply, conversation = self._template(turns, True, where), [], ""
+        prompt, reply = self._template(turns, True, where), []
+        conversation = Answered(prompt, [])
         if self.with_completion:
             reply = turns_of(row, "completion", "assistant", where)
-            conversation = self._template([*turns, *reply], False, where)
+            conversation = answered_text(partial(self._template, where=where), turns, reply, where)
         token = getattr(self.processor, "image_token", None)
-        if token and (count := (conversation or prompt).count(token)) > len(images):
+        if token and (count := conversation.text.count(token)) > len(images):
             raise InputError(
                 f"{where}: {count} image tokens, {len(images)} images. Its text must not hold `{token}` itself."
             )
         return _Read(prompt, conversation, reply, images, videos)
 
-    def _template(self, turns: list[dict[str, Any]], generation: bool, where: str) -> str:
+    def _template(self, turns: Turns, generation: bool, where: str) -> str:
         try:
-            text: str = self.processor.apply_chat_template(turns, add_generation_prompt=generation, tokenize=False)
+            text: str = self.processor.apply_chat_template(
+                list(turns), add_generation_prompt=generation, tokenize=False
+            )
         except Exception as error:  # a template is a program of its own, and may refuse turns in any way
             raise InputError(f"{where}: the processor's chat template refuses its messages: {error}") from error
         return text
@@ -120,10 +139,10 @@ class Collator:
 
 
 class _Read(NamedTuple):
-    """A row before processing: the prompt and all of it as text, the reply's messages, open images, and videos."""
+    """A row before processing: prompt and all of it as text, the reply's messages, open images, and videos."""
 
     prompt: str
-    conversation: str
+    conversation: Answered
     reply: list[dict[str, Any]]
     images: list[Any]
     videos: list[Any]

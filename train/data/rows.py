@@ -1,8 +1,9 @@
 """Rows in the conversational vision format: what is in one, where it comes from, and what becomes of broken ones."""
 
+import difflib
 import hashlib
-import io
 from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,14 +11,31 @@ from torch.utils.data import Dataset, IterableDataset
 
 from skipit.router import InputError
 
+from .pictures import find_file, read_picture
+
 FORMAT = (
     "Rows need images or videos, prompt and completion, or images or videos and messages of which the assistant has "
     "the last (TRL's conversational vision format)."
 )
 
+DAMAGE = "damage"  # a row of this column alone stands for one that could not be read
+# Names that data sets give our columns.
+_USUAL = {
+    "images": ("image", "photo", "picture", "img", "file_name", "image_path", "path", "pictures", "photos"),
+    "prompt": ("question", "query", "instruction", "input", "text", "problem", "user"),
+    "completion": ("answer", "response", "output", "reply", "caption", "label", "target", "solution", "assistant"),
+    "messages": ("conversation", "conversations", "chat"),
+    "answer": ("answers", "label", "target"),
+}
+
 
 class Row(dict[str, Any]):
-    """A row that knows where it comes from, so that an error about it can say so."""
+    """A row that knows where it comes from, so that an error about it can say so.
+
+    Args:
+        values: by column; `DAMAGE` alone says why there is no row.
+        where: its place in the data.
+    """
 
     def __init__(self, values: Mapping[str, Any], where: str) -> None:
         super().__init__(answer_apart(values))
@@ -41,25 +59,32 @@ def check_columns(row: Mapping[str, Any], where: str, *needed: str) -> None:
     Raises:
         InputError: it does; the message names the row and the columns it has.
     """
+    if DAMAGE in row:
+        raise InputError(f"{where} cannot be read: {row[DAMAGE]}")
     if missing := [name for name in needed if name not in row]:
-        raise InputError(f"{where}: no column {', '.join(missing)}; found: {', '.join(row)}. {FORMAT}")
+        found = ", ".join(map(str, row))
+        raise InputError(f"{where}: no column {', '.join(missing)}; found: {found}. {FORMAT}{_renaming(missing, row)}")
+
+
+def _renaming(missing: list[str], row: Mapping[str, Any]) -> str:
+    """Which columns are meant, as far as names tell."""
+    free, pairs = [name for name in map(str, row) if name not in _USUAL], []
+    for ours in missing:
+        usual = (name for name in free if name.lower() in _USUAL.get(ours, ()))
+        theirs = next(usual, None) or next(iter(difflib.get_close_matches(ours, free, 1)), None)
+        if theirs is not None:
+            free.remove(theirs)
+            pairs.append(f"{ours}={theirs}")
+    return f" If they have other names: --columns {','.join(pairs)}" if pairs else ""
 
 
 def pictures(row: Mapping[str, Any], where: str) -> list[Any]:
-    """A row's pictures; files and bytes are opened.
+    """A row's pictures, opened; a column of one picture per row is as good as one of lists.
 
     Raises:
         InputError: one cannot be read; the message names the row.
     """
-    opened = []
-    given = [] if row.get("images") is None else row["images"]
-    # A column of one image per row is as good as one of lists.
-    for number, image in enumerate(given if isinstance(given, list | tuple) else [given]):
-        try:
-            opened.append(_open(image))
-        except (OSError, ValueError, SyntaxError) as error:  # PIL calls a broken PNG a syntax error
-            raise InputError(f"{where}: image {number} cannot be read: {error}") from error
-    return opened
+    return [_opened(image, f"{where}: image {number}") for number, image in enumerate(_listed(row.get("images")))]
 
 
 def films(row: Mapping[str, Any], where: str) -> list[Any]:
@@ -68,29 +93,28 @@ def films(row: Mapping[str, Any], where: str) -> list[Any]:
     Raises:
         InputError: a frame cannot be read; the message names the row.
     """
-    given = row.get("videos") or []
+    made = []
+    for number, video in enumerate(_listed(row.get("videos"))):
+        if isinstance(video, str | Path):
+            video = str(_opened(video, f"{where}: video {number}", find_file))
+        elif isinstance(video, list | tuple):
+            frames = [np.asarray(_opened(frame, f"{where}: a frame of video {number}")) for frame in video]
+            if len({frame.shape for frame in frames}) != 1:
+                raise InputError(f"{where}: video {number} cannot be read: its frames are not of one size.")
+            video = np.stack(frames)
+        made.append(video)
+    return made
+
+
+def _listed(given: Any) -> Any:
+    return [] if given is None else given if isinstance(given, list | tuple) else [given]
+
+
+def _opened(given: Any, which: str, read: Callable[[Any], Any] = read_picture) -> Any:
     try:
-        return [
-            np.stack([np.asarray(_open(frame)) for frame in video]) if isinstance(video, list | tuple) else video
-            for video in given
-        ]
-    except (OSError, ValueError, SyntaxError) as error:
-        raise InputError(f"{where}: a video cannot be read: {error}") from error
-
-
-def _open(image: Any) -> Any:
-    from PIL import Image
-
-    if isinstance(image, Mapping):
-        image = io.BytesIO(image["bytes"]) if image.get("bytes") else image.get("path")
-    if isinstance(image, str | io.BytesIO):
-        with Image.open(image) as file:
-            return file.convert("RGB")
-    if not isinstance(image, Image.Image):
-        return image  # an array or a tensor, which processors take
-    image.load()
-    # Processors fail on palettes, transparency and greys.
-    return image if image.mode == "RGB" else image.convert("RGB")
+        return read(given)
+    except InputError as error:
+        raise InputError(f"{which} cannot be read: {error}") from error
 
 
 def turns_of(row: Mapping[str, Any], column: str, role: str, where: str) -> list[dict[str, Any]]:
@@ -109,10 +133,12 @@ def turns_of(row: Mapping[str, Any], column: str, role: str, where: str) -> list
             if not isinstance(content, str):
                 content = [{key: value for key, value in part.items() if value is not None} for part in content]
             turns.append({"role": message["role"], "content": content})
-    except (TypeError, KeyError, AttributeError) as error:
+    except (TypeError, KeyError, AttributeError):
+        turns = []
+    if not turns:
         raise InputError(
             f"{where}: `{column}` is not a text or a list of messages with role and content: {repr(messages)[:200]}"
-        ) from error
+        )
     return turns
 
 
@@ -205,7 +231,7 @@ class RowStream(IterableDataset[dict[str, Any]]):
 
     def __init__(self, rows: Any, check: Check, broken: Broken) -> None:
         # Images are opened here, where an error about one does not end the stream.
-        self.rows = rows.decode(False) if hasattr(rows, "decode") else rows
+        self.rows = rows.decode(False) if getattr(rows, "features", None) else rows
         self.check, self.broken = check, broken
 
     def __iter__(self) -> Iterator[Row]:

@@ -1,15 +1,22 @@
 """What the command line's MODEL and DATA may be."""
 
+import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from skipit.router import InputError
 from skipit.router.checkpoint import load_dense
 
+from .pictures import BesideData, nearest
+from .rows import DAMAGE
+
 REFERENCE = "reference"
 _FILES = {".json": "json", ".jsonl": "json", ".parquet": "parquet"}
+_MEDIA = ("images", "videos")
+_KINDS = "Give `reference`, a folder made by save_to_disk, a .jsonl or .parquet file, or a Hub id."
 
 
 def load_model(source: str, **options: Any) -> tuple[Any, Any]:
@@ -69,13 +76,17 @@ def load_data(
     Raises:
         InputError: it cannot be read, or has no rows, or not the columns.
     """
-    if columns:
-        rows = load_data(source, split, samples, seed, streaming=streaming, shuffle_buffer=shuffle_buffer)
-        return _renamed(rows, columns, source)
+    rows = _rows(source, split, samples, seed, streaming, shuffle_buffer)
+    rows = _renamed(rows, columns, source) if columns else rows
+    path = Path(source)
+    return rows if source == REFERENCE or not path.exists() else _beside(rows, path if path.is_dir() else path.parent)
+
+
+def _rows(source: str, split: str, samples: int | None, seed: int, streaming: bool, shuffle_buffer: int) -> Any:
     if shuffle_buffer and not streaming:
         raise InputError(f"a shuffle buffer of {shuffle_buffer} rows is of a stream: add --streaming.")
     if streaming:
-        rows = load_data(source, split, samples, seed) if source == REFERENCE else _read(source, split, streaming)
+        rows = _rows(source, split, samples, seed, False, 0) if source == REFERENCE else _read(source, split, streaming)
         stream = rows.to_iterable_dataset() if hasattr(rows, "to_iterable_dataset") else rows
         stream = stream.shuffle(seed=seed, buffer_size=shuffle_buffer) if shuffle_buffer else stream
         return stream.take(samples) if samples else stream
@@ -93,13 +104,53 @@ def load_data(
 
 
 def _renamed(rows: Any, columns: Mapping[str, str], source: str) -> Any:
-    has = list(rows.column_names or next(iter(rows), {}))  # a stream may not know them before its first row
+    # A stream may not know them before its first row.
+    has = list(rows.column_names or next((row for row in rows if DAMAGE not in row), columns.values()))
     for ours, theirs in columns.items():
         if theirs not in has:
             raise InputError(f"data {source!r} has no column {theirs!r} for `{ours}`; found: {', '.join(has)}.")
         if ours in has and ours != theirs:
             raise InputError(f"data {source!r}: `{ours}` is to be {theirs!r}, but it has a column {ours!r} already.")
-    return rows.rename_columns({theirs: ours for ours, theirs in columns.items() if ours != theirs})
+    names = {theirs: ours for ours, theirs in columns.items() if ours != theirs}
+    # Rows of a stream without features need not all have every column.
+    return rows.map(partial(_rename, names=names)) if rows.features is None else rows.rename_columns(names)
+
+
+def _rename(row: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, Any]:
+    return {names.get(name, name): value for name, value in row.items()}
+
+
+def _beside(rows: Any, folder: Path) -> Any:
+    """Rows whose files' names, where they have such, are looked for in a folder too."""
+    features = rows.features
+    if features is None:
+        return rows.map(partial(_place_row, folder=folder))
+    named = [name for name in _MEDIA if name in features and not _decodes(features[name])]
+    if not named:
+        return rows
+    if hasattr(rows, "with_transform"):
+        return rows.with_transform(partial(_place_row, folder=folder))
+    return rows.map(partial(_place_row, folder=folder))
+
+
+def _decodes(feature: Any) -> bool:
+    """Whether `datasets` itself makes pictures of a column."""
+    return _decodes(feature.feature) if hasattr(feature, "feature") else hasattr(feature, "decode_example")
+
+
+def _place_row(row: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+    """A row, or a batch of them."""
+    return {name: _placed(value, folder) if name in _MEDIA else value for name, value in row.items()}
+
+
+def _placed(value: Any, folder: Path) -> Any:
+    if isinstance(value, str):
+        return BesideData(value, folder)
+    if isinstance(value, list):
+        return [_placed(one, folder) for one in value]
+    if isinstance(value, Mapping) and isinstance(value.get("path"), str):
+        return {**value, "path": BesideData(value["path"], folder)}
+    return value
 
 
 def load_held_out(
@@ -128,6 +179,11 @@ def _read(source: str, split: str, streaming: bool = False) -> Any:
     import datasets
 
     path = Path(source)
+    gone = f"no such file or folder: {source!r}.{nearest(path)}"
+    if not path.exists() and (path.suffix in _FILES or path.is_absolute() or source.count("/") > 1):
+        raise InputError(f"data {gone}")  # no name that a Hub could have
+    if streaming and path.suffix == ".jsonl" and path.is_file():
+        return datasets.IterableDataset.from_generator(_lines, gen_kwargs={"path": str(path)})
     try:
         with _quietly():
             if path.is_dir() and ((path / "dataset_info.json").exists() or (path / "dataset_dict.json").exists()):
@@ -142,15 +198,31 @@ def _read(source: str, split: str, streaming: bool = False) -> Any:
     except Exception as error:  # `datasets` raises errors of many libraries
         if "corresponds to no data" in str(error):
             raise InputError(f"data {source!r}, split {split!r}: no rows.") from error
+        if path.suffix == ".jsonl" and (bad := next((row for row in _lines(source) if DAMAGE in row), None)):
+            raise InputError(f"data {source!r}, split {split!r}, cannot be read: {bad[DAMAGE]}\n{_KINDS}") from error
         raise InputError(
-            f"data {source!r}, split {split!r}, cannot be read: {type(error).__name__}: {error}\n"
-            "Give `reference`, a folder made by save_to_disk, a .jsonl or .parquet file, or a Hub id."
+            f"data {source!r}, split {split!r}, cannot be read: {'' if path.exists() else gone + ' Nor is it one of a Hub: '}"
+            f"{type(error).__name__}: {error}\n{_KINDS}"
         ) from error
     if not isinstance(loaded, datasets.DatasetDict):
         return loaded
     if split not in loaded:
         raise InputError(f"data {source!r} has no split {split!r}; found: {', '.join(loaded)}.")
     return loaded[split]
+
+
+def _lines(path: str) -> Iterator[dict[str, Any]]:
+    """Rows of a JSONL file; one that says why stands for a damaged line."""
+    with Path(path).open("rb") as file:
+        for number, line in enumerate(file, 1):
+            try:
+                row = json.loads(line.decode("utf-8-sig")) if line.strip() else None
+                if row is not None and not isinstance(row, dict):
+                    raise ValueError(f"got a {type(row).__name__}, expected an object: {{...}}")
+            except (ValueError, RecursionError) as error:
+                row = {DAMAGE: f"{path}, line {number}: {error}: {line[:60]!r}"}
+            if row is not None:
+                yield row
 
 
 @contextmanager
