@@ -26,10 +26,11 @@ from skipit.theory.artefact import load_profile
 from skipit.theory.cost import CostModel
 from skipit.theory.profile import Profile
 from skipit.train.adapter import load, load_with_dense
-from skipit.train.card import ADAPTER_CONFIG, EVALUATION, PROVENANCE_FILE
+from skipit.train.card import ADAPTER_CONFIG, EVALUATION, checkpoint_record
 from skipit.train.data.collate import Collator
 from skipit.train.data.rows import Rows
 from skipit.train.data.sources import load_data
+from skipit.train.data.used import held_out
 from skipit.train.display import loading, progress
 from skipit.train.export import check_profile
 
@@ -107,6 +108,7 @@ def evaluate(request: Request, out: Path, overwrite: bool = False) -> Comparison
         rows = load_data(request.data, request.split, request.samples, request.seed)
     if measured is not None:
         check_profile(measured, request.checkpoint, dense)
+    held, _ = held_out(checkpoint_record(request.checkpoint), Rows(rows))
     bench = _Bench(request, model, processor, dense, rows, measured)
     with progress("eval", 2 * len(rows)) as advance:
         result = compare(
@@ -118,8 +120,10 @@ def evaluate(request: Request, out: Path, overwrite: bool = False) -> Comparison
             repeats=request.repeats,
             kinds=asked_cells(model.config) if request.controlled_samples else None,
             progress=advance,
+            held_out=held,
         )
     values, pictures = _values(bench, result)
+    values["held_out"] = held.to_json()
     made = {"eval": made_now(request.seed), "checkpoint": made_checkpoint(request.checkpoint, "the checkpoint")}
     if request.profile is not None and measured is not None:
         made["profile"] = made_profile(request.profile, measured)
@@ -230,12 +234,6 @@ def _differences(dense: Outcome, other: Outcome, kinds: Sequence[str]) -> dict[s
 
 def _is_adapter(checkpoint: Path) -> bool:
     return (checkpoint / ADAPTER_CONFIG).is_file()
-
-
-def checkpoint_record(checkpoint: Path) -> dict[str, Any]:
-    """What a checkpoint says of how it was made; empty if it says nothing."""
-    path = checkpoint / PROVENANCE_FILE
-    return load_json(path) if path.is_file() else {}
 
 
 def made_now(seed: int) -> dict[str, Any]:

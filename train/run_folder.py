@@ -14,10 +14,12 @@ from skipit.router.errors import CheckpointError
 from skipit.router.folders import check_out, load_json, save_json
 from skipit.theory.sharded import unsharded
 
+from .data.used import pack
 from .launch import CHECKPOINTS, barrier
 
 ADAPTER = "adapter"
 RUN_FILE = "run.json"
+ROWS = "rows"  # then -0, -1, ...: what each process has read so far
 CONFIG_FILE = "train_config.json"
 STATE_FILE = "skipit_state.json"  # in each checkpoint, written last
 # A resumed run may not change these: its data, its weights or its schedule would be another run's.
@@ -120,6 +122,18 @@ class RunFolder:
         except OSError as error:
             raise CheckpointError(f"{self.path} cannot be written: {error}") from error
 
+    def rows_file(self, process: int, fresh: bool) -> Path:
+        """Where a process notes the rows that it reads; a run that goes on without one never gets one."""
+        path = self.path / f"{ROWS}-{process}"
+        if fresh:
+            path.write_bytes(b"")
+        return path
+
+    def rows_read(self, processes: int) -> str | None:
+        """The rows that all processes noted, packed; None where one has no note of all."""
+        files = [self.path / f"{ROWS}-{process}" for process in range(processes)]
+        return pack(b"".join(file.read_bytes() for file in files)) if all(file.is_file() for file in files) else None
+
     def finish(self, model: Any, history: list[dict[str, float]], record: dict[str, Any]) -> None:
         """Write the results: adapter in PEFT's format, router settings and gates, history and record.
 
@@ -138,4 +152,6 @@ class RunFolder:
             (self.path / "history.jsonl").write_text(lines, encoding="utf-8")
             save_json(self.path / RUN_FILE, record)
             shutil.rmtree(self.path / CHECKPOINTS, ignore_errors=True)
+            for notes in self.path.glob(f"{ROWS}-*"):
+                notes.unlink()
         barrier()
