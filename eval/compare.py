@@ -20,6 +20,7 @@ from skipit.theory.plan import skip_set
 from skipit.theory.profile import Profile
 from skipit.train.data.collate import Collator
 from skipit.train.data.rows import Rows
+from skipit.train.data.used import HeldOut
 
 
 @dataclass(frozen=True)
@@ -31,12 +32,14 @@ class Comparison:
         latency: of one row.
         same_answer: share of rows answered as the dense model does.
         tracking: of the skips against the theory; empty without a profile.
+        held_out: whether the rows are, as far as is known; None where nobody asked.
     """
 
     outcomes: dict[str, Outcome]
     latency: dict[str, Latency]
     same_answer: dict[str, float]
     tracking: dict[str, Tracking]
+    held_out: HeldOut | None = None
 
     def to_json(self) -> dict[str, Any]:
         """Everything but the answers."""
@@ -57,7 +60,8 @@ class Comparison:
         from rich.table import Table
 
         rows = len(next(iter(self.outcomes.values())).answers)
-        table = Table(title=f"{rows} held-out rows", title_justify="left")
+        title = f"{rows} held-out rows" if self.held_out and self.held_out.known else f"{rows} rows"
+        table = Table(title=title, title_justify="left")
         table.add_column("")
         for name in self.outcomes:
             table.add_column(escape(name), justify="right")
@@ -105,7 +109,8 @@ class Comparison:
 
     def _notes(self) -> list[str]:
         repeats = next(iter(self.latency.values())).repeats
-        notes = [f"ms: medians of {repeats} interleaved repeats of one row. Speed-up: over dense, pair by pair."]
+        notes = [] if self.held_out is None else [f"{self.held_out.sentence().capitalize()}."]
+        notes += [f"ms: medians of {repeats} interleaved repeats of one row. Speed-up: over dense, pair by pair."]
         if self.tracking:
             notes += [
                 "Rank corr.: Spearman over (layer, modality) units; negative: redundant units are skipped more.",
@@ -132,6 +137,7 @@ def compare(
     kinds: Kinds | None = None,
     keep: Callable[[str, Callable[[], Outcome]], Outcome] = lambda name, answer: answer(),
     progress: Callable[[int], None] = lambda rows: None,
+    held_out: HeldOut | None = None,
 ) -> Comparison:
     """Answer the same rows with an untouched dense model and with gated ones.
 
@@ -147,6 +153,7 @@ def compare(
         kinds: of tokens that are recorded of gated models, for `measure_spending`.
         keep: gives a model's answers by its name, from where they are kept or by asking it.
         progress: called with the number of rows of each finished batch.
+        held_out: what is known of the rows.
 
     Raises:
         InputError: a row cannot be read or has neither an answer nor a completion; the message names it.
@@ -170,7 +177,7 @@ def compare(
     first = {name: value.to(dense.device) for name, value in collate([rows[0]]).items()}
     latency = time_models(subjects, first, repeats=repeats)
     same = {name: agreement(outcomes["dense"].answers, outcome.answers) for name, outcome in outcomes.items()}
-    return Comparison(outcomes, latency, same, tracking)
+    return Comparison(outcomes, latency, same, tracking, held_out)
 
 
 def theory_tables(profile: Profile, kv: KVPolicy) -> dict[str, Any]:

@@ -33,10 +33,11 @@ from skipit.theory.identity import fingerprint
 from skipit.theory.partial import digest
 from skipit.theory.profile import Profile
 from skipit.train.adapter import ADAPTER_WEIGHTS, load, load_with_dense
-from skipit.train.card import ADAPTER_CONFIG, EVALUATION, PROVENANCE_FILE
+from skipit.train.card import ADAPTER_CONFIG, EVALUATION, checkpoint_record
 from skipit.train.data.collate import Collator
 from skipit.train.data.rows import Rows
 from skipit.train.data.sources import load_data, name_data
+from skipit.train.data.used import held_out
 from skipit.train.display import loading, progress
 from skipit.train.export import check_exported, check_profile
 
@@ -129,6 +130,7 @@ def evaluate(request: Request, out: Path, overwrite: bool = False, resume: bool 
     rows = Rows(found, Collator(processor, with_completion=False).checked)
     if measured is not None:
         check_profile(measured, request.checkpoint, dense)
+    held, _ = held_out(checkpoint_record(request.checkpoint), rows)
     bench = _Bench(request, model, processor, dense, rows, measured, parts)
     parts.begin(_settings(bench))
     with progress("eval", 2 * len(rows)) as advance:
@@ -148,8 +150,10 @@ def evaluate(request: Request, out: Path, overwrite: bool = False, resume: bool 
             kinds=asked_cells(model.config) if request.controlled_samples else None,
             keep=keep,
             progress=advance,
+            held_out=held,
         )
     values, pictures = _values(bench, result)
+    values["held_out"] = held.to_json()
     made = {"eval": made_now(request.seed), "checkpoint": made_checkpoint(request.checkpoint, "the checkpoint")}
     if request.profile is not None and measured is not None:
         made["profile"] = made_profile(request.profile, measured)
@@ -308,12 +312,6 @@ def _differences(dense: Outcome, other: Outcome, kinds: Sequence[str]) -> dict[s
 
 def _is_adapter(checkpoint: Path) -> bool:
     return (checkpoint / ADAPTER_CONFIG).is_file()
-
-
-def checkpoint_record(checkpoint: Path) -> dict[str, Any]:
-    """What a checkpoint says of how it was made; empty if it says nothing."""
-    path = checkpoint / PROVENANCE_FILE
-    return load_json(path) if path.is_file() else {}
 
 
 def made_now(seed: int) -> dict[str, Any]:

@@ -18,9 +18,10 @@ from skipit.theory.calibrate import calibrate
 from skipit.theory.cost import CostModel
 from skipit.theory.identity import fingerprint
 from skipit.theory.risk import NotCertifiedError, allowed_errors, check_rows, threshold_grid
-from skipit.train.card import CERTIFICATES, PROVENANCE_FILE, shares_of, update_points
+from skipit.train.card import CERTIFICATES, PROVENANCE_FILE, checkpoint_record, shares_of, update_points
 from skipit.train.data.collate import Collator, batches
-from skipit.train.data.rows import pictures
+from skipit.train.data.rows import Rows, pictures
+from skipit.train.data.used import RECORD, Noted, also_used, fingerprints, held_out
 from skipit.train.export import check_exported
 
 GRID_ROWS = 32  # choose the thresholds to test, and are not tested on
@@ -47,7 +48,7 @@ def certify_checkpoint(
     Args:
         folder: a gated checkpoint; its router_config.json gets the operating point, its certificates.json the record.
         rows: held out, in the conversational vision format; of rows with the same images one is taken, because
-            several questions about one picture are not independent.
+            several questions about one picture are not independent, and none that the checkpoint was made from.
         risk: in (0, 1).
         confidence: in (0, 1).
         name: of the operating point.
@@ -69,14 +70,19 @@ def certify_checkpoint(
     if not name or _is_number(name):
         raise InputError(f"`name`: got {name!r}, expected a word: numbers are the names of budgets.")
     with claimed_point(folder, name, overwrite):
-        order = independent_rows(rows, seed)
+        _, used = held_out(checkpoint_record(folder), Rows(rows))
+        independent = independent_rows(rows, seed)
+        order = [number for number in independent if not used[number]]
         chosen, tested = order[:GRID_ROWS], order[GRID_ROWS:]
         try:
             check_rows(len(tested), risk, confidence)
         except InputError as error:
+            made = (
+                f"{taken} others were used to make the checkpoint, " if (taken := len(independent) - len(order)) else ""
+            )
             raise InputError(
-                f"{error} Of {len(rows)} rows, {len(rows) - len(order)} have images that another has too, and "
-                f"{len(chosen)} choose the thresholds to test."
+                f"{error} Of {len(rows)} rows, {len(rows) - len(independent)} have images that another has too, "
+                f"{made}and {len(chosen)} choose the thresholds to test."
             ) from error
         model, processor = load(folder)
         collate = Collator(processor, with_completion=False)
@@ -95,7 +101,8 @@ def certify_checkpoint(
         if certificate.chosen is None:
             raise NotCertifiedError(_refusal(certificate))
         record = {**certificate.to_json(), "max_new_tokens": max_new_tokens, "seed": seed, "model": fingerprint(model)}
-        store_point(folder, name, certificate.chosen.threshold, record, certificate.chosen.compute)
+        read = fingerprints(Rows(_select(rows, order)))
+        store_point(folder, name, certificate.chosen.threshold, record, certificate.chosen.compute, read)
         return certificate
 
 
@@ -113,9 +120,10 @@ def budget_checkpoint(
     folder, name = Path(folder), point_name(budget)
     with claimed_point(folder, name, overwrite):
         model, processor = load(folder)
-        held_out = list(batches(rows, Collator(processor), batch_size))
-        threshold, share = calibrate(model, held_out, CostModel.of(model), budget, find_router(model)[1].config.kv)
-        store_point(folder, name, threshold, None, share)
+        collate, read = Collator(processor), Noted()
+        given = list(batches(Rows(rows, read.noting(collate.checked)), collate, batch_size))
+        threshold, share = calibrate(model, given, CostModel.of(model), budget, find_router(model)[1].config.kv)
+        store_point(folder, name, threshold, None, share, read.packed())
         return share
 
 
@@ -154,13 +162,18 @@ def independent_rows(rows: Any, seed: int = 0) -> list[int]:
 
 
 def store_point(
-    folder: Path, name: str, threshold: float, record: dict[str, Any] | None, share: float | None = None
+    folder: Path,
+    name: str,
+    threshold: float,
+    record: dict[str, Any] | None,
+    share: float | None = None,
+    read: str | None = None,
 ) -> None:
     """Write an operating point into a checkpoint, and what is certified about it, or that nothing is.
 
     Each file is replaced whole, the threshold last: whoever reads an operating point finds its record, and a point that
-    is replaced is gone until its new record is there. The measured share of dense FLOPs is noted beside how the
-    checkpoint was made, and in the model card.
+    is replaced is gone until its new record is there. The measured share of dense FLOPs and the rows that
+    were read are noted beside how the checkpoint was made, the share in its card.
 
     Raises:
         CheckpointError: the folder cannot be written.
@@ -180,7 +193,8 @@ def store_point(
     made = load_json(provenance_path) if provenance_path.is_file() else {}
     shares = {**shares_of(made), **({} if share is None else {name: share})}
     if made:
-        save_json(provenance_path, {**made, "calibrated_shares": shares})
+        used = also_used(made, "calibrated", read)
+        save_json(provenance_path, {**made, "calibrated_shares": shares, RECORD: used})
     changed = config.with_point(name, threshold)
     update_points(folder, changed, shares, records)
     save_json(folder / ROUTER_FILE, changed.to_dict())  # last: the point is there when all about it is

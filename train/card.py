@@ -14,6 +14,7 @@ from skipit.router.checkpoint import ROUTER_FILE
 from skipit.router.errors import CheckpointError
 from skipit.router.folders import load_json, new_file
 from skipit.train.data.sources import REFERENCE
+from skipit.train.data.used import RECORD, HeldOut
 
 Kind = Literal["run", "adapter", "plan"]
 CARD, PROVENANCE_FILE, EVALUATION = "README.md", "provenance.json", "eval.json"
@@ -107,15 +108,17 @@ def measured_table(evaluation: Mapping[str, Any]) -> str:
         ]
         rows, made = models[0]["rows"], evaluation["made_by"]
         repeats = models[0]["latency"]["repeats"]
+        held = HeldOut(**evaluation.get("held_out") or {"rows": rows, "used": {}})
         about = f"`{made['command']}`, {made['created'][:10]}, on {made['platform']}"
     except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(
             f"not what `skipit eval` writes into eval.json ({type(error).__name__}: {error})."
         ) from error
     table = "\n".join(f"| {what} | {' | '.join(cells)} |" for what, cells in lines)
+    which = f"{rows} held-out rows" if held.known else f"{rows} rows, {held.sentence()}"
     return (
         f"|  | dense | gated |\n|---|---:|---:|\n{table}\n\n"
-        f"{rows} held-out rows; dense is the model without gates; milliseconds are medians of {repeats} repeats of one "
+        f"{which}; dense is the model without gates; milliseconds are medians of {repeats} repeats of one "
         f"row, speed-up is dense time over gated time. Measured by {about}."
     )
 
@@ -135,7 +138,7 @@ def points_table(config: RouterConfig, shares: Mapping[str, float], certificates
         body = "None is calibrated: the gates run at their default threshold. `skipit calibrate` adds some."
     else:
         lines = [
-            "| budget or name | threshold | decoder FLOPs executed, measured on held-out rows |",
+            "| budget or name | threshold | decoder FLOPs executed, as measured |",
             "|---|---:|---:|",
         ]
         points = config.operating_points
@@ -184,6 +187,12 @@ def write_card(folder: Path, evaluation: Mapping[str, Any] | None = None) -> Non
     (folder / CARD).write_text(card(record, config, kind, evaluation, certificates), encoding="utf-8")
 
 
+def checkpoint_record(checkpoint: Path) -> dict[str, Any]:
+    """What a checkpoint says of how it was made; empty if it says nothing."""
+    path = checkpoint / PROVENANCE_FILE
+    return load_json(path) if path.is_file() else {}
+
+
 def read_evaluation(folder: Path, checkpoint: Path) -> dict[str, Any]:
     """The figures of an evaluation, for the card of the checkpoint it is about.
 
@@ -199,7 +208,8 @@ def read_evaluation(folder: Path, checkpoint: Path) -> dict[str, Any]:
     measured = Path(str((evaluation.get("settings") or {}).get("checkpoint", "")))
     if (measured / PROVENANCE_FILE).is_file():
         one, other = (
-            {**load_json(place / PROVENANCE_FILE), "calibrated_shares": None} for place in (measured, checkpoint)
+            {**load_json(place / PROVENANCE_FILE), "calibrated_shares": None, RECORD: None}
+            for place in (measured, checkpoint)
         )
         if one != other:
             raise CheckpointError(f"{path} is of {measured}, not of {checkpoint}. Evaluate this one first.")

@@ -13,13 +13,18 @@ from skipit.router.files import check_files
 from skipit.theory.backbone import Backbone, profile_backbone
 from skipit.theory.profile import Profile, profile
 from skipit.train.data.collate import Collator, batches
-from skipit.train.data.rows import Row, check_columns, pictures, turns_of
+from skipit.train.data.rows import Broken, Row, check_columns, pictures, training_rows, turns_of
 from skipit.train.data.sources import resolve_model
+from skipit.train.data.used import RECORD, Noted
 
 
 def profile_model(model: Any, processor: Any, rows: Any, *, batch_size: int = 16, **options: Any) -> Profile:
     """Measure a dense model on rows in the conversational vision format; options as of `profile`."""
-    return profile(model, batches(rows, Collator(processor), batch_size), **options)
+    collate, noted = Collator(processor), Noted()
+    read = training_rows(rows, noted.noting(collate.checked), Broken())
+    measured = profile(model, batches(read, collate, batch_size), **options)
+    measured.about[RECORD] = {"profiled": noted.packed()}
+    return measured
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,8 @@ from skipit.theory.cost import CostModel, token_flops
 from skipit.theory.labels import predicts_answer
 from skipit.theory.plan import Plan
 from skipit.train.data.collate import Collator, batches
-from skipit.train.data.rows import Broken, training_rows
+from skipit.train.data.rows import Broken, Rows, training_rows
+from skipit.train.data.used import RECORD, Noted, held_out
 
 from .config import TrainConfig
 from .gating import attach_plan
@@ -187,6 +188,8 @@ def train(
         settings = {**config.to_dict(), "base": base, "processes": arguments.world_size}
         folder = RunFolder(out, settings, main=arguments.process_index == 0)
         checkpoint = folder.prepare(resume, note or (lambda text: None))
+        trained, calibrated = Noted(folder.rows_file(arguments.process_index, fresh=checkpoint is None)), Noted()
+        rows.check = trained.noting(collate.checked)
         # Every process runs every module, but for layers over images in a batch that has none.
         arguments.ddp_find_unused_parameters = "cross_attention" in layer_kinds(find_decoder(model)[1].config)
         trainer = SkipTrainer(
@@ -203,9 +206,11 @@ def train(
         )
         _run(trainer, checkpoint)
         peft_model.eval()
-        held_out = list(batches(calibration, collate, config.batch_size)) if calibration is not None else []
+        held: Any = [] if calibration is None else Rows(calibration, calibrated.noting(collate.checked))
+        held_batches = list(batches(held, collate, config.batch_size)) if calibration is not None else []
+        used = {**plan.about.get(RECORD, {"profiled": None}), "trained": folder.rows_read(arguments.world_size)}
         mode: Mode = "masked" if stage_of(arguments) == 3 else "gathered"
-        shares = _calibrate(peft_model, held_out, costs, config, mode) if held_out else {}
+        shares = _calibrate(peft_model, held_batches, costs, config, mode) if held_batches else {}
         history = trainer.progress.history
         record = {
             "base": base,
@@ -216,6 +221,8 @@ def train(
             "skipped_rows": broken.count,
             "calibrated_share": shares.get(point_name(config.budget)),
             "calibrated_shares": shares,
+            "held_out": held_out({RECORD: used}, held)[0].to_json(),
+            RECORD: {**used, "calibrated": calibrated.packed()},
             "last": history[-1] if history else None,
             "made_by": provenance(),
         }

@@ -16,11 +16,13 @@ from skipit.router.errors import CheckpointError
 from skipit.router.folders import check_out, claimed, load_json, new_file, save_json, writing
 from skipit.theory.sharded import unsharded
 
+from .data.used import pack
 from .launch import CHECKPOINTS, barrier
 from .manifest import MANIFEST, find_damage
 
 ADAPTER = "adapter"
 RUN_FILE = "run.json"
+ROWS = "rows"  # then -0, -1, ...: what each process has read so far
 CONFIG_FILE = "train_config.json"
 STATE_FILE = "skipit_state.json"  # in each checkpoint, written last
 # A resumed run may not change these: its data, its weights or its schedule would be another run's.
@@ -170,6 +172,18 @@ class RunFolder:
         for path in found[: found.index(checkpoint)]:
             shutil.rmtree(path, ignore_errors=True)
 
+    def rows_file(self, process: int, fresh: bool) -> Path:
+        """Where a process notes the rows that it reads; a run that goes on without one never gets one."""
+        path = self.path / f"{ROWS}-{process}"
+        if fresh:
+            path.write_bytes(b"")
+        return path
+
+    def rows_read(self, processes: int) -> str | None:
+        """The rows that all processes noted, packed; None where one has no note of all."""
+        files = [self.path / f"{ROWS}-{process}" for process in range(processes)]
+        return pack(b"".join(file.read_bytes() for file in files)) if all(file.is_file() for file in files) else None
+
     def finish(self, model: Any, history: list[dict[str, float]], record: dict[str, Any]) -> None:
         """Write the results: adapter in PEFT's format, router settings and gates, history and record.
 
@@ -192,4 +206,6 @@ class RunFolder:
                 file.write_text("".join(json.dumps(figures) + "\n" for figures in history), encoding="utf-8")
             save_json(self.path / RUN_FILE, record)
             shutil.rmtree(self.path / CHECKPOINTS, ignore_errors=True)
+            for notes in self.path.glob(f"{ROWS}-*"):
+                notes.unlink()
         barrier()

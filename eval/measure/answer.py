@@ -1,6 +1,8 @@
 """A question about some images, answered by a gated model, with what it executed; and examples of a data set."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from textwrap import shorten
 from typing import Any
@@ -10,6 +12,8 @@ from skipit.train.data.collate import Collator
 from skipit.train.data.pictures import read_picture
 from skipit.train.data.rows import Row, pictures
 
+from .depth import Depth, answer_depth
+from .patches import picture_views
 from .runner import right_answer
 from .traced import ONE_PASS, generate
 
@@ -39,21 +43,37 @@ class Reply:
         prompt: the question.
         text: what was generated.
         compute: share of the dense decoder's FLOPs executed; None for a dense run.
-        depth: layers executed per token; None for a dense run.
-        images: that were asked about.
+        images: that were asked about, open.
+        lay_out: makes `depth` of what ran; None for a dense run.
     """
 
     prompt: str
     text: str
     compute: float | None
-    depth: Any
     images: list[Any]
+    lay_out: Callable[[], Depth] | None = None
+
+    @cached_property
+    def depth(self) -> Any:
+        """Layers executed per token, a `Depth`; None for a dense run.
+
+        Raises:
+            InputError: where its patches lie in the picture is not known.
+        """
+        return None if self.lay_out is None else self.lay_out()
+
+    @property
+    def seen(self) -> Any:
+        """The first image as the model's processor received it: without what it crops, with what it pads."""
+        left, top, right, bottom = self.depth.area
+        return self.images[0].crop((round(left), round(top), round(right), round(bottom)))
 
     def draw(self, path: Path) -> None:
         """Save the depth map of the first image and the text.
 
         Raises:
-            InputError: there was no image, or a dense run, which has no depth map.
+            InputError: there was no image, a dense run, which has no depth map, or a processor whose patches are not
+                known to lie anywhere.
         """
         from skipit.eval.plots import plot_depth_map
 
@@ -64,9 +84,7 @@ class Reply:
         depth = self.depth
         question, reply = (shorten(part, 90, placeholder=" ...") for part in (self.prompt, self.text))
         title = f"{question}\n\N{RIGHTWARDS ARROW} {reply}"
-        plot_depth_map(
-            path, self.images[0], depth.patches.numpy(), depth.tokens, depth.token_depth, depth.layers, title
-        )
+        plot_depth_map(path, self.seen, depth.patches.numpy(), depth.tokens, depth.token_depth, depth.layers, title)
 
 
 def answer(
@@ -94,8 +112,7 @@ def answer(
         RouterConfigError: not a calibrated budget.
         InputError: the processor cannot take the question.
     """
-    from .depth import answer_depth
-
+    images = pictures({"images": images}, "the question")
     row = Row({"images": images, "prompt": prompt}, "the question")
     batch = Collator(processor, with_completion=False)([row])
     inputs = {name: value.to(model.device) for name, value in batch.items()}
@@ -107,9 +124,13 @@ def answer(
         ids, trace = generate(model, return_trace=True, budget=budget, **settings)
     reply = processor.decode(ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
     if trace is None:
-        return Reply(prompt, reply, None, None, images)
-    depth = answer_depth(trace.trace.steps, ids[0], processor.tokenizer, images=len(images))
-    return Reply(prompt, reply, trace.share, depth, images)
+        return Reply(prompt, reply, None, images)
+
+    def lay_out() -> Depth:
+        views = picture_views(model, processor, row) if images else []
+        return answer_depth(trace.trace.steps, ids[0], processor.tokenizer, views)
+
+    return Reply(prompt, reply, trace.share, images, lay_out)
 
 
 def depth_examples(
@@ -118,10 +139,11 @@ def depth_examples(
     """Answers of a gated model to a few rows of different kinds, with the depth of every patch and word.
 
     Returns:
-        What the report shows of each, and the images.
+        What the report shows of each, and the images as the processor received them; none where it is not known where
+        the patches of this processor lie.
     """
     examples: list[dict[str, Any]] = []
-    shown: list[Any] = []
+    seen: list[Any] = []
     kinds = set()
     for number_of_row, row in enumerate(rows):
         kind, prompt = str(row.get("kind", number_of_row)), _text(row["prompt"])
@@ -132,6 +154,10 @@ def depth_examples(
             continue
         kinds.add(kind)
         reply = answer(model, processor, images, prompt, budget=budget)
+        try:
+            depth = reply.depth
+        except InputError:
+            return [], []
         wanted = right_answer(row, number_of_row)
         examples.append(
             {
@@ -140,14 +166,14 @@ def depth_examples(
                 "wanted": wanted,
                 "right": reply.text == wanted,
                 "compute": reply.compute,
-                "patches": reply.depth.patches.tolist(),
-                "tokens": [shorten(token, 40) for token in reply.depth.tokens],
-                "token_depth": list(reply.depth.token_depth),
-                "layers": reply.depth.layers,
+                "patches": depth.patches.tolist(),
+                "tokens": [shorten(token, 40) for token in depth.tokens],
+                "token_depth": list(depth.token_depth),
+                "layers": depth.layers,
             }
         )
-        shown.append(images[0])
-    return examples, shown
+        seen.append(reply.seen)
+    return examples, seen
 
 
 def _text(prompt: Any) -> str | None:

@@ -4,6 +4,8 @@ from collections.abc import Sequence
 
 from PIL.Image import Image
 
+from skipit.train.data.used import HeldOut
+
 from .claims import pattern, quadrants
 from .controlled import controlled
 from .cost import cost, saving
@@ -49,7 +51,7 @@ def report(values: Values, pictures: Sequence[Image] = ()) -> str:
         element("h1", "What do the learned skips cost, save, and follow?"),
         paragraph(
             f"Checkpoint {settings['checkpoint']}, made from {settings['base']}, at budget {settings['budget']}, "
-            f"keys and values of skipped tokens: {settings['kv']}{began}.",
+            f"keys and values of skipped tokens: {settings['kv']}{began}. Rows {_known(values)}.",
             class_="soft",
         ),
         _summary(parts),
@@ -59,6 +61,10 @@ def report(values: Values, pictures: Sequence[Image] = ()) -> str:
     content += [section(part.name, part.title, *part.body, made_links(list(part.made), values)) for part in parts]
     content += [limits(values), made_section(values)]
     return page(title, *content)
+
+
+def _known(values: Values) -> str:
+    return HeldOut(**values.get("held_out") or {"rows": values["dense"]["rows"], "used": {}}).sentence()
 
 
 def _summary(parts: Sequence[Part]) -> Html:

@@ -12,18 +12,21 @@ from skipit.eval.plots import plot_layer_modality_heatmaps
 from skipit.router import find_router
 from skipit.router.checkpoint import load, save_gated
 from skipit.router.config import KVPolicy
-from skipit.router.folders import new_directory, provenance, save_json
+from skipit.router.folders import load_json, new_directory, provenance, save_json
 from skipit.theory.artefact import save_plan, save_profile
 from skipit.theory.plan import Plan, make_plan
 from skipit.theory.profile import Profile
 from skipit.train.card import write_card
 from skipit.train.config import TrainConfig
+from skipit.train.data.rows import Rows
 from skipit.train.data.sources import load_data, load_model
+from skipit.train.data.used import held_out as known_of
 from skipit.train.display import loading, progress, training_progress
 from skipit.train.export import export
 from skipit.train.gating import gate_by_plan
 from skipit.train.profiling import profile_model
 from skipit.train.run import train
+from skipit.train.run_folder import RUN_FILE
 
 PROFILE_ROWS = 192
 CALIBRATION_ROWS = 192
@@ -66,9 +69,10 @@ def demo(
         dense, processor = load_model("reference")
         example = _example(folder, trained, processor, test)
         clock.lap("generate")
+        held, _ = known_of(load_json(folder / "run" / RUN_FILE), Rows(test))
         with progress("eval", 3 * len(test)) as advance:
             gated = {"theory only": theory, "trained": trained}
-            result = compare(dense, gated, processor, test, profile, progress=advance)
+            result = compare(dense, gated, processor, test, profile, progress=advance, held_out=held)
         clock.lap("eval")
         _plots(folder, profile, result, kv)
         clock.lap("plots")
@@ -86,7 +90,7 @@ def demo(
         save_json(folder / "summary.json", summary)
         figures = result.to_json()
         evaluation = {"dense": figures["dense"], "gated": figures["trained"], "made_by": provenance()}
-        write_card(folder / "checkpoint", evaluation)
+        write_card(folder / "checkpoint", {**evaluation, "held_out": held.to_json()})
     print(_report(out, result, example))
     return summary
 

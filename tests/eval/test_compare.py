@@ -53,7 +53,7 @@ def cells(table: str, label: str) -> list[str]:
 
 def test_table(comparison: Comparison) -> None:
     table = comparison.table()
-    assert table.splitlines()[0] == "20 held-out rows"
+    assert table.splitlines()[0] == "20 rows"
     assert max(map(len, table.splitlines())) <= 100
     assert cells(table, "accuracy") == ["95.0%", "90.0%"]
     assert cells(table, "  [hard]") == ["95.0%", "90.0%"]

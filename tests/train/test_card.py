@@ -36,6 +36,7 @@ MODEL = {"accuracy": 0.9, "same_answer": 0.8, "compute": 0.5, "rows": 60, "laten
 EVALUATION = {
     "dense": {**MODEL, "accuracy": 1.0},
     "gated": MODEL,
+    "held_out": {"rows": 60, "used": {"trained": 0}},
     "made_by": {"command": "skipit eval x y", "created": "2026-01-02T03:04:05", "platform": "Linux"},
 }
 

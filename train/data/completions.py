@@ -149,8 +149,8 @@ def _tokens(tokenizer: Any, text: str, where: str) -> tuple[list[int], Callable[
         before = tokenizer(text[:character], **options)["input_ids"]
         if ids[: len(before)] != before:
             raise InputError(
-                f"{where}: the tokenizer joins the answer to what is beside it ({text[:character][-20:]!r}), and does not "
-                "say where its tokens are. Use a fast tokenizer (tokenizer.json)."
+                f"{where}: the tokenizer joins the answer to what is beside it ({text[:character][-20:]!r}), and does "
+                "not say where its tokens are. Use a fast tokenizer (tokenizer.json)."
             )
         return len(before)
 

@@ -200,9 +200,9 @@ def _read(source: str, split: str, streaming: bool = False) -> Any:
             raise InputError(f"data {source!r}, split {split!r}: no rows.") from error
         if path.suffix == ".jsonl" and (bad := next((row for row in _lines(source) if DAMAGE in row), None)):
             raise InputError(f"data {source!r}, split {split!r}, cannot be read: {bad[DAMAGE]}\n{_KINDS}") from error
+        what = "" if path.exists() else f"{gone} Nor is it one of a Hub: "
         raise InputError(
-            f"data {source!r}, split {split!r}, cannot be read: {'' if path.exists() else gone + ' Nor is it one of a Hub: '}"
-            f"{type(error).__name__}: {error}\n{_KINDS}"
+            f"data {source!r}, split {split!r}, cannot be read: {what}{type(error).__name__}: {error}\n{_KINDS}"
         ) from error
     if not isinstance(loaded, datasets.DatasetDict):
         return loaded

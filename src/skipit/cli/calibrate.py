@@ -46,16 +46,20 @@ def run(arguments: argparse.Namespace) -> None:
 def _calibrate(arguments: argparse.Namespace) -> None:
     from skipit.eval.operating_points import budget_checkpoint, certify_checkpoint
     from skipit.theory.risk import SKIPPED_SHARES
+    from skipit.train.card import checkpoint_record
+    from skipit.train.data.rows import Rows
     from skipit.train.data.sources import load_data
+    from skipit.train.data.used import held_out
     from skipit.train.display import loading, progress
 
     folder = arguments.checkpoint
     rows = load_data(arguments.data, arguments.split, arguments.samples, arguments.seed, columns=arguments.columns)
+    known = held_out(checkpoint_record(folder), Rows(rows))[0].sentence()
     common = {"batch_size": arguments.batch_size, "overwrite": arguments.overwrite}
     if arguments.budget is not None:
         with loading("calibrating"):
             share = budget_checkpoint(folder, rows, arguments.budget, **common)
-        print(f"{folder}: --budget {arguments.budget:g} executes {share:.1%} of the dense decoder's FLOPs.")
+        print(f"{folder}: --budget {arguments.budget:g} executes {share:.1%} of the dense decoder's FLOPs; {known}.")
         return
     # At most: testing stops after the first threshold that fails.
     with progress("certify", (1 + len(SKIPPED_SHARES)) * len(rows)) as advance:
@@ -71,4 +75,5 @@ def _calibrate(arguments: argparse.Namespace) -> None:
             **common,
         )
     print(f"{folder}: {certificate.summary()}")
+    print(f"{known.capitalize()}.")
     print(f"Next: skipit generate {folder} --budget {arguments.name} --image FILE --prompt TEXT")

@@ -96,6 +96,7 @@ def run(arguments: argparse.Namespace) -> None:
     from skipit.router.folders import load_json
     from skipit.theory.artefact import load_plan
     from skipit.train.data.sources import load_held_out, load_model, name_model
+    from skipit.train.data.used import HeldOut
     from skipit.train.display import loading, note, on_one_process, training_progress
     from skipit.train.launch import launched
     from skipit.train.run import DTYPES, train
@@ -141,8 +142,10 @@ def run(arguments: argparse.Namespace) -> None:
                 note=note,
             )
         if launch.process_index == 0:
-            for point, share in load_json(out / RUN_FILE)["calibrated_shares"].items():
-                print(f"{out}: trained; executes {share:.1%} of the dense decoder's FLOPs on held-out rows at {point}.")
+            record = load_json(out / RUN_FILE)
+            known = HeldOut(**record["held_out"])
+            for point, share in record["calibrated_shares"].items():
+                print(f"{out}: trained; at {point} executes {share:.1%} of the dense FLOPs; {known.sentence()}.")
             print(f"Next: skipit export {out} --out DIR")
 
 

@@ -127,7 +127,7 @@ def test_examples_are_of_different_kinds_and_have_an_image(monkeypatch: pytest.M
 
     def answer(model: Any, processor: Any, images: list[Any], prompt: str, *, budget: Any) -> Any:
         assert budget == 0.25
-        return SimpleNamespace(text=prompt.upper(), depth=depth, compute=0.5)
+        return SimpleNamespace(text=prompt.upper(), depth=depth, compute=0.5, seen=images[0])
 
     monkeypatch.setattr(answering, "answer", answer)
     rows = [

@@ -4,10 +4,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from skipit.eval.measure.depth import answer_depth, patch_grid
+from skipit.eval.measure.depth import answer_depth
+from skipit.eval.measure.patches import Area, View
 from skipit.router import Decision, Step
 
 IMAGE = 40
+SQUARE = View(Area(0, 0, 8, 8), torch.tensor([[0, 1], [2, 3]]))
 
 
 class Tokenizer:
@@ -28,37 +30,15 @@ def ids(*tokens: int) -> Tensor:
 def test_patches_and_words() -> None:
     prefill = step([0, 1, 1, 1, 1, 0], [[1, 1, 1, 1, 1, 1], [1, 0, 1, 0, 1, 1], [0, 0, 0, 0, 1, 1]])
     decode = step([0], [[1], [0], [0]], past=6)
-    depth = answer_depth([prefill, decode], ids(5, IMAGE, IMAGE, IMAGE, IMAGE, 6, 7, 8), Tokenizer())
+    depth = answer_depth([prefill, decode], ids(5, IMAGE, IMAGE, IMAGE, IMAGE, 6, 7, 8), Tokenizer(), [SQUARE])
     assert depth.patches.tolist() == [[1, 2], [1, 3]]
     # The last token, 8, never entered the model.
     assert list(zip(depth.tokens, depth.token_depth, strict=True)) == [("w5", 2), ("w6", 3), ("w7", 1)]
     assert depth.layers == 3
 
 
-@pytest.mark.parametrize(
-    ("modality", "images", "expected"),
-    [
-        ([1, 1, 0, 1, 0], 2, [[1, 2]]),
-        ([1, 1, 1, 1, 0], 2, [[1, 2]]),
-        ([1, 1, 1, 1, 0], 1, [[1, 2], [3, 4]]),
-        ([0, 1, 1, 1, 1], 4, [[2]]),
-    ],
-    ids=["apart", "adjacent", "one", "four adjacent"],
-)
-def test_the_first_of_several_images(modality: list[int], images: int, expected: list[list[int]]) -> None:
-    run = [[token >= layer for token in range(5)] for layer in range(5)]  # token i runs i + 1 layers
-    depth = answer_depth([step(modality, run)], torch.arange(6), Tokenizer(), images=images)
-    assert depth.patches.tolist() == expected
-    assert len(depth.tokens) == modality.count(0)
-
-
-def test_a_given_number_of_tokens() -> None:
-    depth = answer_depth([step([1] * 6, [[1] * 6])], torch.arange(7), Tokenizer(), image_tokens=4)
-    assert depth.patches.shape == (2, 2)
-
-
 def test_no_image() -> None:
-    depth = answer_depth([step([0, 0], [[1, 0]])], torch.arange(3), Tokenizer())
+    depth = answer_depth([step([0, 0], [[1, 0]])], torch.arange(3), Tokenizer(), [])
     assert depth.patches.numel() == 0
     assert depth.token_depth == [1, 0]
 
@@ -66,11 +46,4 @@ def test_no_image() -> None:
 def test_more_than_one_row() -> None:
     two = Step(torch.zeros(2, 1, dtype=torch.long), torch.ones(2, 1, dtype=torch.bool), 0)
     with pytest.raises(ValueError, match="`steps`: got a trace of 2 rows, expected 1"):
-        answer_depth([two], torch.arange(2), Tokenizer())
-
-
-@pytest.mark.parametrize(
-    ("tokens", "grid"), [(576, (24, 24)), (36, (6, 6)), (12, (3, 4)), (7, (1, 7)), (1, (1, 1)), (0, (1, 0))]
-)
-def test_patch_grid(tokens: int, grid: tuple[int, int]) -> None:
-    assert patch_grid(tokens) == grid
+        answer_depth([two], torch.arange(2), Tokenizer(), [])
