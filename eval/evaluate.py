@@ -32,7 +32,7 @@ from skipit.theory.cost import CostModel
 from skipit.theory.identity import fingerprint
 from skipit.theory.partial import digest
 from skipit.theory.profile import Profile
-from skipit.train.adapter import ADAPTER_WEIGHTS, load, load_with_dense
+from skipit.train.adapter import load, load_with_dense
 from skipit.train.card import ADAPTER_CONFIG, EVALUATION, checkpoint_record
 from skipit.train.data.collate import Collator
 from skipit.train.data.rows import Rows
@@ -40,6 +40,7 @@ from skipit.train.data.sources import load_data, name_data
 from skipit.train.data.used import held_out
 from skipit.train.display import loading, progress
 from skipit.train.export import check_exported, check_profile
+from skipit.train.lora import ADAPTER_WEIGHTS
 
 from .compare import Comparison, compare, theory_skips, theory_tables
 

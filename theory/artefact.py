@@ -112,7 +112,7 @@ def load_plan(path: str | Path) -> Plan:
     """
     values, tensors = _load(Path(path), "plan", ("budget", "kv", "init", "model", "about"))
     with _naming(Path(path)):
-        return Plan(**tensors, **values)
+        return Plan(**{**tensors, **values})
 
 
 def save_probes(probes: Probes, out: str | Path, overwrite: bool = False) -> None:

@@ -55,7 +55,12 @@ def _front(base: str, kind: Kind) -> str:
     library, relation = ("peft", "adapter") if kind == "adapter" else ("transformers", "finetune")
     # The Hub refuses a card whose base is a folder.
     of = {"base_model": base, "base_model_relation": relation} if _on_hub(base) else {}
-    about = {"library_name": library, "pipeline_tag": "image-text-to-text", **of, "tags": ["skipit", "layer-skipping"]}
+    about: dict[str, Any] = {
+        "library_name": library,
+        "pipeline_tag": "image-text-to-text",
+        **of,
+        "tags": ["skipit", "layer-skipping"],
+    }
     return f"---\n{ModelCardData(**about).to_yaml()}\n---"
 
 

@@ -34,7 +34,7 @@ def save(figure: Figure, path: str | Path) -> None:
 def saved(draw: Callable[P, Figure]) -> Callable[Concatenate[str | Path, P], None]:
     """The function that saves what `draw` draws: a path that ends in .png or .svg, then the same arguments."""
 
-    def plot(path: str | Path, *args: P.args, **kwargs: P.kwargs) -> None:
+    def plot(path: str | Path, /, *args: P.args, **kwargs: P.kwargs) -> None:
         save(draw(*args, **kwargs), path)
 
     plot.__doc__ = f"Save the figure of `{draw.__name__}` as `path`, PNG or SVG."
