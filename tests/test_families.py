@@ -1,5 +1,6 @@
 """Every family goes through the whole data flow with its own processor; docs/families.md says what is tested."""
 
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -8,15 +9,19 @@ import pytest
 import test_laws
 import test_video
 import torch
+from command_line import skipit
 from families import FAMILIES, IMAGE, LAYERS, build, processor
 from families.family import picture
 
 from skipit.router import InputError, Trace, find_router, running
-from skipit.router.checkpoint import load
+from skipit.router.checkpoint import load, save_gated
+from skipit.router.folders import load_json
+from skipit.theory.artefact import save_profile
 from skipit.theory.plan import make_plan
 from skipit.train.config import TrainConfig
 from skipit.train.data.collate import Collator
 from skipit.train.export import export
+from skipit.train.gating import gate_by_plan
 from skipit.train.profiling import profile_model
 from skipit.train.run import train
 
@@ -97,6 +102,30 @@ def test_data_flow(family: str, tmp_path: Path) -> None:
     assert 0 < shares.mean() < 1
 
 
+@pytest.mark.slow
+@EVERY_FAMILY
+def test_eval(family: str, tmp_path: Path) -> None:
+    """`skipit eval` on rows of one's own, pictures by file name, to its end: with experiments and a report."""
+    model, lines = build(family), []
+    for number, one in enumerate(rows(family)):
+        names = [f"{tmp_path}/{number}-{place}.png" for place in range(len(one["images"]))]
+        for image, name in zip(one["images"], names, strict=True):
+            image.save(name)
+        lines.append({**one, "images": names})
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    profile = profile_model(model, processor(family), rows(family), batch_size=4)
+    save_profile(profile, tmp_path / "profile")
+    gate_by_plan(model, processor(family), make_plan(profile, 0.7), rows(family))
+    save_gated(model, processor(family), tmp_path / "ck")
+    line = ("eval", tmp_path / "ck", tmp_path / "rows.jsonl", "--profile", tmp_path / "profile", "--repeats", 1)
+    result = skipit(*line, "--controlled-samples", 2, "--out", tmp_path / "eval")
+    assert result.code == 0, result.err
+    figures = load_json(tmp_path / "eval" / "eval.json")
+    assert figures["gated"]["latency"]["decode_ms"] > 0
+    assert {"units", "growing", "adaptivity", "calibration"} <= set(figures)
+    assert (tmp_path / "eval" / "report.html").is_file()
+
+
 def cases(test: Any) -> set[str]:
     """The families a test is run with."""
     return {case for mark in test.pytestmark if mark.args[:1] == ("family",) for case in mark.args[1]}
@@ -110,7 +139,7 @@ def test_the_page_claims_what_is_tested() -> None:
         for group in (test_laws.TestAllRun, test_laws.TestMaskedIsGathered, test_laws.TestAloneIsPadded)
         for name in ("test_forward", "test_generate")
     ]
-    tested = [set.intersection(*laws), *[cases(test_data_flow)] * 3]
+    tested = [set.intersection(*laws), *[cases(test_data_flow)] * 3, cases(test_eval)]
     groups = (test_video.test_masked_is_gathered, test_video.test_alone_is_padded, test_video.test_data_flow)
     with_video = set.intersection(*map(cases, groups))
     for name, cells in table:

@@ -27,7 +27,7 @@ from skipit.train.config import TrainConfig
 from skipit.train.reference.data import reference_dataset
 from skipit.train.reference.model import build_model, build_processor
 from skipit.train.run import train
-from skipit.train.run_folder import STATE_FILE, last_checkpoint
+from skipit.train.run_folder import STATE_FILE, claimed_run, last_checkpoint
 from skipit.train.trainer import TrainingError
 
 # Ten rows in batches of two, twice per step: an epoch ends in the middle of a step's batches.
@@ -165,9 +165,13 @@ def test_a_checkpoint_of_an_older_skipit_is_resumed_with_a_note(run: Any, whole:
 
 
 def test_a_second_run_never_deletes_the_first_ones_folder(run: Any, whole: Path, stopped: Path) -> None:
+    def other() -> None:
+        with claimed_run(stopped, True, resume=False, overwrite=True):
+            pass
+
     def second(model: Any) -> None:
         with ThreadPoolExecutor(1) as pool:
-            refusal = pool.submit(run, stopped, overwrite=True).exception()
+            refusal = pool.submit(other).exception()
         assert "stopped is in use: another skipit is writing it" in str(refusal)
 
     assert same_run(run(stopped, At("on_step_end", 2, second)), whole)

@@ -1,9 +1,14 @@
 """The command itself: help that answers at once, folders and interrupts, whatever the verb."""
 
+import errno
+import os
 import re
 import shlex
+import signal
 import subprocess
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +17,7 @@ import transformers
 from command_line import refused, skipit
 
 from skipit.cli.main import VERBS, parse
+from skipit.router.lock import locked
 
 HEAVY = {"torch", "transformers", "datasets", "matplotlib", "rich", "yaml"}
 
@@ -91,6 +97,47 @@ class TestExistingFolders:
         monkeypatch.setattr("os.access", lambda *_: False)
         said = refused(*line.format(chain=chain).split(), "--out", "/no/permission/here")
         assert said == "skipit: /no/permission/here cannot be written: no permission to make a folder in /.\n"
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGHUP, 129), (signal.SIGINT, 130)])
+def test_a_signal_stops_as_ctrl_c_does(number: int, code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def work(*_: Any, **__: Any) -> None:
+        assert (tmp_path / ".x.skipit-lock").exists()
+        os.kill(os.getpid(), number)
+        time.sleep(9)
+
+    before = signal.getsignal(number)
+    monkeypatch.setattr("skipit.train.profiling.profile", work)
+    line = ("profile", "reference", "reference", "--samples", 2, "--out", tmp_path / "x")
+    assert refused(*line, code=code) == "skipit: interrupted; nothing was written.\n"
+    assert not list(tmp_path.iterdir())
+    assert signal.getsignal(number) == before
+
+
+@pytest.mark.parametrize("verb", ["profile", "plan", "probe", "export", "eval", "demo"])
+def test_every_verb_keeps_its_folder_from_others_before_any_work(verb: str, chain: Path, tmp_path: Path) -> None:
+    lines = {
+        "profile": ("reference", "reference"),
+        "plan": (chain / "profile",),
+        "probe": ("reference", "reference"),
+        "export": (chain / "run",),
+        "eval": (chain / "checkpoint", "reference"),
+        "demo": (),
+    }
+    with ThreadPoolExecutor(1) as pool, locked(tmp_path / "x"):
+        said = pool.submit(skipit, verb, *lines[verb], "--out", tmp_path / "x").result()
+    assert said.code == 1
+    assert f"{tmp_path}/x is in use: another skipit is writing it." in said.err
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_the_system_refuses_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any, **__: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", "/tmp/somewhere")
+
+    monkeypatch.setattr("skipit.train.profiling.profile", full)
+    said = refused("profile", "reference", "reference", "--samples", 2, "--out", tmp_path / "x")
+    assert said == "skipit: [Errno 28] No space left on device: '/tmp/somewhere'\n"
 
 
 def test_an_interrupted_profile_writes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,6 +1,8 @@
 """`skipit train`: a run, one that stops, and what it refuses."""
 
+import os
 import re
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -21,18 +23,19 @@ def test_train(chain: Path, recwarn: pytest.WarningsRecorder) -> None:
     assert re.fullmatch(r"train +4/4  \d+ s  .*\n", (chain / "train.err").read_text())
 
 
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)], ids=["Ctrl-C", "SIGTERM"])
 def test_interrupted_training_is_resumed_as_if_nothing_had_happened(
-    chain: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    chain: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, code: int
 ) -> None:
     line = ("train", "reference", "reference", "--plan", chain / "plan", *TRAIN, "--out", tmp_path / "run")
 
     def press_ctrl_c(self: Any, args: Any, state: Any, *_: Any, **__: Any) -> None:
         if state.global_step == 2:
-            raise KeyboardInterrupt
+            os.kill(os.getpid(), number)
 
     with monkeypatch.context() as patch:
         patch.setattr(_TrainingBar, "on_step_end", press_ctrl_c)
-        said = refused(*line, code=130)
+        said = refused(*line, code=code)
     assert said.endswith("skipit: interrupted. The same command with --resume goes on from the last save.\n")
     said = refused("export", tmp_path / "run", "--out", tmp_path / "x")
     assert "it has no run.json. Finish it with `skipit train ... --resume`." in said
