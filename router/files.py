@@ -13,6 +13,7 @@ from typing import Any
 
 from .errors import CheckpointError, short
 from .folders import Stored, load_json, read_header
+from .settings import check_setting
 from .strict_json import regular_size
 
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
@@ -30,15 +31,20 @@ _TABLES = ("added_tokens.json", "tokenizer.json", "vocab.json")  # JSON, too, bu
 # What transformers would read besides, or instead: an adapter, applied unasked; a model from elsewhere; other weights.
 _DETOURS = ("adapter_config.json", "audio_tokenizer_config.json", "shard-*-model-*.safetensors")
 _PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt", ".msgpack", ".h5")
-# Keys whose value is the name of another file or repository.
+# Keys whose value names another file or repository, or a way to generate that transformers fetches.
 _ELSEWHERE = {
     "audio_tokenizer",
     "audio_tokenizer_name_or_path",
     "checkpoint_path",
     "class_info_file",
     "configuration_files",
+    "constraints",
+    "custom_generate",
+    "dola_layers",
     "fast_tokenizer_files",
+    "force_words_ids",
     "gguf_file",
+    "penalty_alpha",
     "pretrained_cfg",
     "repo_path",
     "transformers_weights",
@@ -120,14 +126,15 @@ def _instead(folder: Path) -> str:
 
 
 def _check_doors(path: Path, values: dict[str, Any]) -> None:
-    """Refuse what makes transformers fetch something, or run what is not its own.
+    """Refuse what makes transformers fetch something, run what is not its own, or fail while it answers.
 
     `auto_map` is none of it: without `trust_remote_code` it is not read where transformers has a class of its own.
     """
     attention = (*_ATTENTION, *(name for name, package in _FLASH.items() if find_spec(package)))
     for key, value in _leaves(values):
         names = key.split(".")
-        if door := _ELSEWHERE.intersection(names):
+        check_setting(path, key, value)
+        if value is not None and (door := _ELSEWHERE.intersection(names)):
             raise CheckpointError(
                 f"{path}: `{key}`: got {short(value)}; skipit follows no `{min(door)}`: everything is in the folder."
             )
