@@ -280,7 +280,7 @@ def _check_size(folder: Path) -> None:
     floating = {name.rpartition(".")[-1] for name, tensor in model.state_dict().items() if tensor.is_floating_point()}
     if not packed and (wrong := sorted(n for n in whole_numbers(headers) if n.rpartition(".")[-1] in floating)):
         raise CheckpointError(
-            f"{folder}: `{wrong[0]}` is stored as {headers[wrong[0]].dtype}, expected floating numbers."
+            f"{folder}: `{wrong[0]}` is stored as {headers[wrong[0]].dtype}, expected floating-point numbers."
         )
 
 

@@ -18,7 +18,6 @@ from .strict_json import regular_size
 
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 SETTINGS = (
-    CONFIG,
     "generation_config.json",
     "processor_config.json",
     "preprocessor_config.json",
@@ -81,15 +80,34 @@ def check_files(folder: Path) -> None:
             regular_size(path)
         if any(path.match(name) for name in _DETOURS):
             raise CheckpointError(f"{path}: transformers would read it instead of {WEIGHTS}, or beside it. Remove it.")
-    config = load_json(folder / CONFIG)
-    headers = read_headers(folder)
-    for name in (*SETTINGS, *_TABLES):
-        path = folder / name
+    regular_size(folder / CONFIG)
+    check_config(folder / CONFIG, len(read_headers(folder)))
+    for path in (folder / name for name in (*SETTINGS, *_TABLES)):
         if path.exists():
             values = load_json(path)
-            if name in SETTINGS:
+            if path.name in SETTINGS:
                 _check_doors(path, values)
-    _check_counts(folder / CONFIG, config, len(headers))
+
+
+def check_config(path: Path, tensors: int = _MOST_LAYERS) -> None:
+    """Refuse a configuration that would make transformers fetch something, or count until memory is full.
+
+    Args:
+        path: a config.json.
+        tensors: how many the model's files hold, if that is known.
+
+    Raises:
+        CheckpointError: names the file and the key.
+    """
+    config = load_json(path)
+    _check_doors(path, config)
+    layers = min(_MOST_LAYERS, max(_FEW_LAYERS, tensors))  # no layer is without a tensor
+    for key, value in _leaves(config):
+        name = key.rpartition(".")[-1]
+        most = layers if "layer" in name or "depth" in name else _MOST
+        counted = most == layers or (name.startswith(("num_", "n_")) and "position" not in name)
+        if counted and isinstance(value, int | float) and abs(value) > most:
+            raise CheckpointError(f"{path}: `{key}`: got {short(value)}, expected at most {most}.")
 
 
 def read_headers(folder: Path) -> dict[str, Stored]:
@@ -152,16 +170,6 @@ def _check_doors(path: Path, values: dict[str, Any]) -> None:
             raise CheckpointError(f"{path}: `{key}`: got {short(value)}, which fetches other models.")
         if names[-1] in ("architecture", "backbone") and ":" in str(value):
             raise CheckpointError(f"{path}: `{key}`: got {short(value)}, a model from elsewhere.")
-
-
-def _check_counts(path: Path, config: dict[str, Any], tensors: int) -> None:
-    layers = min(_MOST_LAYERS, max(_FEW_LAYERS, tensors))  # no layer is without a tensor
-    for key, value in _leaves(config):
-        name = key.rpartition(".")[-1]
-        most = layers if "layer" in name or "depth" in name else _MOST
-        counted = most == layers or (name.startswith(("num_", "n_")) and "position" not in name)
-        if counted and isinstance(value, int | float) and abs(value) > most:
-            raise CheckpointError(f"{path}: `{key}`: got {short(value)}, expected at most {most}.")
 
 
 def _leaves(values: dict[str, Any]) -> Iterator[tuple[str, Any]]:

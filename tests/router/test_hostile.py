@@ -20,6 +20,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tiny_models import build
 
+import skipit
 from skipit.router import CheckpointError, RouterConfig, SkipItError, attach
 from skipit.router.checkpoint import GATES_FILE, ROUTER_FILE, load, load_dense, save_gated
 
@@ -414,6 +415,16 @@ def test_what_a_processor_loads_in_its_turn_does_not_ask(plain: Path, monkeypatc
     assert not trace.exists()
 
 
+def test_whatever_is_loaded_by_an_auto_class_is_told_to_run_no_code() -> None:
+    root = Path(skipit.__file__).parent
+    for path in root.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            called = node.func if isinstance(node, ast.Call) else None
+            if isinstance(called, ast.Attribute) and ast.unparse(called.value).startswith("Auto"):
+                told = any(word.arg in (None, "trust_remote_code") for word in node.keywords)  # type: ignore[attr-defined]
+                assert told or called.attr not in ("from_pretrained", "from_config"), f"{path}:{called.lineno}"
+
+
 # What a file of transformers calls to get something that is not among its arguments, outside its documentation.
 REACHES = ("from_pretrained", "hf_hub_download", "cached_file", "snapshot_download", "get_kernel", "create_model")
 KNOWN_TO_REACH = {
@@ -427,9 +438,16 @@ KNOWN_TO_REACH = {
         "rag",
         "speech_encoder_decoder",
     ),
-    *("vision_encoder_decoder", "vision_text_dual_encoder", "wav2vec2", "csm", "fuyu"),  # by arguments, not by files
+    *(
+        "vision_encoder_decoder",
+        "vision_text_dual_encoder",
+        "wav2vec2",
+        "csm",
+        "fuyu",
+        "kyutai_speech_to_text",
+    ),  # by arguments, not by files
     *("timm_backbone", "timm_wrapper", "rwkv", "yoso", "mra", "sam3_video", "pix2struct"),  # fixed names, or refused
-    *("qwen2_5_omni", "ernie4_5_vl_moe"),  # inside the folder
+    *("qwen2_5_omni", "ernie4_5_vl_moe", "diffusion_gemma"),  # inside the folder
 }
 
 
@@ -532,9 +550,7 @@ def test_gates_among_the_weights_are_not_lost_in_silence(plain: Path) -> None:
     _, tensors = weight(plain)
     gate = "model.language_model.layers.0.layer_gate.bias"
     save_file(tensors | {gate: torch.zeros(2)}, plain / "model.safetensors", {"format": "pt"})
-    with pytest.raises(
-        CheckpointError, match="has the gates of another model among its weights, `model.language_model"
-    ):
+    with pytest.raises(CheckpointError, match="has the gates of another model among its weights, `model"):
         load_dense(plain)
 
 
