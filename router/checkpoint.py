@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 from .attach import GATE, attach, detach, find_router, gate_state, set_gates
 from .config import RouterConfig
-from .errors import CheckpointError, SkipItError
-from .files import CONFIG, check_files, count_values, read_headers, whole_numbers
-from .folders import load_tensors, new_directory, read_header, save_json, save_tensors
+from .errors import CheckpointError, SkipItError, short
+from .files import CONFIG, SETTINGS, check_files, count_values, read_headers, whole_numbers
+from .folders import load_json, load_tensors, new_directory, read_header, save_json, save_tensors
 from .standalone import add_code
 
 ROUTER_FILE = "router_config.json"
@@ -204,6 +204,7 @@ def load_dense(source: str | Path, *, exact: bool = False, **options: Any) -> tu
         loaded: Any = AutoModelForImageTextToText.from_pretrained(folder, **options)
         model, info = loaded
         processor = _load_processor(folder, options)
+        _check_named(where, model, processor)
     except SkipItError:
         raise
     except Exception as error:  # what transformers raises for a damaged folder is almost anything
@@ -243,6 +244,24 @@ def _load_processor(folder: Path, options: dict[str, Any]) -> Any:
             dynamic_module_utils.TIME_OUT_REMOTE_CODE = seconds
 
 
+def _check_named(folder: Path, model: Any, processor: Any) -> None:
+    """Refuse what transformers passes over: a processor that it does not know, an end that no token is.
+
+    Raises:
+        CheckpointError: names the file.
+    """
+    for path in (folder / name for name in SETTINGS if (folder / name).exists()):
+        named = load_json(path).get("processor_class")
+        if named is not None and named != type(processor).__name__:
+            raise CheckpointError(
+                f"{path}: `processor_class`: got {short(named)}, transformers loads {type(processor).__name__}."
+            )
+    ends, tokens = model.generation_config.eos_token_id, getattr(model.config.get_text_config(), "vocab_size", None)
+    for end in ends if isinstance(ends, list) else [ends]:
+        if end is not None and tokens is not None and end >= tokens:
+            raise CheckpointError(f"{folder}: `eos_token_id`: got {end}, but the model has {tokens} tokens.")
+
+
 def _check_size(folder: Path) -> None:
     """Refuse a configuration of a model that its weights cannot be of, before memory is taken for it.
 
@@ -268,7 +287,7 @@ def _check_size(folder: Path) -> None:
     floating = {name.rpartition(".")[-1] for name, tensor in model.state_dict().items() if tensor.is_floating_point()}
     if not packed and (wrong := sorted(n for n in whole_numbers(headers) if n.rpartition(".")[-1] in floating)):
         raise CheckpointError(
-            f"{folder}: `{wrong[0]}` is stored as {headers[wrong[0]].dtype}, expected floating numbers."
+            f"{folder}: `{wrong[0]}` is stored as {headers[wrong[0]].dtype}, expected floating-point numbers."
         )
 
 

@@ -13,11 +13,11 @@ from typing import Any
 
 from .errors import CheckpointError, short
 from .folders import Stored, load_json, read_header
+from .settings import check_setting
 from .strict_json import regular_size
 
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 SETTINGS = (
-    CONFIG,
     "generation_config.json",
     "processor_config.json",
     "preprocessor_config.json",
@@ -30,15 +30,20 @@ _TABLES = ("added_tokens.json", "tokenizer.json", "vocab.json")  # JSON, too, bu
 # What transformers would read besides, or instead: an adapter, applied unasked; a model from elsewhere; other weights.
 _DETOURS = ("adapter_config.json", "audio_tokenizer_config.json", "shard-*-model-*.safetensors")
 _PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt", ".msgpack", ".h5")
-# Keys whose value is the name of another file or repository.
+# Keys whose value names another file or repository, or a way to generate that transformers fetches.
 _ELSEWHERE = {
     "audio_tokenizer",
     "audio_tokenizer_name_or_path",
     "checkpoint_path",
     "class_info_file",
     "configuration_files",
+    "constraints",
+    "custom_generate",
+    "dola_layers",
     "fast_tokenizer_files",
+    "force_words_ids",
     "gguf_file",
+    "penalty_alpha",
     "pretrained_cfg",
     "repo_path",
     "transformers_weights",
@@ -75,15 +80,34 @@ def check_files(folder: Path) -> None:
             regular_size(path)
         if any(path.match(name) for name in _DETOURS):
             raise CheckpointError(f"{path}: transformers would read it instead of {WEIGHTS}, or beside it. Remove it.")
-    config = load_json(folder / CONFIG)
-    headers = read_headers(folder)
-    for name in (*SETTINGS, *_TABLES):
-        path = folder / name
+    regular_size(folder / CONFIG)
+    check_config(folder / CONFIG, len(read_headers(folder)))
+    for path in (folder / name for name in (*SETTINGS, *_TABLES)):
         if path.exists():
             values = load_json(path)
-            if name in SETTINGS:
+            if path.name in SETTINGS:
                 _check_doors(path, values)
-    _check_counts(folder / CONFIG, config, len(headers))
+
+
+def check_config(path: Path, tensors: int = _MOST_LAYERS) -> None:
+    """Refuse a configuration that would make transformers fetch something, or count until memory is full.
+
+    Args:
+        path: a config.json.
+        tensors: how many the model's files hold, if that is known.
+
+    Raises:
+        CheckpointError: names the file and the key.
+    """
+    config = load_json(path)
+    _check_doors(path, config)
+    layers = min(_MOST_LAYERS, max(_FEW_LAYERS, tensors))  # no layer is without a tensor
+    for key, value in _leaves(config):
+        name = key.rpartition(".")[-1]
+        most = layers if "layer" in name or "depth" in name else _MOST
+        counted = most == layers or (name.startswith(("num_", "n_")) and "position" not in name)
+        if counted and isinstance(value, int | float) and abs(value) > most:
+            raise CheckpointError(f"{path}: `{key}`: got {short(value)}, expected at most {most}.")
 
 
 def read_headers(folder: Path) -> dict[str, Stored]:
@@ -120,14 +144,15 @@ def _instead(folder: Path) -> str:
 
 
 def _check_doors(path: Path, values: dict[str, Any]) -> None:
-    """Refuse what makes transformers fetch something, or run what is not its own.
+    """Refuse what makes transformers fetch something, run what is not its own, or fail while it answers.
 
     `auto_map` is none of it: without `trust_remote_code` it is not read where transformers has a class of its own.
     """
     attention = (*_ATTENTION, *(name for name, package in _FLASH.items() if find_spec(package)))
     for key, value in _leaves(values):
         names = key.split(".")
-        if door := _ELSEWHERE.intersection(names):
+        check_setting(path, key, value)
+        if value is not None and (door := _ELSEWHERE.intersection(names)):
             raise CheckpointError(
                 f"{path}: `{key}`: got {short(value)}; skipit follows no `{min(door)}`: everything is in the folder."
             )
@@ -145,16 +170,6 @@ def _check_doors(path: Path, values: dict[str, Any]) -> None:
             raise CheckpointError(f"{path}: `{key}`: got {short(value)}, which fetches other models.")
         if names[-1] in ("architecture", "backbone") and ":" in str(value):
             raise CheckpointError(f"{path}: `{key}`: got {short(value)}, a model from elsewhere.")
-
-
-def _check_counts(path: Path, config: dict[str, Any], tensors: int) -> None:
-    layers = min(_MOST_LAYERS, max(_FEW_LAYERS, tensors))  # no layer is without a tensor
-    for key, value in _leaves(config):
-        name = key.rpartition(".")[-1]
-        most = layers if "layer" in name or "depth" in name else _MOST
-        counted = most == layers or (name.startswith(("num_", "n_")) and "position" not in name)
-        if counted and isinstance(value, int | float) and abs(value) > most:
-            raise CheckpointError(f"{path}: `{key}`: got {short(value)}, expected at most {most}.")
 
 
 def _leaves(values: dict[str, Any]) -> Iterator[tuple[str, Any]]:

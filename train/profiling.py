@@ -96,8 +96,8 @@ def load_part(source: str, part: str) -> tuple[Any, Pictures | Texts]:
             raise CheckpointError(f"model {source!r} cannot be loaded: {error}") from error
     try:
         if part == "vision":
-            return model, Pictures(AutoImageProcessor.from_pretrained(source))
-        return model, Texts(AutoTokenizer.from_pretrained(source))
+            return model, Pictures(AutoImageProcessor.from_pretrained(source, trust_remote_code=False))
+        return model, Texts(AutoTokenizer.from_pretrained(source, trust_remote_code=False))
     except (OSError, ValueError, KeyError) as error:
         what = "image processor (preprocessor_config.json)" if part == "vision" else "tokenizer"
         raise CheckpointError(

@@ -11,6 +11,7 @@ from skipit.router.attention import SUPPORTED
 from skipit.router.checkpoint import ROUTER_FILE
 from skipit.router.decoder import find_decoder, layer_kinds
 from skipit.router.errors import CheckpointError, UnsupportedModelError
+from skipit.router.files import CONFIG, check_config
 from skipit.router.modality import PLACEHOLDERS
 from skipit.theory.cost import CostModel
 from skipit.train.data.sources import resolve_model
@@ -145,8 +146,10 @@ def inspect_model(source: str, layers: str | None = None) -> Inspection:
 def _config(source: str, folder: str) -> Any:
     from transformers import AutoConfig
 
+    if (Path(folder) / CONFIG).exists():
+        check_config(Path(folder) / CONFIG)
     try:
-        return AutoConfig.from_pretrained(folder)
+        return AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # a configuration may be wrong in any way
         raise CheckpointError(
             f"model {source!r} has no configuration that transformers can read: {' '.join(str(error).split())}\n"
@@ -164,7 +167,9 @@ def _on_meta(source: str, config: Any) -> Any:
         )
     try:
         with torch.device("meta"):
-            return AutoModelForImageTextToText.from_config(config, dtype=config.dtype or torch.float32)
+            return AutoModelForImageTextToText.from_config(
+                config, dtype=config.dtype or torch.float32, trust_remote_code=False
+            )
     except Exception as error:  # a configuration may be wrong in any way
         raise UnsupportedModelError(f"model {source!r} cannot be built from its configuration: {error}") from error
 

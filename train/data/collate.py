@@ -117,11 +117,11 @@ class Collator:
     ) -> dict[str, Tensor]:
         try:
             return self._inputs(texts, media, side, suffixes)
-        except (ValueError, TypeError, OSError, IndexError) as error:
+        except Exception as error:  # a processor is a program of its own, too
             for number, (where, text, given) in enumerate(zip(places, texts, media, strict=True)):
                 try:
                     self._inputs([text], [given], side, suffixes and [suffixes[number]])
-                except (ValueError, TypeError, OSError, IndexError) as reason:
+                except Exception as reason:
                     raise InputError(f"{where}: the processor cannot take it: {reason}") from reason
             raise InputError(f"{places[0]} to {places[-1]} cannot be processed together: {error}") from error
 
