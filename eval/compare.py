@@ -104,7 +104,9 @@ class Comparison:
 
     def _notes(self) -> list[str]:
         repeats = next(iter(self.latency.values())).repeats
-        notes = [f"ms: medians of {repeats} interleaved repeats of one row. Speed-up: over dense, pair by pair."]
+        first = next(iter(self.outcomes.values()))
+        notes = [f"Accuracy: {first.scored_by}."] if first.scored_by != "exact match" else []
+        notes += [f"ms: medians of {repeats} interleaved repeats of one row. Speed-up: over dense, pair by pair."]
         if self.tracking:
             notes += [
                 "Rank corr.: Spearman over (layer, modality) units; negative: redundant units are skipped more.",

@@ -14,7 +14,7 @@ from skipit.eval.claims.spending import asked_cells, measure_spending
 from skipit.eval.claims.tracking import track
 from skipit.eval.measure.answer import depth_examples
 from skipit.eval.measure.latency import hardware
-from skipit.eval.measure.runner import Outcome, run_dataset
+from skipit.eval.measure.runner import Outcome, answerable, run_dataset
 from skipit.eval.report.sweeps import load_baselines, load_transfer
 from skipit.eval.report.whole import report
 from skipit.eval.statistics import paired_difference
@@ -28,9 +28,9 @@ from skipit.theory.profile import Profile
 from skipit.train.adapter import load, load_with_dense
 from skipit.train.card import ADAPTER_CONFIG, EVALUATION, PROVENANCE_FILE
 from skipit.train.data.collate import Collator
-from skipit.train.data.rows import Rows
+from skipit.train.data.rows import Broken, Rows, readable
 from skipit.train.data.sources import load_data
-from skipit.train.display import loading, progress
+from skipit.train.display import loading, note, progress
 from skipit.train.export import check_profile
 
 from .compare import Comparison, compare, theory_skips, theory_tables
@@ -57,6 +57,7 @@ class Request:
         baselines: folder of `scripts/study peers`.
         transfer: folder of `scripts/study transfer`.
         controlled_samples: rows of controlled skipping; 0 leaves it out, and spending by input and calibration.
+        max_broken_rows: rows that may be unreadable; they are named and left out.
     """
 
     checkpoint: Path
@@ -72,6 +73,7 @@ class Request:
     baselines: Path | None = None
     transfer: Path | None = None
     controlled_samples: int = 48
+    max_broken_rows: int = 0
 
 
 @dataclass
@@ -105,6 +107,8 @@ def evaluate(request: Request, out: Path, overwrite: bool = False) -> Comparison
     with loading("loading"):
         model, processor, dense = load_with_dense(request.checkpoint, request.base, budget=request.budget)
         rows = load_data(request.data, request.split, request.samples, request.seed)
+        check = answerable(Collator(processor, with_completion=False))
+        rows = readable(rows, check, Broken(request.max_broken_rows, note))
     if measured is not None:
         check_profile(measured, request.checkpoint, dense)
     bench = _Bench(request, model, processor, dense, rows, measured)

@@ -5,12 +5,13 @@ from pathlib import Path
 from textwrap import shorten
 from typing import Any
 
+from skipit.eval.metrics.vqa import answer_scores
 from skipit.router import InputError, running
 from skipit.train.data.collate import Collator
 from skipit.train.data.pictures import read_picture
 from skipit.train.data.rows import Row, pictures
 
-from .runner import right_answer
+from .runner import RIGHT, right_answer, right_answers
 from .traced import generate
 
 EXAMPLES = 3
@@ -133,12 +134,13 @@ def depth_examples(
         kinds.add(kind)
         reply = answer(model, processor, images, prompt, budget=budget)
         wanted = right_answer(row, number_of_row)
+        right = answer_scores([reply.text], [right_answers(row, number_of_row)])[0] >= RIGHT
         examples.append(
             {
                 "prompt": prompt,
                 "answer": reply.text,
                 "wanted": wanted,
-                "right": reply.text == wanted,
+                "right": bool(right),
                 "compute": reply.compute,
                 "patches": reply.depth.patches.tolist(),
                 "tokens": [shorten(token, 40) for token in reply.depth.tokens],

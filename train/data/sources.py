@@ -201,7 +201,7 @@ def _read(source: str, split: str, streaming: bool = False) -> Any:
         if path.suffix == ".jsonl" and (bad := next((row for row in _lines(source) if DAMAGE in row), None)):
             raise InputError(f"data {source!r}, split {split!r}, cannot be read: {bad[DAMAGE]}\n{_KINDS}") from error
         raise InputError(
-            f"data {source!r}, split {split!r}, cannot be read: {'' if path.exists() else gone + ' Nor is it one of a Hub: '}"
+            f"data {source!r}, split {split!r}, cannot be read: {'' if path.exists() else gone + ' '}"
             f"{type(error).__name__}: {error}\n{_KINDS}"
         ) from error
     if not isinstance(loaded, datasets.DatasetDict):

@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from .options import BUDGET, DATA, Parser, budget, probability
+from .options import BUDGET, DATA, Parser, budget, probability, readable_rows
 
 ABOUT = "add an operating point to a checkpoint: a budget, or a certified risk"
 EXAMPLE = "skipit calibrate runs/checkpoint reference --risk 0.02 --confidence 0.95"
@@ -26,6 +26,7 @@ def add_arguments(verb: Parser) -> None:
     verb.add_batch_size()
     verb.add_max_new_tokens()
     verb.add_seed("of the order of rows")
+    verb.add_broken()
     verb.add_flag("--overwrite", "replace a point of the same name")
 
 
@@ -41,7 +42,7 @@ def run(arguments: argparse.Namespace) -> None:
         raise InputError("give either --budget or --risk: an operating point spends a budget or has a certified risk.")
     folder = arguments.checkpoint
     check_name(folder, arguments.name if arguments.budget is None else f"{arguments.budget:g}", arguments.overwrite)
-    rows = load_data(arguments.data, arguments.split, arguments.samples, arguments.seed)
+    rows = readable_rows(arguments, load_data(arguments.data, arguments.split, arguments.samples, arguments.seed))
     common = {"batch_size": arguments.batch_size, "overwrite": arguments.overwrite}
     if arguments.budget is not None:
         with loading("calibrating"):
