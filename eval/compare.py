@@ -110,6 +110,8 @@ class Comparison:
     def _notes(self) -> list[str]:
         repeats = next(iter(self.latency.values())).repeats
         notes = [] if self.held_out is None else [f"{self.held_out.sentence().capitalize()}."]
+        first = next(iter(self.outcomes.values()))
+        notes += [f"Accuracy: {first.scored_by}."] if first.scored_by != "exact match" else []
         notes += [f"ms: medians of {repeats} interleaved repeats of one row. Speed-up: over dense, pair by pair."]
         if self.tracking:
             notes += [

@@ -19,7 +19,7 @@ from skipit.eval.measure.answer import depth_examples
 from skipit.eval.measure.latency import hardware
 from skipit.eval.measure.parts import Parts
 from skipit.eval.measure.recorded import Recorded
-from skipit.eval.measure.runner import Outcome, right_answer, run_dataset
+from skipit.eval.measure.runner import Outcome, answerable, right_answer, run_dataset
 from skipit.eval.report.sweeps import load_baselines, load_transfer
 from skipit.eval.report.whole import report
 from skipit.eval.statistics import paired_difference
@@ -35,10 +35,10 @@ from skipit.theory.profile import Profile
 from skipit.train.adapter import load, load_with_dense
 from skipit.train.card import ADAPTER_CONFIG, EVALUATION, checkpoint_record
 from skipit.train.data.collate import Collator
-from skipit.train.data.rows import Rows
+from skipit.train.data.rows import Broken, Rows, readable
 from skipit.train.data.sources import load_data, name_data
 from skipit.train.data.used import held_out
-from skipit.train.display import loading, progress
+from skipit.train.display import loading, note, progress
 from skipit.train.export import check_exported, check_profile
 from skipit.train.lora import ADAPTER_WEIGHTS
 
@@ -67,6 +67,7 @@ class Request:
         transfer: folder of `scripts/study transfer`.
         controlled_samples: rows of controlled skipping; 0 leaves it out, and spending by input and calibration.
         columns: the data's own names of `images`, `prompt`, `completion` and `answer`, where they differ.
+        max_broken_rows: rows that may be unreadable; they are named and left out.
     """
 
     checkpoint: Path
@@ -83,6 +84,7 @@ class Request:
     transfer: Path | None = None
     controlled_samples: int = 48
     columns: Mapping[str, str] | None = None
+    max_broken_rows: int = 0
 
 
 @dataclass
@@ -127,8 +129,10 @@ def evaluate(request: Request, out: Path, overwrite: bool = False, resume: bool 
     with loading("loading"):
         model, processor, dense = load_with_dense(request.checkpoint, request.base, budget=request.budget)
         found = load_data(request.data, request.split, request.samples, request.seed, columns=request.columns)
+        collate = Collator(processor, with_completion=False)
+        found = readable(found, answerable(collate), Broken(request.max_broken_rows, note))
     # Pictures may be files, bytes or one without a list: whoever asks for a row finds them open.
-    rows = Rows(found, Collator(processor, with_completion=False).checked)
+    rows = Rows(found, collate.checked)
     if measured is not None:
         check_profile(measured, request.checkpoint, dense)
     held, _ = held_out(checkpoint_record(request.checkpoint), rows)

@@ -44,8 +44,8 @@ def live(out: Path, before: Callable[[], None] = lambda: None) -> int:
     child = os.fork()
     if child == 0:
         before()
-        sys.stdout = open(os.devnull, "w")
-        sys.stderr = open("said", "w")
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - for the life of the child
+        sys.stderr = open("said", "w")  # noqa: SIM115
         code = main(line(out))
         Path("syncs").write_text(str(count))
         os._exit(code)

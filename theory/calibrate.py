@@ -10,7 +10,7 @@ from skipit.router.call import Mode
 from skipit.router.config import KVPolicy
 
 from .cost import Compute, CostModel, trace_compute
-from .labels import IGNORE
+from .labels import before_answer
 from .plan import check_budget
 
 
@@ -30,7 +30,7 @@ def measured_share(
         trace = Trace()
         inputs = {key: value.to(device) for key, value in batch.items() if key != "labels"}
         # Where answers are part of the rows, they do not decide for their prompt.
-        prompt = batch["labels"] == IGNORE if "labels" in batch else None
+        prompt = before_answer(batch["labels"]) if "labels" in batch else None
         with running(policy=Gated(threshold), mode=mode, kv=kv, prompt=prompt, trace=trace):
             model(**inputs, use_cache=False)
         compute: Compute = trace_compute(costs, trace.steps)

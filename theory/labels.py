@@ -16,6 +16,11 @@ def predicts_answer(labels: Int[Tensor, "batch seq"]) -> Bool[Tensor, "batch pre
     return labels[:, 1:] != IGNORE
 
 
+def before_answer(labels: Int[Tensor, "batch seq"]) -> Bool[Tensor, "batch seq"]:
+    """Tokens of the prompt, before the first answer token; what is asked later, or stands behind an end, is none."""
+    return (labels != IGNORE).cumsum(-1) == 0
+
+
 def token_kinds(config: Any, inputs: dict[str, Tensor]) -> Int[Tensor, "batch seq"]:
     """The modality of every token that a model is given, -1 for pads."""
     modality = token_modality(config, inputs["input_ids"], inputs.get("mm_token_type_ids"))

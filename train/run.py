@@ -21,8 +21,8 @@ from skipit.theory.calibrate import calibrate
 from skipit.theory.cost import CostModel, token_flops
 from skipit.theory.labels import predicts_answer
 from skipit.theory.plan import Plan
-from skipit.train.data.collate import Collator, batches
-from skipit.train.data.rows import Broken, Rows, training_rows
+from skipit.train.data.collate import Collator, batches, tried
+from skipit.train.data.rows import Broken, Rows, RowStream, readable, training_rows
 from skipit.train.data.used import RECORD, Noted, held_out
 
 from .config import TrainConfig
@@ -146,7 +146,7 @@ def train(
     Args:
         model: the dense model; gates and LoRA are added to it.
         processor: its processor.
-        dataset: rows in the conversational vision format; one without a length is read as a stream.
+        dataset: rows in the conversational vision format, or `training_rows` of such; without a length, a stream.
         plan: initial gates.
         config: settings.
         out: run folder; checkpoints go there while training and are removed when it is done.
@@ -179,8 +179,12 @@ def train(
         claimed_run(out, arguments.process_index == 0, resume=resume, overwrite=overwrite),
     ):
         check_dtype(model)
-        broken, collate, costs = Broken(config.max_broken_rows, note), Collator(processor), CostModel.of(model)
-        rows = training_rows(dataset, collate.checked, broken)
+        collate, costs = Collator(processor), CostModel.of(model)
+        broken = Broken(config.max_broken_rows, note)
+        whole = isinstance(dataset, Rows | RowStream)
+        rows = dataset if whole else training_rows(dataset, collate.checked, broken)
+        if calibration is not None:
+            calibration = readable(calibration, tried(collate), rows.broken, "held-out row")
         sample = list(batches(islice(rows, 64), collate, config.batch_size))
         least = least_share(sample, costs, config.kv, config.unit)
         check_reachable((config.budget, *config.more_budgets), least, config.kv, config.unit)
@@ -218,7 +222,7 @@ def train(
             "config": config.to_dict(),
             "processes": arguments.world_size,
             "init": plan.init,
-            "skipped_rows": broken.count,
+            "skipped_rows": rows.broken.count,
             "calibrated_share": shares.get(point_name(config.budget)),
             "calibrated_shares": shares,
             "held_out": held_out({RECORD: used}, held)[0].to_json(),

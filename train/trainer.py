@@ -20,7 +20,7 @@ from skipit.router import MODALITIES, Gated, SkipItError, Trace, running
 from skipit.router.errors import CheckpointError
 from skipit.router.folders import load_json, save_json
 from skipit.theory.cost import CostModel
-from skipit.theory.labels import IGNORE
+from skipit.theory.labels import IGNORE, before_answer
 
 from .config import TrainConfig
 from .launch import barrier, check_engine, stage_of
@@ -89,7 +89,7 @@ class SkipTrainer(Trainer):
         teacher = self._teacher(model, inputs, kept) if self.settings.distillation else None
         trace, threshold = Trace(), self.thresholds[self.turn]
         at = {"policy": Gated(threshold)} if threshold else {}
-        with running(**at, mode="masked", prompt=labels == IGNORE, trace=trace):
+        with running(**at, mode="masked", prompt=before_answer(labels), trace=trace):
             logits = self._logits(model, inputs, kept)
         losses = answer_losses(logits, teacher, targets)
         step, ascent = trace.steps[-1], self.ascents[self.turn]

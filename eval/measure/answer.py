@@ -7,6 +7,7 @@ from pathlib import Path
 from textwrap import shorten
 from typing import Any
 
+from skipit.eval.metrics.vqa import answer_scores
 from skipit.router import InputError, running
 from skipit.train.data.collate import Collator
 from skipit.train.data.pictures import read_picture
@@ -14,7 +15,7 @@ from skipit.train.data.rows import Row, pictures
 
 from .depth import Depth, answer_depth
 from .patches import picture_views
-from .runner import right_answer
+from .runner import RIGHT, right_answer, right_answers
 from .traced import ONE_PASS, generate
 
 EXAMPLES = 3
@@ -159,12 +160,13 @@ def depth_examples(
         except InputError:
             return [], []
         wanted = right_answer(row, number_of_row)
+        right = answer_scores([reply.text], [right_answers(row, number_of_row)])[0] >= RIGHT
         examples.append(
             {
                 "prompt": prompt,
                 "answer": reply.text,
                 "wanted": wanted,
-                "right": reply.text == wanted,
+                "right": bool(right),
                 "compute": reply.compute,
                 "patches": depth.patches.tolist(),
                 "tokens": [shorten(token, 40) for token in depth.tokens],

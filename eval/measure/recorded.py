@@ -100,7 +100,7 @@ class Recorded:
 
     Attributes:
         answers: generated text, one per row.
-        right: whether each is the row's answer.
+        right: whether each is the row's answer; of ten humans' answers, whether two or more gave it.
         log_probability: of the generated tokens up to the end of the answer and with it, given those before: log of the
             probability that this very answer would be drawn, in nats, at most 0.
         tokens: how many they are.

@@ -1,6 +1,7 @@
 """Running a model over a data set as a user would, with `generate()`: what it answers, how surely, at what cost."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -9,15 +10,18 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from skipit.eval.metrics import SkipRate
-from skipit.eval.metrics.answers import exact_match_scores, mean_by_group
+from skipit.eval.metrics.answers import mean_by_group
+from skipit.eval.metrics.vqa import answer_scores
 from skipit.router import InputError, Step, Trace, running
 from skipit.router.config import KVPolicy
 from skipit.theory.cost import CostModel, trace_compute
+from skipit.train.data.collate import tried
 
 from .recorded import Kinds, Record, Recorded, Row
 from .traced import ONE_PASS
 
 Collate = Callable[[Sequence[Row]], dict[str, Tensor]]
+RIGHT = 0.5  # the score from which an answer counts as right where it must be one or the other
 
 
 @dataclass(frozen=True)
@@ -26,12 +30,13 @@ class Outcome:
 
     Attributes:
         recorded: the answers, how sure the model was of each, and what ran token by token.
-        accuracy: exact match over all rows, in [0, 1].
-        by_kind: exact match per kind of question.
+        accuracy: mean score over all rows, in [0, 1].
+        by_kind: the same per kind of question.
         compute: executed share of the dense decoder's FLOPs, prefill and decoding up to each row's end; 1 for the
             dense model.
         compute_by_unit: the same per unit [layers, modalities], NaN where a unit has no tokens.
         skip_rate: share of a unit's tokens that skipped it [layers, modalities].
+        scored_by: what the accuracy is, in words.
     """
 
     recorded: Recorded
@@ -40,6 +45,7 @@ class Outcome:
     compute: float
     compute_by_unit: Tensor
     skip_rate: Tensor
+    scored_by: str = "exact match"
 
     @property
     def answers(self) -> list[str]:
@@ -50,6 +56,7 @@ class Outcome:
         """The figures, without the answers."""
         return {
             "accuracy": self.accuracy,
+            "scored_by": self.scored_by,
             "by_kind": self.by_kind,
             "compute": self.compute,
             "compute_by_unit": self.compute_by_unit.tolist(),
@@ -94,14 +101,14 @@ def run_dataset(
     rate = SkipRate(layers)
     executed, dense = torch.zeros(layers, 2, dtype=torch.float64), torch.zeros(layers, 2, dtype=torch.float64)
     answers: list[str] = []
-    wanted: list[str] = []
+    wanted: list[list[str]] = []
     groups: list[str] = []
     log_probability: list[Tensor] = []
     tokens: list[Tensor] = []
     records: list[Record] = []
     settings = {"batch_size": batch_size, "max_new_tokens": max_new_tokens, "logits": True}
     for batch in answer_batches(model, rows, collate, **{"kv": kv, **settings, **options}):
-        wanted += [right_answer(row, len(wanted) + number) for number, row in enumerate(batch.rows)]
+        wanted += [right_answers(row, len(wanted) + number) for number, row in enumerate(batch.rows)]
         answers += [text.strip() for text in processor.batch_decode(batch.new, skip_special_tokens=True)]
         groups += [str(row.get("kind", "all")) for row in batch.rows]
         log_probability.append(batch.log_probability().cpu())
@@ -113,14 +120,15 @@ def run_dataset(
                 rate.update(step.run.cpu(), step.modality.cpu(), step.real.cpu())
             records.append(Record.of(batch.steps, kinds=None if kinds is None else kinds(batch.rows, batch.inputs)))
         progress(len(batch.rows))
-    scores = exact_match_scores(answers, wanted)
+    scores, scored_by = answer_scores(answers, wanted)
     return Outcome(
-        Recorded(answers, scores.bool(), torch.cat(log_probability), torch.cat(tokens), records),
+        Recorded(answers, scores >= RIGHT, torch.cat(log_probability), torch.cat(tokens), records),
         float(scores.mean()),
         mean_by_group(scores, groups),
         float(executed.sum() / dense.sum()) if records else 1.0,
         executed / dense if records else torch.ones(layers, 2),
         rate.compute() if records else torch.zeros(layers, 2),
+        scored_by,
     )
 
 
@@ -209,22 +217,66 @@ def leave_out_finished(steps: list[Step], new: Tensor, end: int | list[int] | No
         step.real = step.real & ~done[:, None]
 
 
-def right_answer(row: Row, number: int) -> str:
-    """A row's `answer`, or else the text of its `completion`.
+def right_answers(row: Row, number: int) -> list[str]:
+    """What a row's `answer` accepts, or else the text of its `completion`.
+
+    An answer is a text or a number, or a list of these, of which VQAv2 makes {"answer": text}.
 
     Raises:
-        InputError: it has neither; the message names the row.
+        InputError: it has neither, or an answer is something else; the message names the row.
     """
-    if row.get("answer") is not None:
-        return str(row["answer"])
+    given: Any = row.get("answer")
+    given = given.tolist() if hasattr(given, "tolist") else given
+    if given is not None:
+        if isinstance(given, Mapping):  # one, or a list of them as Arrow may turn it: a list by key
+            given = given.get("answer")
+        accepted = [_accepted(one) for one in (given if isinstance(given, list | tuple) else [given])]
+        if not accepted or not all(accepted):
+            raise InputError(
+                f"{_where(row, number)}: `answer` is {repr(row['answer'])[:200]}; expected a text or a number, or a "
+                'list of them, or of {"answer": text}.'
+            )
+        return [text for texts in accepted for text in texts]
     completion = row.get("completion")
     if completion is None:
-        raise InputError(f"row {number}: no column answer or completion; found: {', '.join(row)}.")
+        raise InputError(f"{_where(row, number)}: no column answer or completion; found: {', '.join(row)}.")
     if isinstance(completion, str):
-        return completion.strip()
+        return [completion.strip()]
     parts = [turn["content"] for turn in completion]
     texts = [part if isinstance(part, str) else "".join(p.get("text") or "" for p in part) for part in parts]
-    return "\n".join(texts).strip()
+    return ["\n".join(texts).strip()]
+
+
+def _where(row: Row, number: int) -> str:
+    return str(getattr(row, "where", f"row {number}"))
+
+
+def _accepted(given: Any) -> list[str]:
+    """The texts that one answer stands for; none for what is no answer. A whole number may be written with a point."""
+    given = given.get("answer") if isinstance(given, Mapping) else given
+    if isinstance(given, bool) or not isinstance(given, str | int | float) or given != given:
+        return []
+    return [str(given), str(int(given))] if isinstance(given, float) and given.is_integer() else [str(given)]
+
+
+def right_answer(row: Row, number: int) -> str:
+    """The one of `right_answers` that most gave, the first of equals.
+
+    Raises:
+        InputError: there is none; the message names the row.
+    """
+    return Counter(right_answers(row, number)).most_common(1)[0][0]
+
+
+def answerable(collate: Collate) -> Callable[[Any], Any]:
+    """Checks that a row can be answered, and that its answer can be judged."""
+    check = tried(collate)
+
+    def both(row: Any) -> Any:
+        right_answers(row, 0)
+        return check(row)
+
+    return both
 
 
 def completed(row: Row, number: int) -> Row:

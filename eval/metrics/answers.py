@@ -1,4 +1,4 @@
-"""Answers against one right answer each, or those of another model: exact match, agreement, exact match by group.
+"""Answers against the right ones, or those of another model: exact match, agreement, exact match by group.
 
 Scores come per answer (so that two models can be compared pair by pair) and as a mean.
 """
@@ -14,6 +14,8 @@ from torch import Tensor
 from .ratio import Ratio
 
 Normalizer = Callable[[str], str]
+Reference = str | Sequence[str]
+"""A right answer, or several of which any is right."""
 
 
 def check_paired(**lists: Sequence[object]) -> None:
@@ -67,38 +69,43 @@ def normalize_answer(text: str) -> str:
 
 
 def exact_match_scores(
-    predictions: Sequence[str], references: Sequence[str], normalize: Normalizer = normalize_answer
+    predictions: Sequence[str], references: Sequence[Reference], normalize: Normalizer = normalize_answer
 ) -> Float[Tensor, " answers"]:
-    """Score each answer 1 if it equals its reference after normalization and 0 otherwise.
+    """Score each answer 1 if it equals its reference after normalization, or any of several, and 0 otherwise.
 
     Args:
         predictions: Generated answers.
-        references: One reference per answer, in the same order.
+        references: One reference per answer, in the same order; a list of some counts if any of them does.
         normalize: Applied to both sides.
 
     Returns:
         Scores of shape [answers] in {0, 1}, float64.
 
     Raises:
-        ValueError: If the two lists differ in length or one is a plain string.
+        ValueError: If the two lists differ in length, one is a plain string, or a reference is no text.
 
     Example:
-        >>> exact_match_scores(["7", "3 5"], ["7.", "35"]).tolist()
-        [1.0, 0.0]
+        >>> exact_match_scores(["7", "3 5", "two"], ["7.", "35", ["2", "two"]]).tolist()
+        [1.0, 0.0, 1.0]
     """
     check_paired(predictions=predictions, references=references)
-    same = [normalize(mine) == normalize(true) for mine, true in zip(predictions, references, strict=True)]
+    same = []
+    for index, (mine, true) in enumerate(zip(predictions, references, strict=True)):
+        accepted = [true] if isinstance(true, str) else true
+        if not accepted or not all(isinstance(text, str) for text in accepted):
+            raise ValueError(f"`references[{index}]` is {true!r}, expected a text or a list of one or more.")
+        same.append(normalize(mine) in {normalize(text) for text in accepted})
     return torch.tensor(same, dtype=torch.float64)
 
 
 def exact_match(
-    predictions: Sequence[str], references: Sequence[str], normalize: Normalizer = normalize_answer
+    predictions: Sequence[str], references: Sequence[Reference], normalize: Normalizer = normalize_answer
 ) -> float:
     """The share of answers that equal their reference; see `exact_match_scores`.
 
     Args:
         predictions: Generated answers.
-        references: One reference per answer, in the same order.
+        references: One reference per answer, or several of which any is right, in the same order.
         normalize: Applied to both sides.
 
     Returns:
@@ -121,7 +128,7 @@ class ExactMatch(MeanScore):
         0.5
     """
 
-    def update(self, predictions: Sequence[str], references: Sequence[str]) -> None:
+    def update(self, predictions: Sequence[str], references: Sequence[Reference]) -> None:
         """Add answers and their references."""
         self.add(exact_match_scores(predictions, references))
 
@@ -188,7 +195,7 @@ def mean_by_group(scores: Float[Tensor, " answers"], groups: Sequence[str]) -> d
 
 
 def exact_match_by_group(
-    predictions: Sequence[str], references: Sequence[str], groups: Sequence[str]
+    predictions: Sequence[str], references: Sequence[Reference], groups: Sequence[str]
 ) -> dict[str, float]:
     """The share of answers that equal their reference in each group; see `exact_match_scores` and `mean_by_group`.
 
@@ -227,7 +234,7 @@ class ExactMatchByGroup(Ratio):
         super().__init__([len(groups)], **kwargs)
         self.groups = tuple(groups)
 
-    def update(self, predictions: Sequence[str], references: Sequence[str], groups: Sequence[str]) -> None:
+    def update(self, predictions: Sequence[str], references: Sequence[Reference], groups: Sequence[str]) -> None:
         """Add answers, their references and the group of each.
 
         Raises:

@@ -9,7 +9,9 @@ from jaxtyping import Float
 from torch import Tensor
 from torchmetrics.functional.text import edit_distance
 
-from .answers import MeanScore, check_paired
+from .answers import MeanScore, check_paired, exact_match_scores
+
+HUMANS = 10  # who answer each question of VQAv2, TextVQA and VizWiz
 
 # Punctuation of the official VQA evaluation; the full stop and the comma between digits have their own rules.
 _VQA_PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
@@ -112,6 +114,39 @@ class VQAAccuracy(MeanScore):
     def update(self, predictions: Sequence[str], references: Sequence[Sequence[str]]) -> None:
         """Add answers and the human answers to each question."""
         self.add(vqa_scores(predictions, references))
+
+
+def answer_scores(
+    predictions: Sequence[str], references: Sequence[Sequence[str]]
+) -> tuple[Float[Tensor, " answers"], str]:
+    """Score each answer as data of its kind are scored: VQA accuracy where ten humans answered, else any exact match.
+
+    Args:
+        predictions: Generated answers.
+        references: The accepted answers to each question; ten are those of ten humans, as in VQAv2 and TextVQA.
+
+    Returns:
+        Scores of shape [answers] in [0, 1], float64; and in words what was used.
+
+    Raises:
+        ValueError: If the two lists differ in length, or a question has no reference.
+
+    Example:
+        >>> scores, how = answer_scores(["cat", "2"], [["cat"] * 3 + ["dog"] * 7, ["two", "2"]])
+        >>> scores.tolist(), how
+        ([0.9, 1.0], 'VQA accuracy of 1 row with ten answers, exact match with any of several answers of 1 row')
+    """
+    scores = exact_match_scores(predictions, references)
+    humans = [index for index, accepted in enumerate(references) if len(accepted) == HUMANS]
+    scores[humans] = vqa_scores([predictions[index] for index in humans], [references[index] for index in humans])
+    several = sum(len(accepted) > 1 for accepted in references) - len(humans)
+    used = {
+        "VQA accuracy of {} with ten answers": len(humans),
+        "exact match with any of several answers of {}": several,
+        "exact match of {}": len(references) - len(humans) - several,
+    }
+    rows = {words: f"{count} row{'s' * (count != 1)}" for words, count in used.items() if count}
+    return scores, "exact match" if not humans and not several else ", ".join(w.format(c) for w, c in rows.items())
 
 
 def _relative_distance(first: str, second: str) -> float:

@@ -46,11 +46,12 @@ def _lines(made: Mapping[str, Any]) -> list[Content]:
 def limits(values: Values) -> Html:
     """What the report does not show, from what was measured and what was not."""
     settings, rows = values["settings"], values["dense"]["rows"]
+    scored = values["gated"].get("scored_by", "exact match")
     layers = len(values["gated"]["skip_rate"])
     told: list[Content] = [
         f"One data set ({settings['data']}, {plural(rows, 'row')}) and one base model ({settings['base']}): nothing "
         "here says how other models or other questions fare.",
-        f"Accuracy is exact match of greedy answers. With {plural(rows, 'row')} a change smaller than the width of its "
+        f"Accuracy is {scored} of greedy answers. With {plural(rows, 'row')} a change smaller than the width of its "
         "interval cannot be seen.",
         f"{plural(layers, 'layer')} and two modalities are {2 * layers} units: correlations over them have wide "
         "intervals, and their intervals count units, not rows or seeds, as what could have been otherwise.",

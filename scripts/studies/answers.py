@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from skipit.router import Step, Trace, running
 from skipit.theory.cost import CostModel, trace_compute
-from skipit.theory.labels import IGNORE, predicts_answer
+from skipit.theory.labels import IGNORE, before_answer, predicts_answer
 
 Options = Callable[[dict[str, Tensor]], Mapping[str, Any]]
 
@@ -70,7 +70,7 @@ def answers(model: nn.Module, batches: Iterable[dict[str, Tensor]], options: Opt
         moved = {key: value.to(device) for key, value in batch.items()}
         inputs = {key: value for key, value in moved.items() if key != "labels"}
         labels, trace = moved["labels"], Trace()
-        with running(**{"mode": "gathered", "prompt": labels == IGNORE, "trace": trace, **options(moved)}):
+        with running(**{"mode": "gathered", "prompt": before_answer(labels), "trace": trace, **options(moved)}):
             logits = model(**inputs, use_cache=False).logits[:, :-1]
         out.predicted.append(logits.argmax(-1).masked_fill(~predicts_answer(labels), IGNORE).cpu())
         out.steps += trace.steps

@@ -13,7 +13,7 @@ from skipit.router import InputError
 from skipit.theory.labels import IGNORE
 
 from .completions import Answered, Turns, answer_tokens, answered_text
-from .rows import Row, check_columns, films, numbered, pictures, turns_of
+from .rows import Check, Row, check_columns, films, numbered, pictures, turns_of
 
 
 @dataclass(frozen=True)
@@ -39,10 +39,8 @@ class Collator:
             InputError: a column is missing, an image cannot be read, or images and placeholders do not match; the
                 message names the row, by its number in the data set where `Rows` or `batches` read it.
         """
-        places, read = [], []
-        for number, row in enumerate(rows):
-            places.append(row.where if isinstance(row, Row) else f"row {number} of the batch")
-            read.append(self._read(row, places[-1]))
+        places = [row.where if isinstance(row, Row) else f"row {n} of the batch" for n, row in enumerate(rows)]
+        read = [self._read(row, where) for row, where in zip(rows, places, strict=True)]
         prompts, media = [row.prompt for row in read], [(row.images, row.videos) for row in read]
         if not self.with_completion:
             return self._process(places, prompts, media, "left")
@@ -50,16 +48,19 @@ class Collator:
             # A prefix LM, such as PaliGemma: a prompt's tokens see each other, so it must know where the answer begins.
             return self._process(places, prompts, media, "right", [_plain(row.reply) for row in read])
         batch = self._process(places, [row.conversation.text for row in read], media, "right")
-        inside = torch.zeros_like(batch["input_ids"], dtype=torch.bool)
-        for number, (where, row) in enumerate(zip(places, read, strict=True)):
-            ids, label = answer_tokens(self._tokenizer, row.conversation, self._special, where)
+        return {**batch, "labels": self._labels(batch, [row.conversation for row in read], places)}
+
+    def _labels(self, batch: Mapping[str, Tensor], rows: list[Answered], places: list[str]) -> Tensor:
+        labels = torch.full_like(batch["input_ids"], IGNORE)
+        for number, (where, row) in enumerate(zip(places, rows, strict=True)):
+            ids, label = answer_tokens(self._tokenizer, row, self._special, where)
             # Media, which the processor expands, stand before the first answer: tokens agree from there to the end.
             tail, length = len(ids) - label.index(True), int(batch["attention_mask"][number].sum())
-            if batch["input_ids"][number, length - tail : length].tolist() != ids[-tail:]:
+            answered = batch["input_ids"][number, length - tail : length]
+            if answered.tolist() != ids[-tail:]:
                 raise InputError(f"{where}: the processor changes the answer's tokens, so that none can be labelled.")
-            inside[number, length - tail : length] = torch.tensor(label[-tail:])
-        batch["labels"] = batch["input_ids"].masked_fill(~inside, IGNORE)
-        return batch
+            labels[number, length - tail : length] = answered.where(torch.tensor(label[-tail:]), IGNORE)
+        return labels
 
     @property
     def _tokenizer(self) -> Any:
@@ -174,6 +175,16 @@ def _with_placeholders(turns: list[dict[str, Any]], media: Mapping[str, int], wh
                 f'part {{"type": "{kind}"}}.'
             )
     return turns
+
+
+def tried(collate: Callable[[list[Row]], Any]) -> Check:
+    """Checks a row by making a batch of it, which nothing is found broken after."""
+
+    def check(row: Row) -> Row:
+        collate([row])
+        return row
+
+    return check
 
 
 def batches(

@@ -46,7 +46,8 @@ def answered_text(template: Template, prompt: Turns, completion: Turns, where: s
     first, *others = shown.split(_MARK)
     if len(others) != len(places) or "".join((first, *others)) != whole:
         raise InputError(f"{where}: the processor's chat template does not write its completion as it stands.")
-    answers, end, asked, shift = [], 0, "", 0
+    answers: list[tuple[int, int]] = []
+    end, shift, text = 0, 0, ""
     for place, part in zip(places, (first, *others), strict=False):
         asked = template([*prompt, *completion[:place]], True)
         start, end = _after(whole, asked), end + len(part)
@@ -108,7 +109,7 @@ def answer_tokens(tokenizer: Any, row: Answered, special: frozenset[int], where:
     closing = next((place for place in range(stops[-1][1], len(ids)) if ids[place] in special), None)
     end = None if closing is None else ids[closing]
     label = [False] * len(ids)
-    for (first, stop), (following, _) in pairwise([*stops, (len(ids), None)]):
+    for (first, stop), (following, _) in pairwise([*stops, (len(ids), 0)]):
         closed = next((place for place in range(stop, following) if ids[place] in special), None)
         if closed is not None and ids[closed] == end:
             behind = closed + 1
@@ -116,7 +117,7 @@ def answer_tokens(tokenizer: Any, row: Answered, special: frozenset[int], where:
             behind = max(stop, index(len(row.text.rstrip()), False))
         else:
             behind = stop
-        if end in ids[first:stop]:
+        if end is not None and end in ids[first:stop]:
             early = ids.index(end, first) + 1
             if tokenizer.decode(ids[early:stop], skip_special_tokens=False).strip():
                 raise InputError(f"{where}: its answer goes on after {tokenizer.decode([end])!r}, which ends a turn.")

@@ -48,7 +48,7 @@ def read_picture(given: Any) -> Any:
     if given is None:
         raise InputError("it is missing (None).")
     if isinstance(given, str | Path):
-        given = _data_url(given) if str(given).startswith("data:") else find_file(given)
+        given = _data_url(str(given)) if str(given).startswith("data:") else find_file(given)
     if isinstance(given, bytes | bytearray | memoryview):
         if len(given) == 0:
             raise InputError("it is empty (0 bytes).")

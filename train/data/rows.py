@@ -190,10 +190,11 @@ class Rows(Dataset[dict[str, Any]]):
         rows: a `datasets.Dataset` or any sequence of mappings.
         check: gives a row that can be collated, or raises `InputError`; None takes them as they are.
         broken: counts those that cannot be read; without it the first is an error.
+        name: of a row, before its number.
     """
 
-    def __init__(self, rows: Any, check: Check | None = None, broken: Broken | None = None) -> None:
-        self.rows, self.check, self.broken = rows, check, broken or Broken()
+    def __init__(self, rows: Any, check: Check | None = None, broken: Broken | None = None, name: str = "row") -> None:
+        self.rows, self.check, self.broken, self.name = rows, check, broken or Broken(), name
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -205,19 +206,25 @@ class Rows(Dataset[dict[str, Any]]):
         if index >= len(self):
             raise IndexError(index)
         for number in (*range(index, len(self)), *range(index)):
-            where = f"row {number}"
-            try:
-                row = Row(self._at(number), where)
-                return row if self.check is None else self.check(row)
-            except InputError as error:
-                self.broken(where, error)
-        raise InputError("no row of the data can be read.")
+            if (row := self.good(number)) is not None:
+                return row
+        raise InputError(f"no {self.name} of the data can be read.")
 
-    def _at(self, number: int) -> Any:
+    def good(self, number: int) -> Row | None:
+        """The row of this number, or None for a broken one, which is counted."""
+        where = f"{self.name} {number}"
+        try:
+            row = Row(self._at(number, where), where)
+            return row if self.check is None else self.check(row)
+        except InputError as error:
+            self.broken(where, error)
+        return None
+
+    def _at(self, number: int, where: str) -> Any:
         try:
             return self.rows[number]
         except Exception as error:  # reading a row decodes its images, which fails in many ways
-            raise InputError(f"row {number} cannot be read: {error}") from error
+            raise InputError(f"{where} cannot be read: {error}") from error
 
 
 class RowStream(IterableDataset[dict[str, Any]]):
@@ -227,15 +234,16 @@ class RowStream(IterableDataset[dict[str, Any]]):
         rows: a `datasets.IterableDataset` or any iterable of mappings that can be started again.
         check: gives a row that can be collated, or raises `InputError`.
         broken: counts those that cannot be read.
+        name: of a row, before its number.
     """
 
-    def __init__(self, rows: Any, check: Check, broken: Broken) -> None:
+    def __init__(self, rows: Any, check: Check, broken: Broken, name: str = "row") -> None:
         # Images are opened here, where an error about one does not end the stream.
         self.rows = rows.decode(False) if getattr(rows, "features", None) else rows
-        self.check, self.broken = check, broken
+        self.check, self.broken, self.name = check, broken, name
 
     def __iter__(self) -> Iterator[Row]:
-        for row in numbered(self.rows):
+        for row in numbered(self.rows, self.name):
             try:
                 yield self.check(row)
             except InputError as error:
@@ -253,7 +261,38 @@ def training_rows(rows: Any, check: Check, broken: Broken) -> Rows | RowStream:
     return Rows(rows, check, broken) if hasattr(rows, "__len__") else RowStream(rows, check, broken)
 
 
-def numbered(rows: Any) -> Iterator[Row]:
+def readable(rows: Any, check: Check, broken: Broken, name: str = "row") -> Any:
+    """The rows that can be read, each tried now; those of a stream as they come.
+
+    Unlike those to train on, which have a place in a batch to fill, a broken row is left out and no other counts twice.
+
+    Raises:
+        InputError: more than may be cannot be read, or all.
+    """
+    if not hasattr(rows, "__len__"):
+        return RowStream(rows, check, broken, name)
+    tried = Rows(rows, check, broken, name)
+    good = [number for number in range(len(rows)) if tried.good(number) is not None]
+    if len(good) == len(rows):
+        return rows
+    if not good:
+        raise InputError(f"no {name} of the data can be read.")
+    return rows.select(good) if hasattr(rows, "select") else [rows[number] for number in good]
+
+
+def opened(row: Row) -> Row:
+    """A row whose prompt and pictures can be read, as far as can be told without a model.
+
+    Raises:
+        InputError: they cannot; the message names it.
+    """
+    check_columns(row, row.where, "videos" if "videos" in row and "images" not in row else "images", "prompt")
+    turns_of(row, "prompt", "user", row.where)
+    pictures(row, row.where)
+    return row
+
+
+def numbered(rows: Any, name: str = "row") -> Iterator[Row]:
     """Rows that know their number.
 
     Raises:
@@ -268,6 +307,6 @@ def numbered(rows: Any) -> Iterator[Row]:
         except InputError:  # `Rows` has named the row
             raise
         except Exception as error:
-            raise InputError(f"row {number} cannot be read: {error}") from error
-        yield Row(row, f"row {number}")
+            raise InputError(f"{name} {number} cannot be read: {error}") from error
+        yield Row(row, f"{name} {number}")
         number += 1

@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from .options import BUDGET, DATA, Parser, budget, probability
+from .options import BUDGET, DATA, Parser, budget, probability, readable_rows
 
 ABOUT = "add an operating point to a checkpoint: a budget, or a certified risk"
 EXAMPLE = "skipit calibrate runs/checkpoint reference --risk 0.02 --confidence 0.95"
@@ -27,6 +27,7 @@ def add_arguments(verb: Parser) -> None:
     verb.add_batch_size()
     verb.add_max_new_tokens()
     verb.add_seed("of the order of rows")
+    verb.add_broken()
     verb.add_flag("--overwrite", "replace a point of the same name")
 
 
@@ -53,7 +54,8 @@ def _calibrate(arguments: argparse.Namespace) -> None:
     from skipit.train.display import loading, progress
 
     folder = arguments.checkpoint
-    rows = load_data(arguments.data, arguments.split, arguments.samples, arguments.seed, columns=arguments.columns)
+    found = load_data(arguments.data, arguments.split, arguments.samples, arguments.seed, columns=arguments.columns)
+    rows = readable_rows(arguments, found)
     known = held_out(checkpoint_record(folder), Rows(rows))[0].sentence()
     common = {"batch_size": arguments.batch_size, "overwrite": arguments.overwrite}
     if arguments.budget is not None:

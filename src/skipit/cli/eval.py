@@ -17,6 +17,7 @@ def add_arguments(verb: Parser) -> None:
     verb.add_split("test")
     verb.add_samples(300)
     verb.add_seed("of the data")
+    verb.add_broken()
     verb.add_argument(
         "--base",
         default=None,

@@ -63,6 +63,16 @@ class Parser(argparse.ArgumentParser):
             help=f"columns by other names than {', '.join(COLUMNS)}: images=photo,prompt=question",
         )
 
+    def add_broken(self) -> None:
+        """How many rows may be unreadable."""
+        self.add_argument(
+            "--max-broken-rows",
+            type=nonnegative_int,
+            default=0,
+            metavar="N",
+            help="rows that may be unreadable: they are named and left out (default %(default)s)",
+        )
+
     def add_streaming(self) -> None:
         """Rows that are not read all at once."""
         self.add_flag("--streaming", "read rows as they are needed, never all: the first --samples of the stream")
@@ -146,6 +156,24 @@ def load_rows(arguments: argparse.Namespace, samples: int) -> Any:
         shuffle_buffer=getattr(arguments, "shuffle_buffer", 0),
         columns=arguments.columns,
     )
+
+
+def readable_rows(arguments: argparse.Namespace, rows: Any, collate: Any = None) -> Any:
+    """Those of some rows that can be read; see `add_broken`.
+
+    Args:
+        arguments: with `max_broken_rows`.
+        rows: of `load_rows`.
+        collate: makes batches of them; None tries no more than to open them.
+
+    Raises:
+        InputError: more than may be cannot be read.
+    """
+    from skipit.train.data.collate import tried
+    from skipit.train.data.rows import Broken, opened, readable
+    from skipit.train.display import note
+
+    return readable(rows, tried(collate) if collate else opened, Broken(arguments.max_broken_rows, note))
 
 
 def set_defaults(verb: Parser, config: Path, line: list[str]) -> None:

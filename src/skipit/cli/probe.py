@@ -4,7 +4,7 @@ import argparse
 import io
 from typing import TYPE_CHECKING
 
-from .options import Parser, load_rows, positive, positive_int
+from .options import Parser, load_rows, positive, positive_int, readable_rows
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -20,6 +20,7 @@ def add_arguments(verb: Parser) -> None:
     verb.add_model_and_data()
     verb.add_out()
     verb.add_samples(600, "rows, half to fit on")
+    verb.add_broken()
     verb.add_argument("--penalty", type=positive, default=0.01, help="L2 of every probe (default %(default)s)")
     verb.add_argument("--splits", type=positive_int, default=4, help="in random halves, averaged (default %(default)s)")
 
@@ -35,7 +36,7 @@ def run(arguments: argparse.Namespace) -> None:
 
     with loading("loading"):
         model, processor = load_model(arguments.model)
-        rows = load_rows(arguments, arguments.samples)
+        rows = readable_rows(arguments, load_rows(arguments, arguments.samples), Collator(processor))
     with progress("probe", len(rows)) as advance:
         pooled = pool_states(model, batches(advance.over(rows), Collator(processor), arguments.batch_size))
     with loading("fitting probes"):

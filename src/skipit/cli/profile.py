@@ -3,7 +3,7 @@
 import argparse
 from typing import TYPE_CHECKING, Any
 
-from .options import Parser, load_rows, partial_folder, positive_int
+from .options import Parser, load_rows, partial_folder, positive_int, readable_rows
 
 if TYPE_CHECKING:
     from skipit.theory.backbone import Backbone
@@ -28,6 +28,7 @@ def add_arguments(verb: Parser) -> None:
     )
     verb.add_argument("--layers", default=None, help="dotted path of the part's layers, where they are not found")
     verb.add_streaming()
+    verb.add_broken()
     verb.add_argument(
         "--save-every", type=positive_int, default=16, help="batches between saves to OUT.partial (default %(default)s)"
     )
@@ -45,6 +46,7 @@ def run(arguments: argparse.Namespace) -> None:
 def _profile_decoder(arguments: argparse.Namespace) -> None:
     from skipit.theory.artefact import save_profile
     from skipit.theory.partial import Partial
+    from skipit.train.data.collate import Collator
     from skipit.train.data.sources import load_model, name_data
     from skipit.train.display import loading, note, progress
     from skipit.train.profiling import profile_model
@@ -59,7 +61,7 @@ def _profile_decoder(arguments: argparse.Namespace) -> None:
     )
     with loading("loading"):
         model, processor = load_model(arguments.model)
-        rows = load_rows(arguments, arguments.samples)
+        rows = readable_rows(arguments, load_rows(arguments, arguments.samples), Collator(processor))
     with progress("profile", _count(rows, arguments)) as advance:
         profile = profile_model(
             model,
@@ -91,7 +93,7 @@ def _profile_part(arguments: argparse.Namespace) -> None:
         raise InputError(f"--part {arguments.part} takes one forward pass and keeps nothing to --resume. Start anew.")
     with loading("loading"):
         model, read = load_part(arguments.model, arguments.part)
-        rows = load_rows(arguments, arguments.samples)
+        rows = readable_rows(arguments, load_rows(arguments, arguments.samples), read)
     with progress("profile", _count(rows, arguments)) as advance:
         part = profile_part(model, read, advance.over(rows), batch_size=arguments.batch_size, layers=arguments.layers)
     save_backbone(part, arguments.out, arguments.overwrite)

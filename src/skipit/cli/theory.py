@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from .options import Parser
+from .options import Parser, readable_rows
 
 ABOUT = "print how tight the theory's bounds are on a model"
 EXAMPLE = "skipit theory runs/profile --model reference --data reference"
@@ -17,6 +17,7 @@ def add_arguments(verb: Parser) -> None:
     verb.add_split("test")
     verb.add_samples(8)
     verb.add_batch_size(4)
+    verb.add_broken()
     verb.add_seed()
 
 
@@ -38,6 +39,7 @@ def run(arguments: argparse.Namespace) -> None:
         model, processor = load_model(arguments.model)
         check_same_model(profile, fingerprint(model))
         rows = load_data(arguments.data, arguments.split, arguments.samples, arguments.seed)
+        rows = readable_rows(arguments, rows, Collator(processor))
         with progress("theory", len(rows)) as advance:
             read = batches(advance.over(rows), Collator(processor), arguments.batch_size)
             lines += from_model(model, read, seed=arguments.seed)

@@ -95,6 +95,8 @@ def run(arguments: argparse.Namespace) -> None:
     """Train, on one process or on those of a launcher, and say what share of FLOPs is executed on held-out rows."""
     from skipit.router.folders import load_json
     from skipit.theory.artefact import load_plan
+    from skipit.train.data.collate import Collator
+    from skipit.train.data.rows import Broken, training_rows
     from skipit.train.data.sources import load_held_out, load_model, name_model
     from skipit.train.data.used import HeldOut
     from skipit.train.display import loading, note, on_one_process, training_progress
@@ -114,7 +116,8 @@ def run(arguments: argparse.Namespace) -> None:
         with loading("loading"):
             model, processor = load_model(arguments.model, dtype=DTYPES[config.precision])
             seen = config.steps * config.batch_size * config.accumulation * launch.world_size
-            rows = load_rows(arguments, arguments.samples or seen)
+            broken = Broken(config.max_broken_rows, note)
+            rows = training_rows(load_rows(arguments, arguments.samples or seen), Collator(processor).checked, broken)
             held_out = load_held_out(
                 arguments.calibration_data,
                 arguments.data,
@@ -170,6 +173,8 @@ def _plan_for_training(
     from skipit.theory.artefact import check_same_model, load_profile
     from skipit.theory.identity import fingerprint
     from skipit.theory.plan import make_plan
+    from skipit.train.data.collate import Collator, tried
+    from skipit.train.data.rows import readable
     from skipit.train.display import progress
     from skipit.train.launch import stage_of
     from skipit.train.profiling import profile_model
@@ -182,7 +187,12 @@ def _plan_for_training(
             "under ZeRO-3 no process has the whole model to measure. Run `skipit profile` and add --profile."
         )
     else:
+        first = rows.rows
+        if hasattr(first, "select"):
+            first = first.select(range(min(arguments.profile_samples, len(first))))
+        first = islice(readable(first, tried(Collator(processor)), rows.broken), arguments.profile_samples)
         with progress("profile", arguments.profile_samples) as advance:
-            first = advance.over(islice(rows, arguments.profile_samples))
-            profile = profile_model(model, processor, first, batch_size=config.batch_size, seed=config.seed)
+            profile = profile_model(
+                model, processor, advance.over(first), batch_size=config.batch_size, seed=config.seed
+            )
     return make_plan(profile, config.budget, config.kv)
