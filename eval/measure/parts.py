@@ -101,7 +101,7 @@ def _packed(outcome: Outcome) -> tuple[dict[str, Any], dict[str, Tensor]]:
         tensors |= {f"{number}.{name}": getattr(record, name) for name in ("run", "stratum", "real")}
         tensors |= {f"{number}.kinds.{name}": mask for name, mask in record.kinds.items()}
         records.append({"kinds": list(record.kinds), "kv": record.kv, "unit": record.unit, "images": record.images})
-    figures = {name: getattr(outcome, name) for name in ("accuracy", "by_kind", "compute")}
+    figures = {name: getattr(outcome, name) for name in ("accuracy", "by_kind", "compute", "scored_by")}
     return {**figures, "answers": recorded.answers, "records": records}, tensors
 
 
@@ -118,4 +118,4 @@ def _unpacked(values: dict[str, Any], tensors: dict[str, Tensor]) -> Outcome:
     ]
     recorded = Recorded(values["answers"], tensors["right"], tensors["log_probability"], tensors["tokens"], records)
     figures = (values["accuracy"], values["by_kind"], values["compute"])
-    return Outcome(recorded, *figures, tensors["compute_by_unit"], tensors["skip_rate"])
+    return Outcome(recorded, *figures, tensors["compute_by_unit"], tensors["skip_rate"], values["scored_by"])
