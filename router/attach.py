@@ -63,7 +63,7 @@ def attach(model: nn.Module, config: RouterConfig | None = None) -> Router:
         wrap_projections(layer)
     for attention_config in _attention_configs(decoder):
         attention_config._attn_implementation_internal = implementation
-    router = Router(config, len(layers), of_images, _attention_configs(decoder))
+    router = Router(config, layers, of_images, _attention_configs(decoder))
     for module in _entries(model, decoder):
         module.register_forward_pre_hook(router, with_kwargs=True)
     add_budget_argument(model)

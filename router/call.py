@@ -87,8 +87,7 @@ class Step:
         layers: of the model; those without a decision were left out by the model itself, and no token ran them. 0
             stands for as many as have one.
         images: what cross-attention layers attend to.
-        learning: whether the call was made with gradients.
-        detached: a layer of such a call decided without: reentrant gradient checkpointing runs it so at first.
+        detached: layers decided without the gradients that the call has: reentrant checkpointing runs them so at first.
     """
 
     modality: Int[Tensor, "batch seq"]
@@ -99,13 +98,7 @@ class Step:
     decisions: dict[int, Decision] = field(default_factory=dict)
     layers: int = 0
     images: ImageStates = NO_IMAGES
-    learning: bool = False
     detached: bool = False
-
-    def record(self, layer: int, decision: Decision) -> None:
-        """Keep what a layer decided."""
-        self.decisions.setdefault(layer, decision)
-        self.detached |= self.learning and not torch.is_grad_enabled()
 
     @property
     def run(self) -> Bool[Tensor, "layers batch seq"]:
@@ -175,6 +168,7 @@ class Call:
         tokens: how many are real, over all rows.
         cache: of keys and values, and of what a prompt has decided; or None.
         step: where decisions are recorded, or None.
+        learning: whether it was made with gradients.
     """
 
     policy: Policy
@@ -190,6 +184,7 @@ class Call:
     tokens: int
     cache: SkipCache | None
     step: Step | None
+    learning: bool
 
     def to(self, device: torch.device) -> "Call":
         """The call with its tensors on a device: the layers of a model may be spread over several."""

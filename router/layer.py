@@ -18,7 +18,7 @@ from .cache import SkipCache
 from .call import KWARG, Call, Mode, image_states
 from .config import Unit
 from .errors import InputError, UnsupportedModelError
-from .execute import Execution, dense, execute, execute_tokenwise
+from .execute import Execution, dense, execute, execute_tokenwise, states_of
 from .gates import TokenGate
 from .subclass import Mixin, mix_in, own_class, take_out
 
@@ -51,19 +51,37 @@ class GatedLayer(Mixin, _Module):
         if isinstance(call, str):
             return super().forward(hidden_states, **kwargs)
         call = call.to(hidden_states.device)
+        lost = call.learning and not torch.is_grad_enabled()  # as reentrant checkpointing runs a layer at first
+        if lost and not hidden_states.requires_grad and any(p.requires_grad for p in self.layer_gate.parameters()):
+            raise InputError(
+                "gates would get no gradient: reentrant gradient checkpointing gives none where no state that enters a "
+                'layer has one. Use gradient_checkpointing_kwargs={"use_reentrant": False}.'
+            )
         decision = call.policy.decide(self.skipit_index, hidden_states, call, self.layer_gate)
         held: SkipCache | None = kwargs.get("past_key_values")
         store = held.layers[self.skipit_index] if held is not None else None
         if call.step is not None:
-            call.step.record(self.skipit_index, decision)
+            call.step.decisions.setdefault(self.skipit_index, decision)
+            call.step.detached |= lost
             if self.skipit_attends_to_images:
                 call.step.images = image_states(kwargs, len(hidden_states), store)
         execution = Execution(decision, call, store, self.skipit_attends_to_images)
         if call.unit == "block":
-            return execute(super().forward, hidden_states, hidden_states, execution, kwargs)
-        _check_parts(self, call.unit)
-        with _inside(execution):
-            return super().forward(hidden_states, **kwargs)
+            output = execute(super().forward, hidden_states, hidden_states, execution, kwargs)
+        else:
+            _check_parts(self, call.unit)
+            with _inside(execution):
+                output = super().forward(hidden_states, **kwargs)
+        if call.mode == "gathered" and decision.straight_through() is not None:
+            states_of(output).requires_grad_().register_hook(_refuse_gradient)
+        return output
+
+
+def _refuse_gradient(gradient: Tensor) -> None:
+    raise InputError(
+        "gates get no gradient where only the tokens that run are computed. Train with `model.train()`, or within "
+        "`running(mode='masked')`."
+    )
 
 
 class GatedAttention(Mixin, _Module):

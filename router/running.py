@@ -6,7 +6,7 @@ execution, a trace) is a context variable that the pre-hook reads: `with running
 """
 
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
@@ -139,13 +139,14 @@ class Router:
     def __init__(
         self,
         config: RouterConfig,
-        num_layers: int,
+        layers: Sequence[nn.Module],
         image_layers: frozenset[int] = frozenset(),
         attention_configs: Sequence[Any] = (),
     ) -> None:
         self.config = config
         self.attention_configs = attention_configs
-        self.num_layers = num_layers
+        self.layers = layers
+        self.num_layers = len(layers)
         self.image_layers = image_layers
 
     def __call__(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
@@ -162,7 +163,7 @@ class Router:
         if mode == "gathered" and _wants_attention_weights(model, kwargs):
             mode = "masked"  # the weights of every token, which gathered execution does not compute
         if mode == "gathered" and hasattr(model, "peft_config"):
-            _check_adapters(model)
+            _check_adapters(self.layers)
         if args:
             kwargs = {**dict(zip(("input_ids", "pixel_values"), args, strict=False)), **kwargs}
         cache = self._cache(model, kwargs)
@@ -174,7 +175,7 @@ class Router:
         granularity = options.granularity or self.config.granularity
         step = None
         if options.trace is not None:
-            step = Step(modality, real, past, kv, unit, layers=self.num_layers, learning=torch.is_grad_enabled())
+            step = Step(modality, real, past, kv, unit, layers=self.num_layers)
             options.trace.steps.append(step)
         call = Call(
             policy=options.policy or Gated(self.config.threshold_at(options.budget)),
@@ -190,6 +191,7 @@ class Router:
             tokens=int(real.sum()),
             cache=cache,
             step=step,
+            learning=torch.is_grad_enabled(),
         )
         return (), {**kwargs, KWARG: call}
 
@@ -224,19 +226,20 @@ class Router:
         return modality, real, position
 
 
-def _check_adapters(model: nn.Module) -> None:
+def _check_adapters(layers: Iterable[nn.Module]) -> None:
     """Refuse adapters that look at a token's row or its place in it, which packed tokens do not have.
 
     Raises:
         UnsupportedModelError: PEFT has told an adapter of rows or offsets, for this call.
     """
-    for module in model.modules():
-        for hook in module._forward_pre_hooks.values():
-            for what in {"adapter_names", "alora_offsets"} & set(getattr(hook, "keywords", ())):
-                raise UnsupportedModelError(
-                    f"`{what}`: an adapter that depends on a token's row or place cannot run on packed tokens. "
-                    "Merge one adapter for all rows, or compute every token: `with running(mode='masked')`."
-                )
+    # PEFT tells all alike, so the first one says it, and is usually in the first layer: this is asked at every step.
+    adapted = next((m for layer in layers for m in layer.modules() if hasattr(m, "adapter_layer_names")), None)
+    for hook in () if adapted is None else adapted._forward_pre_hooks.values():
+        for what in {"adapter_names", "alora_offsets"} & set(getattr(hook, "keywords", ())):
+            raise UnsupportedModelError(
+                f"`{what}`: an adapter that depends on a token's row or place cannot run on packed tokens. "
+                "Merge one adapter for all rows, or compute every token: `with running(mode='masked')`."
+            )
 
 
 def _deciding(

@@ -153,6 +153,7 @@ def test_caches_that_cannot_be_taken_over() -> None:
         take_over(sliding, 1)
 
 
+@torch.no_grad()
 def test_decoding_steps_do_not_copy_what_is_held() -> None:
     layer = SkipCacheLayer()
     whole = torch.randn(2, 3, 10 + 2 * SPARE, 4)
