@@ -343,7 +343,7 @@ class TestSavedIsLoaded:
         assert torch.equal(logits(dense.eval(), batch), logits(model, batch))
 
     def test_load(self, tmp_path: Path) -> None:
-        from skipit.train.reference.model import build_model, build_processor
+        from studies.architecture import build_model, build_processor
 
         model = build_model()
         attach(model, RouterConfig(kv="evict", threshold=0.1, operating_points={"0.5": 0.1}))

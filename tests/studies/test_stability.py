@@ -14,8 +14,8 @@ from skipit.theory.plan import make_plan
 from skipit.theory.profile import Profile, profile
 from skipit.train.config import TrainConfig
 from skipit.train.data.collate import Collator, batches
+from skipit.train.reference import WEIGHTS
 from skipit.train.reference.data import reference_dataset
-from skipit.train.reference.model import WEIGHTS
 from skipit.train.run import train
 from studies.stability import FILE, Stability, drift, main
 

@@ -28,8 +28,8 @@ from skipit.theory.artefact import load_backbone, load_profile, save_backbone
 from skipit.theory.backbone import find_stack, profile_backbone
 from skipit.theory.profile import profile
 from skipit.train.data.collate import Collator, batches
+from skipit.train.reference import WEIGHTS
 from skipit.train.reference.data import reference_dataset
-from skipit.train.reference.model import WEIGHTS
 
 SMALL = dict(hidden_size=16, intermediate_size=24, num_hidden_layers=3, num_attention_heads=2)
 TEXT = dict(**SMALL, vocab_size=30, pad_token_id=0)

@@ -9,8 +9,8 @@ from skipit.router.checkpoint import load_dense
 from skipit.theory.profile import profile
 from skipit.theory.tightness import Tightness, from_model, from_profile, show
 from skipit.train.data.collate import Collator, batches
+from skipit.train.reference import WEIGHTS
 from skipit.train.reference.data import reference_dataset
-from skipit.train.reference.model import WEIGHTS
 
 # float32 forward passes; the skips and the walk along their paths run the model again.
 TOLERANCE = 1e-3

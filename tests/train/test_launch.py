@@ -25,7 +25,7 @@ from skipit.theory.plan import Plan
 from skipit.train.config import TrainConfig
 from skipit.train.launch import LaunchError, check_engine, deepspeed_config, launched
 from skipit.train.reference.data import reference_dataset
-from skipit.train.reference.model import build_model, build_processor
+from studies.architecture import build_model, build_processor
 
 LAYERS = 3
 BIN = Path(sys.executable).parent

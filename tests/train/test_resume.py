@@ -25,10 +25,10 @@ from skipit.theory.identity import fingerprint
 from skipit.theory.plan import Plan
 from skipit.train.config import TrainConfig
 from skipit.train.reference.data import reference_dataset
-from skipit.train.reference.model import build_model, build_processor
 from skipit.train.run import train
 from skipit.train.run_folder import STATE_FILE, claimed_run, last_checkpoint
 from skipit.train.trainer import TrainingError
+from studies.architecture import build_model, build_processor
 
 # Ten rows in batches of two, twice per step: an epoch ends in the middle of a step's batches.
 CONFIG = TrainConfig(steps=7, batch_size=2, accumulation=2, lora_rank=2, save_steps=3, learning_rate=1e-3)

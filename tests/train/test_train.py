@@ -36,9 +36,9 @@ from skipit.train.data.collate import Collator, batches
 from skipit.train.launch import training_arguments
 from skipit.train.objective import answer_losses, answer_targets
 from skipit.train.reference.data import reference_dataset
-from skipit.train.reference.model import build_model, build_processor
 from skipit.train.run import dense_per_answer, least_share, lora_targets, prepare, train
 from skipit.train.trainer import SkipTrainer, TrainingError
+from studies.architecture import build_model, build_processor
 
 LAYERS = 3
 CONFIG = TrainConfig(steps=6, batch_size=4, lora_rank=2, learning_rate=1e-3)

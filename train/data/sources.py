@@ -36,7 +36,7 @@ def resolve_model(source: str) -> str:
     """The folder of `reference`, or the source itself."""
     if source != REFERENCE:
         return source
-    from skipit.train.reference.model import WEIGHTS
+    from skipit.train.reference import WEIGHTS
 
     return str(WEIGHTS)
 

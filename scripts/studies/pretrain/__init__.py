@@ -18,9 +18,10 @@ from skipit.router.folders import new_directory
 from skipit.theory.cost import CostModel
 from skipit.theory.profile import profile
 from skipit.train.data.collate import Collator, batches
+from skipit.train.reference import WEIGHTS
 from skipit.train.reference.data import reference_dataset
-from skipit.train.reference.model import WEIGHTS, build_processor
 from skipit.train.reference.questions import KINDS
+from studies.architecture import build_processor
 from studies.study import command, markdown
 
 from .training import PretrainConfig, exact_match, pretrain

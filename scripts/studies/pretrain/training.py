@@ -20,8 +20,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from skipit.train.reference.digits import CELL, GRID, IMAGE_SIZE, Scans, Split, draw_grid, load_scans
-from skipit.train.reference.model import IMAGE_TOKENS, PATCH, build_model, build_processor
 from skipit.train.reference.questions import Kind, ask
+from studies.architecture import IMAGE_TOKENS, PATCH, build_model, build_processor
 
 # Harder kinds are asked more often; one "grid" per image is the dense supervision that look-up needs.
 QUESTIONS_PER_IMAGE: dict[Kind, int] = {"grid": 1, "row": 1, "cell": 1, "compare": 3, "sum": 3, "count": 4}

@@ -111,8 +111,8 @@ def test_random_splits_of_measured_answers_violate_the_risk_less_often_than_prom
     from skipit.theory.plan import make_plan
     from skipit.train.data.collate import Collator
     from skipit.train.profiling import profile_model
+    from skipit.train.reference import WEIGHTS
     from skipit.train.reference.data import reference_dataset
-    from skipit.train.reference.model import WEIGHTS
 
     reference, processor = load_dense(WEIGHTS)
     plan = make_plan(profile_model(reference, processor, reference_dataset("train", 48)), 0.5)

@@ -9,7 +9,7 @@ from datasets import Dataset, DatasetDict
 from transformers import Blip2Config, Blip2ForConditionalGeneration, Blip2QFormerConfig, Blip2VisionConfig, OPTConfig
 
 from skipit.train.reference.data import reference_dataset
-from skipit.train.reference.model import build_processor
+from studies.architecture import build_processor
 
 
 def with_rows(folder: Path, change: Callable[[list[dict[str, Any]]], Any], rows: int = 8) -> Path:

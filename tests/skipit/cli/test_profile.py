@@ -29,7 +29,7 @@ from skipit.router.folders import load_json, load_tensors
 from skipit.theory.artefact import load_backbone
 from skipit.train.data.sources import load_data, load_model
 from skipit.train.reference.data import reference_dataset
-from skipit.train.reference.model import build_processor
+from studies.architecture import build_processor
 
 SMALL = dict(hidden_size=16, intermediate_size=24, num_hidden_layers=3, num_attention_heads=2)
 

@@ -12,7 +12,7 @@ from skipit.router import InputError
 from skipit.train.data.collate import Collator, batches
 from skipit.train.data.rows import Rows
 from skipit.train.reference.data import reference_dataset
-from skipit.train.reference.model import IMAGE_TOKENS, build_processor
+from studies.architecture import IMAGE_TOKENS, build_processor
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,7 @@ from skipit.router import InputError
 from skipit.theory.labels import IGNORE
 from skipit.train.data.collate import Collator
 from skipit.train.reference.data import reference_dataset
-from skipit.train.reference.model import build_processor
+from studies.architecture import build_processor
 
 Turns = list[dict[str, Any]]
 

@@ -20,8 +20,8 @@ from skipit.train.config import TrainConfig
 from skipit.train.data.collate import Collator
 from skipit.train.data.rows import Broken, Check, Rows, RowStream, training_rows
 from skipit.train.reference.data import reference_dataset
-from skipit.train.reference.model import build_model, build_processor
 from skipit.train.run import train
+from studies.architecture import build_model, build_processor
 
 LAYERS = 2
 

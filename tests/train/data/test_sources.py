@@ -12,8 +12,9 @@ from datasets.utils import logging
 from skipit.router.errors import CheckpointError, InputError
 from skipit.train.data.collate import Collator
 from skipit.train.data.sources import load_data, load_held_out, load_model, name_model, resolve_model
+from skipit.train.reference import WEIGHTS
 from skipit.train.reference.data import reference_dataset
-from skipit.train.reference.model import WEIGHTS, build_processor
+from studies.architecture import build_processor
 
 
 @pytest.fixture(scope="module")

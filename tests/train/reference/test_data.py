@@ -12,8 +12,8 @@ from datasets import Dataset, load_from_disk
 
 from skipit.train.reference.data import reference_dataset
 from skipit.train.reference.digits import CELL, GRID, SPLITS, load_scans
-from skipit.train.reference.model import IMAGE_TOKENS, build_processor
 from skipit.train.reference.questions import COLUMNS, KINDS, ROWS
+from studies.architecture import IMAGE_TOKENS, build_processor
 
 
 @pytest.fixture(scope="module")

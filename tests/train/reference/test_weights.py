@@ -8,9 +8,10 @@ import pytest
 import torch
 from transformers import AutoProcessor, LlavaForConditionalGeneration
 
+from skipit.train.reference import WEIGHTS
 from skipit.train.reference.data import reference_dataset
-from skipit.train.reference.model import WEIGHTS, build_processor
 from skipit.train.reference.questions import KINDS
+from studies.architecture import build_processor
 from studies.pretrain.training import exact_match
 
 AIMS = {"cell": 0.96, "row": 0.96, "compare": 0.96, "grid": 0.92, "sum": 0.90, "count": 0.75}

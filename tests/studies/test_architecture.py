@@ -11,8 +11,8 @@ from transformers import AutoProcessor, LlavaForConditionalGeneration, LlavaProc
 from skipit.router.decoder import find_decoder
 from skipit.train.reference.data import reference_dataset
 from skipit.train.reference.digits import IMAGE_SIZE
-from skipit.train.reference.model import IMAGE_TOKENS, SPECIAL_TOKENS, build_model, build_processor, vocabulary
 from skipit.train.reference.questions import KINDS, ask
+from studies.architecture import IMAGE_TOKENS, SPECIAL_TOKENS, build_model, build_processor, vocabulary
 
 
 @pytest.fixture(scope="module")

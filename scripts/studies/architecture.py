@@ -1,15 +1,13 @@
-"""The reference VLM's architecture and processor, and loading its shipped weights."""
+"""The reference VLM's architecture and processor, of which `studies.pretrain` makes the weights that are shipped."""
 
-from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .digits import GRID, IMAGE_SIZE
-from .questions import COLUMNS, KINDS, ROWS, ask
+from skipit.train.reference.digits import GRID, IMAGE_SIZE
+from skipit.train.reference.questions import COLUMNS, KINDS, ROWS, ask
 
 if TYPE_CHECKING:
     from transformers import LlavaForConditionalGeneration, LlavaProcessor
 
-WEIGHTS = Path(__file__).with_name("weights")
 PATCH = 8
 IMAGE_TOKENS = (IMAGE_SIZE // PATCH) ** 2
 SPECIAL_TOKENS = ("<pad>", "<s>", "</s>", "<unk>", "<image>", "USER:", "ASSISTANT:")
