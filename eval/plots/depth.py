@@ -10,15 +10,15 @@ from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
 from PIL.Image import Image
+
+from skipit.eval.statistics import Floats
 
 from .style import VALUES, hatch, ink, saved
 
 MOST_PATCHES_WITH_LINES = 16
 CHARACTERS_PER_LINE = 92
-
-Floats = NDArray[np.float64]
 
 
 def draw_depth_map(

@@ -15,7 +15,6 @@ from matplotlib.ticker import PercentFormatter
 # Okabe and Ito 2008 without yellow, which is hard to see on white.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 MARKERS = "osD^vP*X<>h"
-MODALITY_COLOURS = {"text": "#0072B2", "vision": "#D55E00"}
 VALUES = colormaps["viridis"]
 
 P = ParamSpec("P")

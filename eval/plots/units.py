@@ -9,16 +9,14 @@ from matplotlib.cm import ScalarMappable
 from matplotlib.colors import LogNorm, Normalize
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, NullFormatter
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
 
-from skipit.eval.statistics import spearman
+from skipit.eval.statistics import Floats, spearman
 from skipit.router import MODALITIES
 
-from .style import MARKERS, MODALITY_COLOURS, VALUES, hatch, ink, plain, saved
+from .style import VALUES, hatch, ink, line_style, plain, saved
 
 MOST_LAYERS_WITH_NUMBERS = 32
-
-Floats = NDArray[np.float64]
 
 
 def draw_layer_modality_heatmaps(
@@ -173,11 +171,12 @@ def _unit_points(axes: Axes, x: Floats, y: Floats, edges: tuple[float, float], m
     there = np.isfinite(x) & np.isfinite(y)
     if not there.any():
         return
-    marker, colour = MARKERS[MODALITIES.index(modality)], MODALITY_COLOURS[modality]
+    style = line_style(MODALITIES.index(modality))
+    colour = style["color"]
     inside = there & (x > 0) & (y > 0)
     shown_x, shown_y = np.where(x > 0, x, edges[0]), np.where(y > 0, y, edges[1])
     label = f"{modality} (\N{GREEK SMALL LETTER RHO} = {_rank_correlation(x[there], y[there])})"
-    axes.scatter(shown_x[inside], shown_y[inside], s=22, color=colour, marker=marker, label=label, zorder=3)
+    axes.scatter(shown_x[inside], shown_y[inside], s=22, label=label, zorder=3, **style)
     at_edge = there & ~inside
     if at_edge.any():
         axes.scatter(
@@ -186,7 +185,7 @@ def _unit_points(axes: Axes, x: Floats, y: Floats, edges: tuple[float, float], m
             s=22,
             facecolors="none",
             edgecolors=colour,
-            marker=marker,
+            marker=style["marker"],
             label=f"{modality}, zero or below",
             zorder=3,
         )

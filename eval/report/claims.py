@@ -4,11 +4,10 @@ from collections.abc import Mapping
 from typing import Any
 
 from .controlled import missing
-from .page import Content, Html, heading, joined, paragraph, strong, table
-from .part import NOTHING, Missing, Part, Values, between, number, p_value, percent, plural
+from .page import Content, Html, heading, joined, paragraph, table
+from .part import NOTHING, Missing, Part, Values, between, number, p_value, percent, plural, verdict
 
 BOTH = "redundant, unattended"
-MOODS = {"found": "good", "not found": "bad"}
 
 
 def quadrants(values: Values) -> Part | Missing:
@@ -25,23 +24,20 @@ def quadrants(values: Values) -> Part | Missing:
 
 
 def _verdict(notion: str, experiment: Mapping[str, Any]) -> Html:
-    words: dict[str, Html] = {}
-    for name, verdicts in (("both", experiment["verdict"]), *experiment["conditions"].items()):
-        for figure, verdict in verdicts.items():
-            words[f"{name} {figure}"] = strong(verdict, MOODS.get(verdict, ""))
+    both, alone = experiment["verdict"], experiment["conditions"]
     right = between(experiment["cells"][BOTH]["accuracy"], ".1f", 100)
     return joined(
         [
             f"With {notion} as redundancy: that skipping vision is cheapest where it is redundant and little looked "
             "at is ",
-            words["both accuracy"],
+            verdict(both["accuracy"]),
             " by accuracy and ",
-            words["both kl"],
+            verdict(both["kl"]),
             f" by divergence ({right}% right there, {between(experiment['dense'], '.1f', 100)}% without skipping). "
             "Alone, by divergence: that redundancy protects is ",
-            words["redundancy kl"],
+            verdict(alone["redundancy"]["kl"]),
             ", that little attention does is ",
-            words["attention kl"],
+            verdict(alone["attention"]["kl"]),
             ".",
         ]
     )
@@ -129,13 +125,9 @@ def pattern(values: Values) -> Part | Missing:
     ]
     words: list[Content] = []
     for name, stretch in learned.items():
-        verdict = measured["learned"][name]
-        words += [
-            f"{name.capitalize()} of vision tokens: ",
-            strong(verdict, MOODS.get(verdict, "")),
-            " in what was learned",
-        ]
-        if verdict == "found":
+        word = measured["learned"][name]
+        words += [f"{name.capitalize()} of vision tokens: ", verdict(word), " in what was learned"]
+        if word == "found":
             words.append(f" ({between(stretch['length'], '.0f')} of {len(measured['rates'])} layers)")
         words.append(f", {measured['theory'][name]} in the theory's tables. ")
     return Part("pattern", title, [joined(words)], body, ("eval", "profile"))

@@ -9,10 +9,9 @@ from skipit.eval.plots import draw_growing_sets, draw_scatter
 from skipit.eval.statistics import proportion
 
 from .page import Content, Html, figure, heading, joined, paragraph, strong, table
-from .part import Missing, Part, Values, again, between, number, percent, plural
+from .part import SCOPES, Missing, Part, Values, again, between, number, percent, plural
 
 TITLE = "What does skipping really do, and does the theory predict it?"
-SCOPES = {"all": "all units", "text": "text units", "vision": "vision units"}
 COMBINED = {"sum": "their sum", "aligned": "(sum of square roots)\N{SUPERSCRIPT TWO}, the bound"}
 BEST, WORST = "least damage first", "most damage first"
 KL = "KL (nats per answer token)"

@@ -7,10 +7,11 @@ from shlex import quote
 from textwrap import shorten
 from typing import Any
 
-from .page import Content, Html, code, joined
+from .page import Content, Html, code, joined, strong
 
 LEVEL = 0.05  # a p-value below is called evidence
 NOTHING = "\N{EN DASH}"
+SCOPES = {"all": "all units", "text": "text units", "vision": "vision units"}
 
 Values = Mapping[str, Any]  # what eval.json holds
 
@@ -52,6 +53,11 @@ def again(values: Values, options: str, first: str = "") -> Html:
     settings = values["settings"]
     line = f"skipit eval {quote(settings['checkpoint'])} {quote(settings['data'])} {options} --out DIR"
     return joined(["run ", *([code(first), ", then "] if first else []), code(line), "."])
+
+
+def verdict(word: str) -> Html:
+    """Whether something was "found", in words that carry it."""
+    return strong(word, {"found": "good", "not found": "bad"}.get(word, ""))
 
 
 def percent(share: float | None, digits: int = 1) -> str:

@@ -8,9 +8,8 @@ from skipit.eval.plots import draw_intervals
 
 from .groups import Group, groups, several
 from .page import Content, Html, bullets, figure, heading, joined, paragraph, strong, table
-from .part import LEVEL, NOTHING, Missing, Part, Values, again, between, label, number, p_value, plural
+from .part import LEVEL, NOTHING, SCOPES, Missing, Part, Values, again, between, label, number, p_value, plural
 
-SCOPES = {"all": "all units", "text": "text units", "vision": "vision units"}
 TABLES = {"geometric": "geometric redundancy", "cross-attention": "cross-attention (VAR)", "damage": "damage of a skip"}
 GIVEN = {"depth": "depth", "depth_curve": "depth, also U-shaped", "depth_modality": "depth and modality"}
 NEUTRAL = ("zero", "run")
@@ -52,7 +51,7 @@ def tracking(values: Values) -> Part | Missing:
         )
     )
     made = ("eval", "profile", "checkpoint", *(router["made"] for router in values.get("also", ())))
-    return Part("tracking", title, _verdicts(compared, layers), body, made)
+    return Part("tracking", title, [_verdict(group, layers) for group in compared], body, made)
 
 
 def _title(group: Group) -> str:
@@ -143,7 +142,8 @@ def _intervals(compared: Sequence[Group]) -> Html:
                 if known:
                     rows.append((line, label(group.name), *_bar(known)))
     if not rows:
-        return paragraph("No correlation can be computed: ", _reason(compared))
+        reason = _estimate(compared[0].routers[0], "damage", "all")["reason"]
+        return paragraph(f"No correlation can be computed: {reason}.")
     caption = "Left of the line: redundant units are skipped more. Bars: 95% bootstrap interval over units"
     caption += "; of several routers of one name, mean and range over routers." if several(compared) else "."
     drawn = draw_intervals(rows, "Do skips follow the theory?", "Spearman correlation with skip rates", 0.0)
@@ -157,14 +157,6 @@ def _bar(known: Sequence[Mapping[str, Any]]) -> tuple[float, float, float]:
         )
     values = [estimate["value"] for estimate in known]
     return statistics.mean(values), min(values), max(values)
-
-
-def _reason(compared: Sequence[Group]) -> str:
-    return f"{_estimate(compared[0].routers[0], 'damage', 'all')['reason']}."
-
-
-def _verdicts(compared: Sequence[Group], layers: int) -> list[Html]:
-    return [_verdict(group, layers) for group in compared]
 
 
 def _verdict(group: Group, layers: int) -> Html:
