@@ -19,7 +19,16 @@ from tiny_models import FAMILIES, PATTERNS, same
 from torch import Tensor
 from transformers import DynamicCache, TextIteratorStreamer, Trainer, TrainerCallback, TrainingArguments, pipeline
 
-from skipit.router import InputError, RouterConfig, SkipCache, Trace, UnsupportedModelError, attach, gated_layers, running
+from skipit.router import (
+    InputError,
+    RouterConfig,
+    SkipCache,
+    Trace,
+    UnsupportedModelError,
+    attach,
+    gated_layers,
+    running,
+)
 
 EVERY_FAMILY = pytest.mark.parametrize("family", FAMILIES)
 EVERY_POLICY = pytest.mark.parametrize("kv", ["retain", "evict"])
@@ -327,9 +336,7 @@ class TestTraining:
                 remove_unused_columns=False,
                 use_cpu=True,
             )
-            trainer = Trainer(
-                gated(family, kv), settings, lambda rows: batch, train_dataset=[{}, {}], callbacks=[seen]
-            )
+            trainer = Trainer(gated(family, kv), settings, lambda rows: batch, train_dataset=[{}, {}], callbacks=[seen])
             trainer.train()
             assert agree(seen.found, wanted)
 
@@ -424,7 +431,9 @@ class TestTraining:
         model.zero_grad()
         cache = model(**first).past_key_values
         if kv == "evict":
-            with pytest.raises(UnsupportedModelError, match=r"cannot learn through keys that an earlier call has cached"):
+            with pytest.raises(
+                UnsupportedModelError, match=r"cannot learn through keys that an earlier call has cached"
+            ):
                 model(**last, past_key_values=cache)
             with torch.no_grad():
                 cache = model(**first).past_key_values
@@ -456,7 +465,10 @@ def test_sequences_are_decided_by_whole_prompts_or_refused(family: str, kv: str)
     more = torch.cat([tokens, tokens[:, -3:]], dim=1)
     with pytest.raises(InputError, match="got 4 tokens of one after"):
         decode(model, batch, cache, more, 1)
-    with running(prompt=torch.ones(1, 4, dtype=torch.bool)), pytest.raises(InputError, match="got 4 tokens of one after"):
+    with (
+        running(prompt=torch.ones(1, 4, dtype=torch.bool)),
+        pytest.raises(InputError, match="got 4 tokens of one after"),
+    ):
         decode(model, batch, cache, more, 1)
 
 
