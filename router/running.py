@@ -139,7 +139,7 @@ class Router:
     def __init__(
         self,
         config: RouterConfig,
-        layers: Sequence[nn.Module],
+        layers: nn.ModuleList,
         image_layers: frozenset[int] = frozenset(),
         attention_configs: Sequence[Any] = (),
     ) -> None:
