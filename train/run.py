@@ -183,9 +183,9 @@ def train(
         broken = Broken(config.max_broken_rows, note)
         whole = isinstance(dataset, Rows | RowStream)
         rows = dataset if whole else training_rows(dataset, collate.checked, broken)
+        sample = list(batches(islice(rows, 64), collate, config.batch_size))
         if calibration is not None:
             calibration = readable(calibration, tried(collate), rows.broken, "held-out row")
-        sample = list(batches(islice(rows, 64), collate, config.batch_size))
         least = least_share(sample, costs, config.kv, config.unit)
         check_reachable((config.budget, *config.more_budgets), least, config.kv, config.unit)
         peft_model = prepare(model, plan, config)

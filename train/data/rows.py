@@ -18,7 +18,7 @@ FORMAT = (
     "the last (TRL's conversational vision format)."
 )
 
-DAMAGE = "damage"  # a row of this column alone stands for one that could not be read
+DAMAGE = "(damage)"  # a row of this column alone stands for one that could not be read
 # Names that data sets give our columns.
 _USUAL = {
     "images": ("image", "photo", "picture", "img", "file_name", "image_path", "path", "pictures", "photos"),

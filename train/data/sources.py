@@ -179,9 +179,11 @@ def _read(source: str, split: str, streaming: bool = False) -> Any:
     import datasets
 
     path = Path(source)
-    gone = f"no such file or folder: {source!r}.{nearest(path)}"
-    if not path.exists() and (path.suffix in _FILES or path.is_absolute() or source.count("/") > 1):
-        raise InputError(f"data {gone}")  # no name that a Hub could have
+    refusal, gone = f"data {source!r}, split {split!r}, cannot be read: ", ""
+    if not path.exists():
+        gone = f"no such file or folder.{nearest(path)} "
+        if path.suffix in _FILES or path.is_absolute() or source.count("/") > 1:  # no name that a Hub could have
+            raise InputError(f"{refusal}{gone}\n{_KINDS}")
     if streaming and path.suffix == ".jsonl" and path.is_file():
         return datasets.IterableDataset.from_generator(_lines, gen_kwargs={"path": str(path)})
     try:
@@ -199,11 +201,8 @@ def _read(source: str, split: str, streaming: bool = False) -> Any:
         if "corresponds to no data" in str(error):
             raise InputError(f"data {source!r}, split {split!r}: no rows.") from error
         if path.suffix == ".jsonl" and (bad := next((row for row in _lines(source) if DAMAGE in row), None)):
-            raise InputError(f"data {source!r}, split {split!r}, cannot be read: {bad[DAMAGE]}\n{_KINDS}") from error
-        what = "" if path.exists() else f"{gone} Nor is it one of a Hub: "
-        raise InputError(
-            f"data {source!r}, split {split!r}, cannot be read: {what}{type(error).__name__}: {error}\n{_KINDS}"
-        ) from error
+            raise InputError(f"{refusal}{bad[DAMAGE]}\n{_KINDS}") from error
+        raise InputError(f"{refusal}{gone}{type(error).__name__}: {error}\n{_KINDS}") from error
     if not isinstance(loaded, datasets.DatasetDict):
         return loaded
     if split not in loaded:

@@ -107,7 +107,7 @@ def test_json_and_progress(run: Any) -> None:
     seen: list[int] = []
     values = run(progress=seen.append).to_json()
     assert seen == [4, 3]
-    assert set(values) == {"accuracy", "by_kind", "compute", "compute_by_unit", "skip_rate", "rows"}
+    assert set(values) == {"accuracy", "scored_by", "by_kind", "compute", "compute_by_unit", "skip_rate", "rows"}
     assert values["rows"] == 7
     assert torch.tensor(values["skip_rate"]).shape == (LAYERS, 2)
 
