@@ -13,6 +13,7 @@ from skipit.router.errors import CheckpointError
 from skipit.router.folders import load_json, load_tensors, new_directory, provenance, save_json, save_tensors
 
 from .backbone import MISSING, Backbone
+from .contents import check_plan, check_profile
 from .cost import CostModel
 from .plan import Plan
 from .probes import Probes
@@ -74,13 +75,15 @@ def load_profile(path: str | Path) -> Profile:
     values = _load(Path(path), "profile", ("model", "about", "costs"))
     tables = load_tensors(Path(path) / "profile.safetensors")
     with _naming(Path(path)):
-        return Profile(
+        profile = Profile(
             **{name: tables[name] for name in UNIT_TABLES},
             damage={kv: _damage(tables, kv) for kv in POLICIES},
             costs=CostModel.from_json(values["costs"]),
             model=values["model"],
             about=values["about"],
         )
+    check_profile(Path(path), values, tables)
+    return profile
 
 
 def _damage(tables: dict[str, Tensor], kv: KVPolicy) -> Damage:
@@ -131,7 +134,9 @@ def load_plan(path: str | Path) -> Plan:
     values = _load(Path(path), "plan", keys)
     tensors = load_tensors(Path(path) / "plan.safetensors")
     with _naming(Path(path)):
-        return Plan(**tensors, **{key: values[key] for key in keys})  # type: ignore[arg-type]
+        plan = Plan(**tensors, **{key: values[key] for key in keys})  # type: ignore[arg-type]
+    check_plan(Path(path), plan)
+    return plan
 
 
 def save_probes(probes: Probes, out: str | Path, overwrite: bool = False) -> None:
