@@ -9,7 +9,6 @@ from torch import Tensor
 from skipit.router import InputError, Trace, find_router, running
 from skipit.theory.cost import CostModel, trace_flops
 
-
 # One row per answer, and one pass over each of its tokens, whatever a checkpoint's `generation_config` asks for.
 ONE_PASS = {
     "num_beams": 1,
