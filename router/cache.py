@@ -212,7 +212,7 @@ def take_over(cache: Cache, num_layers: int, image_layers: frozenset[int] = froz
     if isinstance(cache, SkipCache):
         if len(cache.layers) != num_layers:
             raise UnsupportedModelError(
-                f"`past_key_values`: got a cache of {len(cache.layers)} layers, this model has {num_layers}."
+                f"`past_key_values`: got the cache of a model of {len(cache.layers)} layers, this one has {num_layers}."
             )
         return cache
     if type(cache) is not DynamicCache or cache.offloading:

@@ -46,7 +46,10 @@ class BudgetedModel(Mixin, _Model):
         chosen = budget if budget is not None else getattr(generation_config, "budget", None)
         options = current() if chosen is None else replace(current(), budget=chosen)
         prompt = next((given for given in (inputs, *map(kwargs.get, _PROMPTS)) if given is not None), None)
-        with within(replace(options, prompt_length=None if prompt is None else prompt.shape[1])):
+        asked = (kwargs, {} if generation_config is None else vars(generation_config), vars(self.generation_config))
+        guidance = next((one["guidance_scale"] for one in asked if one.get("guidance_scale") is not None), 1)
+        length = None if prompt is None else prompt.shape[1]
+        with within(replace(options, prompt_length=length, guided=guidance != 1)):
             return super().generate(inputs, generation_config, *args, **kwargs)  # type: ignore[misc]
 
 

@@ -51,18 +51,12 @@ class GatedLayer(Mixin, _Module):
         if isinstance(call, str):
             return super().forward(hidden_states, **kwargs)
         call = call.to(hidden_states.device)
-        lost = call.learning and not torch.is_grad_enabled()  # as reentrant checkpointing runs a layer at first
-        if lost and not hidden_states.requires_grad and any(p.requires_grad for p in self.layer_gate.parameters()):
-            raise InputError(
-                "gates would get no gradient: reentrant gradient checkpointing gives none where no state that enters a "
-                'layer has one. Use gradient_checkpointing_kwargs={"use_reentrant": False}.'
-            )
         decision = call.policy.decide(self.skipit_index, hidden_states, call, self.layer_gate)
         held: SkipCache | None = kwargs.get("past_key_values")
         store = held.layers[self.skipit_index] if held is not None else None
         if call.step is not None:
             call.step.decisions.setdefault(self.skipit_index, decision)
-            call.step.detached |= lost
+            call.step.detached |= call.learning and not torch.is_grad_enabled()
             if self.skipit_attends_to_images:
                 call.step.images = image_states(kwargs, len(hidden_states), store)
         execution = Execution(decision, call, store, self.skipit_attends_to_images)

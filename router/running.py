@@ -38,6 +38,7 @@ class _Running:
     granularity: Granularity | None = None
     prompt: Bool[Tensor, "batch seq"] | None = None
     prompt_length: int | None = None  # which `generate` knows: tokens per row, padding counted
+    guided: bool = False  # `generate` also runs another prompt, without conditions
     trace: Trace | None = None
 
     def __post_init__(self) -> None:
@@ -258,7 +259,7 @@ def _deciding(
         piece = past > 0 and bool(deciding.any())
     elif end is not None:
         deciding = real & (torch.arange(past, past + length, device=real.device) < end)
-        piece = past < end and (past > 0 or length < end)
+        piece = options.guided or (past < end and (past > 0 or length < end))
     else:
         deciding = real if past == 0 else torch.zeros_like(real)
         piece = past > 0 and length > 1

@@ -1,4 +1,4 @@
-"""Laws of who calls: loops, threads, pipelines, assistants and trainers get what plain `generate` and `backward` give.
+"""Laws of who calls: own loops, threads, pipelines, assistants and trainers get what `generate` and `backward` give.
 
 A caller's way to a model says nothing about what it answers or learns. So each way is tried with open gates, against
 the same way with the dense model, and with gates that skip about half, gathered against masked against `generate`.
@@ -31,6 +31,9 @@ from skipit.router import (
 )
 
 EVERY_FAMILY = pytest.mark.parametrize("family", FAMILIES)
+ONE_FAMILY_FAST = pytest.mark.parametrize(
+    "family", [FAMILIES[0], *(pytest.param(family, marks=pytest.mark.slow) for family in FAMILIES[1:])]
+)
 EVERY_POLICY = pytest.mark.parametrize("kv", ["retain", "evict"])
 ROW = [5, "image", 6, 7, 6, 7]
 STEPS = 6
@@ -87,7 +90,7 @@ def no_cache(model: Any, family: str, batch: Batch) -> Tensor:
 
 
 def tree_of_drafts(model: Any, family: str, batch: Batch) -> Tensor:
-    """Drafts that are thrown away again: on a deep copy, on a shallow copy of layers, and cropped from the cache."""
+    """Drafts that are thrown away: on a deep copy, on a shallow copy of the layers, and cropped from the cache."""
     cache = DynamicCache()
     tokens = decode(model, batch, cache, batch["input_ids"], 2)
     wrong = torch.cat([tokens, tokens[:, -3:]], dim=1)
@@ -188,9 +191,6 @@ class TestGenerating:
 
     def test_open_gates_are_the_dense_model(self, family: str, kv: str, caller: Caller) -> None:
         batch = inputs(family, [ROW])
-        if caller is own_cache_with_layers and family == "gemma3":
-            # Without gates it has sliding windows, longer than this row.
-            assert len(batch["input_ids"][0]) + STEPS < 4096
         base = caller(build(family), family, batch)
         assert torch.equal(caller(gated(family, kv, "open"), family, batch), base)
 
@@ -262,7 +262,7 @@ class TestCaches:
                     decode(model, batch, gathered, wanted, 1)
 
     def test_the_cache_of_another_model(self) -> None:
-        message = "`past_key_values`: got the cache of a model with 3 layers, this one has 4"
+        message = "`past_key_values`: got the cache of a model of 3 layers, this one has 4"
         with pytest.raises(UnsupportedModelError, match=message):
             gated("llava", "evict")(**inputs("llava", [ROW]), past_key_values=SkipCache(3))
 
@@ -311,7 +311,7 @@ class TestTraining:
                     assert agree(own_step(model, batch, use_cache=use_cache), wanted)
                 model.gradient_checkpointing_disable()
 
-    @EVERY_FAMILY
+    @ONE_FAMILY_FAST
     def test_plain_trainer(self, family: str, kv: str, tmp_path: Path) -> None:
         batch = training_batch(family)
         wanted = own_step(gated(family, kv).train(), batch)
@@ -398,12 +398,9 @@ class TestTraining:
         model.lm_head.requires_grad_(True)
         for layer in gated_layers(model):
             layer.layer_gate.requires_grad_(True)
+        wanted = own_step(model, batch)
         model.gradient_checkpointing_enable({"use_reentrant": True})
-        with pytest.raises(InputError, match=r"gates would get no gradient.*use_reentrant"):
-            model(**batch)
-        model.gradient_checkpointing_enable({"use_reentrant": False})
-        model(**batch).loss.backward()
-        assert all(layer.layer_gate.weight.grad.any() for layer in gated_layers(model))
+        assert agree(own_step(model, batch), wanted)
 
     @pytest.mark.parametrize("unit", ["block", "attention", "mlp"])
     def test_a_model_in_eval_mode_does_not_learn_without_a_word(self, kv: str, unit: str) -> None:
@@ -431,7 +428,7 @@ class TestTraining:
         model.zero_grad()
         cache = model(**first).past_key_values
         if kv == "evict":
-            with pytest.raises(UnsupportedModelError, match=r"cannot learn through keys that an earlier call"):
+            with pytest.raises(UnsupportedModelError, match="cannot learn through keys that an earlier call"):
                 model(**last, past_key_values=cache)
             with torch.no_grad():
                 cache = model(**first).past_key_values
@@ -446,7 +443,7 @@ class TestTraining:
             model(**batch)
 
 
-@EVERY_FAMILY
+@ONE_FAMILY_FAST
 @EVERY_POLICY
 def test_sequences_are_decided_by_whole_prompts_or_refused(family: str, kv: str) -> None:
     model, batch = gated(family, kv, granularity="sequence"), inputs(family, [ROW])
@@ -458,6 +455,10 @@ def test_sequences_are_decided_by_whole_prompts_or_refused(family: str, kv: str)
     assert torch.equal(generate(model, family, batch, use_cache=False), plain)
     with pytest.raises(InputError, match="`granularity`: 'sequence' decides by the whole prompt"):
         chunked_prefill(model, family, batch)
+    other = torch.full((1, 30), 9)  # a longer prompt than the row's
+    for guidance in ({}, {"negative_prompt_ids": other}):
+        with pytest.raises(InputError, match=r"`granularity`.*or guidance"):
+            generate(model, family, batch, guidance_scale=2.0, **guidance)
     cache = DynamicCache()
     tokens = decode(model, batch, cache, batch["input_ids"], 1)
     more = torch.cat([tokens, tokens[:, -3:]], dim=1)

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
-from transformers import DynamicCache, StaticCache
+from transformers import DynamicCache, EncoderDecoderCache, StaticCache
 from transformers.cache_utils import DynamicSlidingWindowLayer
 
 from skipit.router import SkipCache, UnsupportedModelError
@@ -206,3 +206,49 @@ def test_growing_under_gradient() -> None:
     keys, _ = layer.append(second, second, None, 2)
     keys.sum().backward()
     assert (first.grad == 1).all() and (second.grad == 1).all()  # type: ignore[union-attr] # noqa: PT018
+
+
+@pytest.mark.parametrize("order", ["original first", "copy first"])
+def test_copies_share_memory_until_one_goes_on(order: str) -> None:
+    """As those of plain layers, whose tensors are new ones at each step."""
+    layer = SkipCacheLayer()
+    with torch.no_grad():
+        for tokens in (5, 1):
+            start = torch.randn(1, 1, tokens, 4)
+            layer.append(start, start, None, tokens)
+        twin = copy.copy(layer)
+        held, one, other = layer.keys.clone(), torch.randn(1, 1, 1, 4), torch.randn(1, 1, 1, 4)
+        for which, new in ((layer, one), (twin, other)) if order == "original first" else ((twin, other), (layer, one)):
+            which.append(new, new, None, 1)
+    assert torch.equal(layer.keys, torch.cat([held, one], dim=2))
+    assert torch.equal(twin.keys, torch.cat([held, other], dim=2))
+    assert torch.equal(twin.values, twin.keys)
+
+
+def test_what_a_backward_pass_will_read_is_not_written_over() -> None:
+    layer, weight = SkipCacheLayer(), torch.ones(1, 1, 1, 4, requires_grad=True)
+    for _ in range(4):  # frozen keys, read by a product that has a gradient
+        new = torch.randn(1, 1, 1, 4)
+        keys, _ = layer.append(new, new, None, 1)
+        total = (keys * weight).sum()
+    total.backward()
+    assert torch.equal(weight.grad, layer.keys.sum(2, keepdim=True))
+    layer.reset()
+    assert (layer.seen, layer.learned) == (0, False)
+
+
+def test_the_object_that_is_taken_over_stays_its_owners() -> None:
+    mine = DynamicCache()
+    taken = take_over(mine, 3)
+    assert taken is mine
+    assert isinstance(mine, SkipCache)
+    assert take_over(mine, 3) is mine
+    fork = copy.deepcopy(mine)
+    keys = torch.randn(1, 1, 2, 4)
+    mine.update(keys, keys, 0)
+    assert (mine.get_seq_length(), fork.get_seq_length()) == (2, 0)
+    for other in (EncoderDecoderCache(DynamicCache(), DynamicCache()), ((keys, keys),), None):
+        with pytest.raises(
+            UnsupportedModelError, match=rf"got {type(other).__name__}, a gated model takes `SkipCache`"
+        ):
+            take_over(other, 3)

@@ -2,6 +2,8 @@
 
 import json
 import re
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -124,3 +126,87 @@ def test_a_save_that_fails_leaves_the_model_gated_and_the_old_folder(
     assert torch.equal(model(**batch).logits, expected)
     with pytest.raises(CheckpointError, match=r"exists. Choose another --out"):
         save_gated(model, None, tmp_path / "out")
+
+
+def test_saving_during_training_changes_nothing(tmp_path: Path) -> None:
+    """An optimizer holds the gates, so they have to stay the very same parameters."""
+    found = []
+    for saves in (False, True):
+        model, batch = build("llava"), inputs("llava", [[5, "image", 6, 7]])
+        attach(model, RouterConfig(kv="evict"))
+        set_gates(model, **GOOD)
+        optimizer = torch.optim.SGD(model.train().parameters(), lr=0.1)
+        for _ in range(2):
+            before = dict(model.named_parameters())
+            if saves:
+                save_gated(model, None, tmp_path / "out", overwrite=True)
+                assert all(parameter is before[name] for name, parameter in model.named_parameters())
+                assert model.training
+            optimizer.zero_grad()
+            model(**batch).logits.square().mean().backward()
+            optimizer.step()
+        found.append(model.state_dict())
+    assert all(torch.equal(found[1][name], tensor) for name, tensor in found[0].items())
+
+
+def test_a_state_dict_is_loaded_strictly() -> None:
+    models = [build("llava", seed=seed) for seed in (0, 1)]
+    for model in models:
+        attach(model)
+    set_gates(models[0], **GOOD)
+    models[1].load_state_dict(models[0].state_dict(), strict=True)
+    batch = inputs("llava", [[5, "image", 6, 7]])
+    assert torch.equal(models[1](**batch).logits, models[0](**batch).logits)
+
+
+@pytest.mark.parametrize("where", ["some", "all"])
+def test_layers_that_are_offloaded(where: str, tmp_path: Path) -> None:
+    from families import processor
+
+    model, batch = build("llava"), inputs("llava", [[5, "image", 6, 7]])
+    attach(model, RouterConfig(kv="evict"))
+    set_gates(model, **GOOD)
+    save_gated(model, processor("llava"), tmp_path / "one")
+    on_disk = {"": "disk"}
+    if where == "some":
+        parts = ("vision_tower", "multi_modal_projector", "language_model.embed_tokens", "language_model.norm")
+        on_disk = {f"model.{part}": "cpu" for part in (*parts, "language_model.rotary_emb")} | {"lm_head": "cpu"}
+        on_disk |= {f"model.language_model.layers.{i}": "cpu" if i < 2 else "disk" for i in range(4)}
+    loaded, found = load(tmp_path / "one", device_map=on_disk, offload_folder=str(tmp_path / "offload"))
+    with torch.no_grad():
+        wanted = model(**batch).logits
+        assert torch.equal(loaded(**batch).logits, wanted)
+        save_gated(loaded, found, tmp_path / "two")
+        assert torch.equal(load(tmp_path / "two")[0](**batch).logits, wanted)
+
+
+def test_offloaded_after_the_gates_were_attached(tmp_path: Path) -> None:
+    from accelerate import cpu_offload, disk_offload, dispatch_model
+
+    batch = inputs("llava", [[5, "image", 6, 7]])
+    for name, offload in (
+        ("cpu", lambda model: cpu_offload(model, torch.device("cpu"))),
+        ("disk", lambda model: disk_offload(model, str(tmp_path / "disk"), torch.device("cpu"))),
+        ("map", lambda model: dispatch_model(model, {"": "cpu"}, force_hooks=True)),
+    ):
+        model = build("llava")
+        attach(model, RouterConfig(kv="evict"))
+        set_gates(model, **GOOD)
+        with torch.no_grad():
+            wanted = model(**batch).logits
+            offload(model)
+            assert torch.equal(model(**batch).logits, wanted), name
+
+
+def test_a_model_that_another_process_unpickles(tmp_path: Path) -> None:
+    model, batch = build("llava"), inputs("llava", [[5, 6, 7, 8], [9, 10]])  # images fail without gates, too
+    attach(model, RouterConfig(kv="evict"))
+    set_gates(model, **GOOD)
+    torch.save({"model": model, "batch": batch}, tmp_path / "model.pt")
+    wanted = model(**batch).logits
+    code = (
+        "import sys, torch; held = torch.load(sys.argv[1], weights_only=False)\n"
+        "torch.save(held['model'](**held['batch']).logits.detach(), sys.argv[1])"
+    )
+    subprocess.run([sys.executable, "-c", code, str(tmp_path / "model.pt")], check=True)
+    torch.testing.assert_close(torch.load(tmp_path / "model.pt"), wanted.detach(), rtol=1e-5, atol=1e-5)

@@ -83,3 +83,15 @@ def test_fixed_units() -> None:
         decision = FixedUnits(run).decide(layer, torch.randn(1, 4, 2), call, TokenGate(2, layer))
         assert decision.run.tolist() == [expected]
         assert decision.probability is None
+
+
+def test_scores_are_fp32_under_autocast() -> None:
+    gate = TokenGate(32, 0)
+    torch.nn.init.normal_(gate.weight)
+    hidden, modality = torch.randn(2, 5, 32), torch.randint(2, (2, 5))
+    wanted = gate(hidden, modality)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(gate(hidden, modality), wanted)
+    for dtype in (torch.bfloat16, torch.float16):
+        scores = gate.to(dtype)(hidden.to(dtype), modality)
+        assert scores.dtype == torch.float32

@@ -1,13 +1,32 @@
 """`running` changes what happens within its block, and nothing else."""
 
+import asyncio
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
+from copy import deepcopy
+from functools import partial
+from inspect import ismethod, signature
 from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from tiny_models import ROWS, build, inputs
 from torch import Tensor
 
-from skipit.router import FixedUnits, RouterConfig, RouterConfigError, SkipCache, Trace, attach, running
+from skipit.router import (
+    FixedUnits,
+    InputError,
+    RouterConfig,
+    RouterConfigError,
+    SkipCache,
+    Trace,
+    UnsupportedModelError,
+    attach,
+    detach,
+    running,
+)
 from skipit.router.call import DENSE, KWARG, Call
 from skipit.router.running import _running
 
@@ -122,3 +141,149 @@ def test_a_trace_is_filled_in_order() -> None:
     assert not second.probability.any()
     logits(model, batch)
     assert len(trace.steps) == 2
+
+
+def in_thread(target: Any, pool: ThreadPoolExecutor | None = None) -> Any:
+    with ThreadPoolExecutor(1) if pool is None else nullcontext(pool) as workers:
+        return workers.submit(target).result(timeout=60)
+
+
+def test_a_method_takes_its_options_along() -> None:
+    """A thread has those of where `generate` was taken from the model, if it has set none itself."""
+    model, batch = build("llava"), inputs("llava", ROWS)
+    attach(model)
+    new = {"max_new_tokens": 2, "do_sample": False}
+    old, trace = ThreadPoolExecutor(1), Trace()
+    in_thread(int, old)
+    with running(trace=trace):
+        in_thread(partial(model.generate, **batch, **new), old)
+        in_thread(partial(model.generate, **batch, **new))
+        assert len(trace.steps) == 4
+        held, taken = Trace(), model.generate
+
+        def own() -> None:
+            with running(trace=held):
+                taken(**batch, **new)
+
+        in_thread(own)
+        assert (len(trace.steps), len(held.steps)) == (4, 2)
+        asyncio.run(asyncio.to_thread(lambda: model.generate(**batch, **new)))  # copies the context
+        assert len(trace.steps) == 6
+        taken(**batch, **new)
+    assert len(trace.steps) == 8
+    taken(**batch, **new)  # in its own thread a method has the options that hold there
+    in_thread(partial(model.generate, **batch, **new), old)
+    assert len(trace.steps) == 8
+    old.shutdown()
+    assert ismethod(model.generate)
+    assert "budget" in signature(model.generate).parameters
+
+
+def test_a_thread_that_misses_its_options_is_refused() -> None:
+    model, batch = build("llava"), inputs("llava", ROWS)
+    attach(model)
+    message = r"`running`: this thread was started inside a block of another thread, whose options do not reach it"
+    new = {"max_new_tokens": 2, "do_sample": False}
+    calls = (lambda: logits(model, batch), lambda: model.generate(**batch, **new))
+    with running(mode="masked"), ThreadPoolExecutor(1) as pool:
+        for call in calls:
+            with pytest.raises(InputError, match=message):
+                in_thread(call, pool)
+        with running(mode="gathered"), pytest.raises(InputError, match=message):  # also in a block that is newer
+            in_thread(calls[0], pool)
+
+        def with_defaults() -> Tensor:
+            with running():
+                return logits(model, batch)
+
+        assert torch.equal(in_thread(with_defaults, pool), logits(model, batch))
+    go, pool = threading.Event(), ThreadPoolExecutor(1)
+    with running(mode="masked"):
+        late = pool.submit(lambda: (go.wait(60), logits(model, batch)))
+    go.set()  # when the block is over
+    with pytest.raises(InputError, match=message):
+        late.result(60)
+    answer = model.generate(**batch, **new)
+    assert torch.equal(in_thread(partial(model.generate, **batch, **new), pool), answer)
+    pool.shutdown()
+    assert in_thread(calls[0]) is not None
+
+
+def test_options_of_a_call_are_nobody_elses() -> None:
+    """Those of `generate` itself open no block that another thread could be refused for."""
+    model, batch = build("llava"), inputs("llava", ROWS[:1])
+    attach(model, RouterConfig(operating_points={"0.5": 0.5}))
+
+    class Streamer:
+        found: Any = None
+
+        def put(self, value: Tensor) -> None:
+            self.found = in_thread(lambda: logits(model, batch))
+
+        def end(self) -> None:
+            pass
+
+    streamer = Streamer()
+    model.generate(**batch, max_new_tokens=1, budget=0.5, streamer=streamer)
+    assert torch.equal(streamer.found, logits(model, batch))
+
+
+def test_every_door_has_the_router() -> None:
+    model, batch = build("llava"), inputs("llava", [[5, 6, 7]])
+    attach(model)
+    text = {"input_ids": batch["input_ids"]}
+    with running(policy=SKIP_ALL), torch.no_grad():
+        states = model.model.get_input_embeddings()(batch["input_ids"])
+        for door in (model.model, model.model.language_model, model.get_decoder()):
+            trace = Trace()
+            with running(trace=trace):
+                output = door(**text).last_hidden_state
+            assert len(trace.steps) == 1
+            assert torch.equal(output, model.get_decoder().norm(states))
+        with pytest.raises(
+            InputError, match=r"cannot tell text from vision tokens.*Pass `input_ids`, or, to a model that"
+        ):
+            model.get_decoder()(inputs_embeds=states)
+        with pytest.raises(InputError, match=r"`LlamaDecoderLayer` has a gate and was reached without its router"):
+            model.get_decoder().layers[0](states)
+        with pytest.raises(InputError, match="was reached without its router"):
+            model.get_decoder().forward(inputs_embeds=states)
+
+
+@pytest.mark.parametrize("what", ["alora", "names"])
+def test_adapters_that_depend_on_rows(what: str) -> None:
+    model, batch = build("llava"), inputs("llava", ROWS)
+    attach(model)
+    targets = ["q_proj", "v_proj"]
+    if what == "alora":
+        config = LoraConfig(r=2, target_modules=targets, task_type="CAUSAL_LM", alora_invocation_tokens=[9])
+        tuned, call = get_peft_model(model, config).eval(), {}
+    else:
+        tuned = get_peft_model(model, LoraConfig(r=2, target_modules=targets, layers_to_transform=[2, 3])).eval()
+        call = {"adapter_names": ["default", "__base__", "default"]}
+    with torch.no_grad(), running(policy=FixedUnits(torch.tensor([[True, False]] * 4))):
+        if what == "names":  # an adapter that depends on no row, as long as none is named
+            assert tuned(**batch).logits.isfinite().all()
+        with running(mode="masked"):
+            assert tuned(**batch, **call).logits.isfinite().all()
+        with pytest.raises(UnsupportedModelError, match="an adapter that depends on a token's row or place"):
+            tuned(**batch, **call)
+
+
+def test_attention_may_be_named_anew() -> None:
+    model, batch = build("llava"), inputs("llava", ROWS)
+    real = batch["attention_mask"].bool()
+    attach(model, RouterConfig(kv="evict"))
+    policy = FixedUnits(torch.tensor([[True, False]] * 4))
+    with running(policy=policy):
+        wanted = logits(model, batch)[real]
+        twin = deepcopy(model)
+        for name in ("eager", "sdpa"):
+            twin.set_attn_implementation(name)
+            torch.testing.assert_close(logits(twin, batch)[real], wanted)
+            assert torch.equal(logits(model, batch)[real], wanted)
+        twin.set_attn_implementation("flex_attention")
+        with pytest.raises(UnsupportedModelError, match="got 'flex_attention', gated execution supports sdpa, eager"):
+            logits(twin, batch)
+    detach(model)
+    assert model.get_decoder().config._attn_implementation == "sdpa"

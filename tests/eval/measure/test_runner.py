@@ -161,3 +161,39 @@ def test_a_row_without_a_completion_is_answered_by_its_answer() -> None:
     ]
     row = {"completion": "8", "answer": "7"}
     assert completed(row, 0) is row
+
+
+@pytest.mark.parametrize(
+    "odd",
+    [
+        {"return_dict_in_generate": True, "output_attentions": True, "output_hidden_states": True},
+        {"use_cache": False, "num_beams": 3, "num_return_sequences": 3},
+        {"prompt_lookup_num_tokens": 2, "prefill_chunk_size": 5},
+    ],
+    ids=lambda odd: next(iter(odd)),
+)
+def test_a_checkpoint_may_ask_for_odd_things(odd: dict[str, Any], rows: Dataset) -> None:
+    """One answer per row and one pass per token is measured all the same."""
+    model, processor = load_model("reference")
+    attach(model)
+    collate, costs = Collator(processor, with_completion=False), CostModel.of(model)
+    more = {"batch_size": 4, "policy": units(EVERY_OTHER)}
+    wanted = run_dataset(model, processor, rows, collate, costs, "evict", **more)
+    for name, value in odd.items():
+        setattr(model.generation_config, name, value)
+    found = run_dataset(model, processor, rows, collate, costs, "evict", **more)
+    assert found.answers == wanted.answers
+    assert found.compute == wanted.compute
+    from skipit.eval.measure.answer import answer
+
+    prompt = rows[0]["prompt"][0]["content"][-1]["text"]
+    assert answer(model, processor, rows[0]["images"], prompt).text is not None
+
+
+def test_guidance_has_no_trace(rows: Dataset) -> None:
+    model, processor = load_model("reference")
+    attach(model)
+    model.generation_config.guidance_scale = 1.5
+    collate = Collator(processor, with_completion=False)
+    with pytest.raises(InputError, match=r"tokens were run more than once while generating: .*guidance"):
+        run_dataset(model, processor, rows, collate, CostModel.of(model), "evict")
