@@ -51,8 +51,9 @@ class RedundancyMetric(Metric):
 
     def __init__(self, num_layers: int, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        self.num_layers = num_layers
-        units = _units(num_layers)
+        if num_layers < 1:
+            raise ValueError(f"`num_layers` is {num_layers}, expected 1 or more. Pass the number of decoder layers.")
+        self.num_layers, units = num_layers, (num_layers, len(MODALITIES))
         for name in ("distance_sum", "angle_sum", "update_sum"):
             self.add_state(name, torch.zeros(units, dtype=torch.float64), dist_reduce_fx="sum")
         for name in ("count", "update_sum_count", "dropped"):
@@ -78,7 +79,11 @@ class RedundancyMetric(Metric):
         Raises:
             ValueError: If there is no such layer or modality.
         """
-        _check_layer(layer, self.num_layers)
+        if not 0 <= layer < self.num_layers:
+            raise ValueError(
+                f"`layer` is {layer}, expected 0 to {self.num_layers - 1}. Make the metric with the model's number of "
+                "layers."
+            )
         distance = cosine_distance(x, x_next)
         sums = per_unit_sums(distance, modality)
         self.distance_sum[layer] += sums.total
@@ -104,17 +109,4 @@ class RedundancyMetric(Metric):
             self.update_sum_count.clone(),
             self.dropped.clone(),
             self.histogram.clone(),
-        )
-
-
-def _units(num_layers: int) -> tuple[int, int]:
-    if num_layers < 1:
-        raise ValueError(f"`num_layers` is {num_layers}, expected 1 or more. Pass the number of decoder layers.")
-    return num_layers, len(MODALITIES)
-
-
-def _check_layer(layer: int, num_layers: int) -> None:
-    if not 0 <= layer < num_layers:
-        raise ValueError(
-            f"`layer` is {layer}, expected 0 to {num_layers - 1}. Make the metric with the model's number of layers."
         )

@@ -90,11 +90,15 @@ def prox_bounds(
         >>> [end[0].item() for end in prox_bounds(histogram, 0.1)]
         [0.5, 0.5]
     """
-    _check_histogram(histogram)
+    if histogram.shape[-1] != len(DISTANCE_EDGES):
+        raise ValueError(
+            f"`histogram` has {histogram.shape[-1]} bins, expected {len(DISTANCE_EDGES)}, one per edge of "
+            "`DISTANCE_EDGES`. Make it with `distance_histogram` of this version."
+        )
     if not 0 <= t <= 2:
         raise ValueError(f"`t` is {t}, expected a cosine distance in [0, 2]. Pass the threshold unscaled.")
     beyond = histogram.flip(-1).cumsum(-1).flip(-1).double() / histogram.sum(-1, keepdim=True)
-    j = int(torch.searchsorted(DISTANCE_EDGES, torch.tensor(t, dtype=torch.float64), right=True)) - 1
+    j = _bin_of(t)
     upper = beyond[..., j]
     return (upper if DISTANCE_EDGES[j] == t else beyond[..., j + 1]), upper
 
@@ -118,16 +122,12 @@ def prox(histogram: Int[Tensor, "*units bins"], t: float) -> Float[Tensor, "*uni
         0.5
     """
     lower, upper = prox_bounds(histogram, t)
-    j = int(torch.searchsorted(DISTANCE_EDGES, torch.tensor(t, dtype=torch.float64), right=True)) - 1
+    j = _bin_of(t)
     if j == len(DISTANCE_EDGES) - 1:
         return upper
     left, right = DISTANCE_EDGES[j].item(), DISTANCE_EDGES[j + 1].item()
     return lower + (upper - lower) * (right - t) / (right - left)
 
 
-def _check_histogram(histogram: Tensor) -> None:
-    if histogram.shape[-1] != len(DISTANCE_EDGES):
-        raise ValueError(
-            f"`histogram` has {histogram.shape[-1]} bins, expected {len(DISTANCE_EDGES)}, one per edge of "
-            "`DISTANCE_EDGES`. Make it with `distance_histogram` of this version."
-        )
+def _bin_of(t: float) -> int:
+    return int(torch.searchsorted(DISTANCE_EDGES, torch.tensor(t, dtype=torch.float64), right=True)) - 1

@@ -76,6 +76,7 @@ def demo(
         clock.lap("eval")
         _plots(folder, profile, result, kv)
         clock.lap("plots")
+        figures, made_by = result.to_json(), provenance()
         summary = {
             "budget": budget,
             "kv": kv,
@@ -84,13 +85,12 @@ def demo(
             "threads": torch.get_num_threads(),
             "seconds": clock.seconds(),
             "example": example,
-            "results": result.to_json(),
-            "made_by": provenance(),
+            "results": figures,
+            "made_by": made_by,
         }
         save_json(folder / "summary.json", summary)
-        figures = result.to_json()
-        evaluation = {"dense": figures["dense"], "gated": figures["trained"], "made_by": provenance()}
-        write_card(folder / "checkpoint", {**evaluation, "held_out": held.to_json()})
+        evaluation = {"dense": figures["dense"], "gated": figures["trained"], "held_out": held.to_json()}
+        write_card(folder / "checkpoint", {**evaluation, "made_by": made_by})
     print(_report(out, result, example))
     return summary
 

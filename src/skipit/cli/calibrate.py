@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from .options import BUDGET, DATA, Parser, budget, probability, readable_rows
+from .options import BUDGET, DATA, Parser, budget, chosen, load_rows, probability, readable_rows
 
 ABOUT = "add an operating point to a checkpoint: a budget, or a certified risk"
 EXAMPLE = "skipit calibrate runs/checkpoint reference --risk 0.02 --confidence 0.95"
@@ -49,15 +49,13 @@ def _calibrate(arguments: argparse.Namespace) -> None:
     from skipit.theory.risk import SKIPPED_SHARES
     from skipit.train.card import checkpoint_record
     from skipit.train.data.rows import Rows
-    from skipit.train.data.sources import load_data
     from skipit.train.data.used import held_out
     from skipit.train.display import loading, progress
 
     folder = arguments.checkpoint
-    found = load_data(arguments.data, arguments.split, arguments.samples, arguments.seed, columns=arguments.columns)
-    rows = readable_rows(arguments, found)
+    rows = readable_rows(arguments, load_rows(arguments, arguments.samples))
     known = held_out(checkpoint_record(folder), Rows(rows))[0].sentence()
-    common = {"batch_size": arguments.batch_size, "overwrite": arguments.overwrite}
+    common = chosen(arguments, "batch_size", "overwrite")
     if arguments.budget is not None:
         with loading("calibrating"):
             share = budget_checkpoint(folder, rows, arguments.budget, **common)
@@ -70,11 +68,9 @@ def _calibrate(arguments: argparse.Namespace) -> None:
             rows,
             arguments.risk,
             arguments.confidence,
-            name=arguments.name,
-            seed=arguments.seed,
-            max_new_tokens=arguments.max_new_tokens,
             progress=advance,
             **common,
+            **chosen(arguments, "name", "seed", "max_new_tokens"),
         )
     print(f"{folder}: {certificate.summary()}")
     print(f"{known.capitalize()}.")

@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from .options import BUDGET, KV, Parser, budget, positive_int
+from .options import BUDGET, KV, Parser, budget, chosen, positive_int
 
 ABOUT = "the whole data flow on the reference model"
 EXAMPLE = "skipit demo --out demo"
@@ -23,12 +23,4 @@ def run(arguments: argparse.Namespace) -> None:
     """Make every artefact and print a table."""
     from skipit.demo import demo
 
-    demo(
-        arguments.out,
-        budget=arguments.budget,
-        kv=arguments.kv,
-        steps=arguments.steps,
-        samples=arguments.samples,
-        seed=arguments.seed,
-        overwrite=arguments.overwrite,
-    )
+    demo(arguments.out, **chosen(arguments, "budget", "kv", "steps", "samples", "seed", "overwrite"))

@@ -4,7 +4,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from .options import CHECKPOINT, Parser
+from .options import CHECKPOINT, Parser, chosen
 
 ABOUT = "answer a question about an image"
 EXAMPLE = 'skipit generate runs/checkpoint --image grid.png --prompt "read the top row ."'
@@ -44,15 +44,8 @@ def run(arguments: argparse.Namespace) -> None:
     images = open_images(arguments.image)
     with loading("loading"):
         model, processor = load(arguments.checkpoint, arguments.base)
-    reply = answer(
-        model,
-        processor,
-        images,
-        arguments.prompt,
-        budget=arguments.budget,
-        dense=arguments.dense,
-        max_new_tokens=arguments.max_new_tokens,
-    )
+    settings = chosen(arguments, "budget", "dense", "max_new_tokens")
+    reply = answer(model, processor, images, arguments.prompt, **settings)
     print(reply.text)
     if reply.compute is not None:
         print(f"({reply.compute:.1%} of the dense decoder's FLOPs)", file=sys.stderr)

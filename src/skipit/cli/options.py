@@ -139,6 +139,11 @@ def partial_folder(arguments: argparse.Namespace) -> Path:
     return out.parent / f"{out.name}.partial"
 
 
+def chosen(arguments: argparse.Namespace, *names: str) -> dict[str, Any]:
+    """Arguments by their names, as keywords of a function that has the same; those a verb lacks are left out."""
+    return {name: getattr(arguments, name) for name in names if name in arguments}
+
+
 def load_rows(arguments: argparse.Namespace, samples: int) -> Any:
     """At most so many rows of what `add_model_and_data` and, where the verb has it, `add_streaming` name.
 
@@ -147,15 +152,8 @@ def load_rows(arguments: argparse.Namespace, samples: int) -> Any:
     """
     from skipit.train.data.sources import load_data
 
-    return load_data(
-        arguments.data,
-        arguments.split,
-        samples,
-        arguments.seed,
-        streaming=getattr(arguments, "streaming", False),
-        shuffle_buffer=getattr(arguments, "shuffle_buffer", 0),
-        columns=arguments.columns,
-    )
+    settings = chosen(arguments, "seed", "streaming", "shuffle_buffer", "columns")
+    return load_data(arguments.data, arguments.split, samples, **settings)
 
 
 def readable_rows(arguments: argparse.Namespace, rows: Any, collate: Any = None) -> Any:

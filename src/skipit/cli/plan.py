@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from .options import BUDGET, KV, Parser, budget, nonnegative
+from .options import BUDGET, KV, Parser, budget, chosen, nonnegative
 
 ABOUT = "turn a profile into gates"
 EXAMPLE = "skipit plan runs/profile --budget 0.5 --out runs/plan"
@@ -69,15 +69,7 @@ def _plan_span(arguments: argparse.Namespace) -> None:
     from skipit.theory.modes import choose_span, span_plan
 
     profile, mode, kv = load_profile(arguments.profile), arguments.mode, arguments.kv
-    span = choose_span(
-        profile,
-        mode,
-        kv,
-        budget=arguments.budget,
-        limit=arguments.max_damage,
-        eps=arguments.eps,
-        nu=arguments.nu,
-    )
+    span = choose_span(profile, mode, kv, limit=arguments.max_damage, **chosen(arguments, "budget", "eps", "nu"))
     save_plan(span_plan(profile, span, mode, kv), arguments.out, arguments.overwrite)
     layers = f"layers {span.entry} to {span.exit - 1}" if span.exit > span.entry else "none"
     print(

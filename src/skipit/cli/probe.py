@@ -4,7 +4,7 @@ import argparse
 import io
 from typing import TYPE_CHECKING
 
-from .options import Parser, load_rows, positive, positive_int, readable_rows
+from .options import Parser, chosen, load_rows, positive, positive_int, readable_rows
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -40,7 +40,7 @@ def run(arguments: argparse.Namespace) -> None:
     with progress("probe", len(rows)) as advance:
         pooled = pool_states(model, batches(advance.over(rows), Collator(processor), arguments.batch_size))
     with loading("fitting probes"):
-        probes = probe_states(pooled, penalty=arguments.penalty, splits=arguments.splits, seed=arguments.seed)
+        probes = probe_states(pooled, **chosen(arguments, "penalty", "splits", "seed"))
     save_probes(probes, arguments.out, arguments.overwrite)
     print(probe_table(probes))
     print(f"{arguments.out}: probes.json")

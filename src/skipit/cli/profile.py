@@ -3,7 +3,7 @@
 import argparse
 from typing import TYPE_CHECKING, Any
 
-from .options import Parser, load_rows, partial_folder, positive_int, readable_rows
+from .options import Parser, chosen, load_rows, partial_folder, positive_int, readable_rows
 
 if TYPE_CHECKING:
     from skipit.theory.backbone import Backbone
@@ -51,28 +51,19 @@ def _profile_decoder(arguments: argparse.Namespace) -> None:
     from skipit.train.display import loading, note, progress
     from skipit.train.profiling import profile_model
 
-    same = ("split", "samples", "batch_size", "streaming", "shuffle_buffer", "layers")
+    same = chosen(arguments, "split", "samples", "batch_size", "streaming", "shuffle_buffer", "layers")
     partial = Partial(
         partial_folder(arguments),
         every=arguments.save_every,
-        resume=arguments.resume,
-        overwrite=arguments.overwrite,
-        of={"data": name_data(arguments.data), **{name: getattr(arguments, name) for name in same}},
+        of={"data": name_data(arguments.data), **same},
+        **chosen(arguments, "resume", "overwrite"),
     )
     with loading("loading"):
         model, processor = load_model(arguments.model)
         rows = readable_rows(arguments, load_rows(arguments, arguments.samples), Collator(processor))
     with progress("profile", _count(rows, arguments)) as advance:
-        profile = profile_model(
-            model,
-            processor,
-            advance.over(rows),
-            batch_size=arguments.batch_size,
-            seed=arguments.seed,
-            draws=arguments.draws,
-            layers=arguments.layers,
-            partial=partial,
-        )
+        settings = chosen(arguments, "batch_size", "seed", "draws", "layers")
+        profile = profile_model(model, processor, advance.over(rows), partial=partial, **settings)
     save_profile(profile, arguments.out, arguments.overwrite)
     partial.remove()
     skipped = profile.about["skipped_rows"]
@@ -95,7 +86,7 @@ def _profile_part(arguments: argparse.Namespace) -> None:
         model, read = load_part(arguments.model, arguments.part)
         rows = readable_rows(arguments, load_rows(arguments, arguments.samples), read)
     with progress("profile", _count(rows, arguments)) as advance:
-        part = profile_part(model, read, advance.over(rows), batch_size=arguments.batch_size, layers=arguments.layers)
+        part = profile_part(model, read, advance.over(rows), **chosen(arguments, "batch_size", "layers"))
     save_backbone(part, arguments.out, arguments.overwrite)
     print(part_table(part))
     print(f"{arguments.out}: {part.layers} of {part.rows} {'images' if part.modality == 'vision' else 'texts'}.")
