@@ -13,6 +13,7 @@ from skipit.router.errors import CheckpointError
 from skipit.router.folders import load_json, load_tensors, new_directory, provenance, save_json, save_tensors
 
 from .backbone import MISSING, Backbone
+from .contents import check_plan, check_profile
 from .cost import CostModel
 from .plan import Plan
 from .probes import Probes
@@ -64,13 +65,15 @@ def load_profile(path: str | Path) -> Profile:
         )
     values, tables = _load(Path(path), "profile", ("model", "about", "costs"))
     with _naming(Path(path)):
-        return Profile(
+        profile = Profile(
             **{name: tables[name] for name in UNIT_TABLES},
             damage={kv: _damage(tables, kv) for kv in POLICIES},
             costs=CostModel.from_json(values["costs"]),
             model=values["model"],
             about=values["about"],
         )
+    check_profile(Path(path), values, tables)
+    return profile
 
 
 def _damage(tables: dict[str, Tensor], kv: KVPolicy) -> Damage:
@@ -112,7 +115,9 @@ def load_plan(path: str | Path) -> Plan:
     """
     values, tensors = _load(Path(path), "plan", ("budget", "kv", "init", "model", "about"))
     with _naming(Path(path)):
-        return Plan(**{**tensors, **values})
+        plan = Plan(**{**tensors, **values})
+    check_plan(Path(path), plan, set(tensors))
+    return plan
 
 
 def save_probes(probes: Probes, out: str | Path, overwrite: bool = False) -> None:

@@ -146,9 +146,9 @@ def inspect_model(source: str, layers: str | None = None) -> Inspection:
 def _config(source: str, folder: str) -> Any:
     from transformers import AutoConfig
 
-    if (Path(folder) / CONFIG).exists():
-        check_config(Path(folder) / CONFIG)
     try:
+        if (Path(folder) / CONFIG).exists():
+            check_config(Path(folder) / CONFIG)
         return AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # a configuration may be wrong in any way
         raise CheckpointError(
