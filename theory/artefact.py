@@ -116,7 +116,7 @@ def load_plan(path: str | Path) -> Plan:
     values, tensors = _load(Path(path), "plan", ("budget", "kv", "init", "model", "about"))
     with _naming(Path(path)):
         plan = Plan(**{**tensors, **values})
-    check_plan(Path(path), plan)
+    check_plan(Path(path), plan, set(tensors))
     return plan
 
 

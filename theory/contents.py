@@ -18,7 +18,7 @@ _COUNTED = ("histogram", "count")
 
 
 def check_profile(path: Path, values: dict[str, Any], tables: dict[str, Tensor]) -> None:
-    """Refuse tables that are not of as many layers as the costs, not of their types, or that the JSON beside belies.
+    """Refuse tables that are not of as many layers as the costs, or not of their types.
 
     Args:
         path: the folder, for the message.
@@ -47,18 +47,21 @@ def check_profile(path: Path, values: dict[str, Any], tables: dict[str, Tensor])
         wrong = missing & (measured > 0) if measured is not None and table.shape == measured.shape else missing
         if bool(table.double().isinf().any()) or (not name.startswith("ridge_") and bool(wrong.any())):
             raise CheckpointError(f"{path}: table `{name}` has values that are not finite.")
-    readable = values.get("tables")
-    for name, table in readable.items() if isinstance(readable, dict) else ():
-        if name in tables and not _same(table, tables[name]):
-            raise CheckpointError(f"{path}: table `{name}` is another in its JSON than in its safetensors.")
 
 
-def check_plan(path: Path, plan: Plan) -> None:
+def check_plan(path: Path, plan: Plan, tensors: set[str]) -> None:
     """Refuse a plan whose gates are no gates, or whose settings are none.
+
+    Args:
+        path: the folder, for the message.
+        plan: as it was read.
+        tensors: the names in its safetensors.
 
     Raises:
         CheckpointError: names what is wrong.
     """
+    if tensors != {"weight", "bias", "run_rate"}:
+        raise CheckpointError(f"{path}: got tensors {sorted(tensors)}, expected bias, run_rate and weight.")
     check_gates(path, {"weight": plan.weight, "bias": plan.bias, "run_rate": plan.run_rate})
     shapes = tuple(plan.weight.shape[:2]), tuple(plan.bias.shape), tuple(plan.run_rate.shape)
     if plan.weight.dim() != 3 or len(set(shapes)) != 1 or plan.bias.shape[-1] != len(MODALITIES):
@@ -76,18 +79,3 @@ def _check_about(path: Path, model: Any, about: Any) -> None:
     for name, value, kind in (("model", model, str), ("about", about, dict)):
         if not isinstance(value, kind):
             raise CheckpointError(f"{path}: `{name}`: got {short(value)}, expected a {kind.__name__}.")
-
-
-def _same(readable: Any, table: Tensor) -> bool:
-    """Whether a table in JSON, which has null for NaN, is the one that counts."""
-    flat, left = [], [readable]
-    while left:
-        value = left.pop()
-        if isinstance(value, list):
-            left += value
-        elif value is None or (type(value) in (int, float) and abs(value) <= float_info.max):
-            flat.append(float("nan") if value is None else float(value))
-        else:
-            return False
-    found = torch.tensor(flat[::-1], dtype=torch.float64)
-    return torch.equal(found.nan_to_num(-1.0), table.double().flatten().nan_to_num(-1.0))
