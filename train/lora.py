@@ -39,6 +39,8 @@ def merge_lora(model: Any, folder: Path) -> Any:
     """
     from peft import LoraConfig, PeftModel
 
+    if not folder.is_dir():
+        raise CheckpointError(f"{folder} cannot be loaded: there is no such folder.")
     settings, path = read_settings(folder), folder / ADAPTER_WEIGHTS
     _check_places(path, _places(model, settings))
     check_gates(path, load_tensors(path))
