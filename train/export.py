@@ -9,7 +9,7 @@ from torch import Tensor
 from skipit.router.attach import attach, set_gates
 from skipit.router.checkpoint import ROUTER_FILE, load_dense, load_router, save_gated
 from skipit.router.config import RouterConfig
-from skipit.router.errors import CheckpointError
+from skipit.router.errors import CheckpointError, short
 from skipit.router.files import CONFIG
 from skipit.router.folders import check_out, claimed, load_json, new_directory, provenance, save_json
 from skipit.theory.artefact import check_same_model, load_plan
@@ -44,6 +44,9 @@ def open_run(run: str | Path) -> Run:
         hint = " Finish it with `skipit train ... --resume`." if (run / CONFIG_FILE).is_file() else ""
         raise CheckpointError(f"{run} is not a finished run: it has no {RUN_FILE}.{hint}")
     record = load_json(run / RUN_FILE)
+    for key in ("base", "model"):
+        if not isinstance(record.get(key), str):
+            raise CheckpointError(f"{run / RUN_FILE}: `{key}`: got {short(record.get(key))}, expected a name.")
     config, gates = load_router(run)
     model, processor = load_dense(resolve_model(record["base"]))
     if (now := fingerprint(model)) != record["model"]:

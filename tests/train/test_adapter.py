@@ -6,7 +6,7 @@ import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 import torch
@@ -14,53 +14,24 @@ from datasets import Dataset, Features, Image, Value
 from families import build, config, inputs, processor
 from families.family import picture
 from safetensors.torch import load_file, save_file
+from tiny_run import Made, make_all
 from transformers import AutoModelForImageTextToText
 
 import skipit
 from skipit.cli.main import main
 from skipit.router import CheckpointError, InputError, RouterConfigError, SkipItError, find_router, gate_state
 from skipit.router.checkpoint import ROUTER_FILE
-from skipit.theory.plan import make_plan
 from skipit.train.adapter import ADAPTER_WEIGHTS, export_adapter, shape_hash
 from skipit.train.card import ADAPTER_CONFIG
-from skipit.train.config import TrainConfig
 from skipit.train.export import export
-from skipit.train.profiling import profile_model
-from skipit.train.run import train
 
 ROWS: list[list[int | str]] = [[5, "image", 6, 7, 8, 9]]
 LORA_ON_NOTHING = r"(.*\.)?model\.language_model\.layers\.\d+\.(self_attn\.nothing)"
 
 
-class Made(NamedTuple):
-    base: Path
-    run: Path
-    merged: Path
-    adapter: Path
-    size: int
-
-
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
-    folder = tmp_path_factory.mktemp("adapter")
-    base, run, merged, adapter = (folder / name for name in ("base", "run", "merged", "adapter"))
-    model = build("llava")
-    model.save_pretrained(base)
-    processor("llava").save_pretrained(base)
-    parts = [{"type": "image"}, {"type": "text", "text": "what is it"}]
-    rows = [
-        {
-            "images": [picture(number, 0)],
-            "prompt": [{"role": "user", "content": parts}],
-            "completion": [{"role": "assistant", "content": [{"type": "text", "text": f"a cat t{number + 5}"}]}],
-        }
-        for number in range(4)
-    ]
-    plan = make_plan(profile_model(model, processor("llava"), rows, draws=1), budget=0.6)
-    settings = TrainConfig(budget=0.6, steps=2, batch_size=2, accumulation=1, lora_rank=2)
-    train(model, processor("llava"), rows, plan, settings, run, calibration=rows, base=str(base))
-    export(run, merged)
-    return Made(base, run, merged, adapter, export_adapter(run, adapter))
+    return make_all(tmp_path_factory.mktemp("adapter"))
 
 
 @torch.no_grad()
