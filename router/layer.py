@@ -71,7 +71,7 @@ class GatedLayer(Mixin, _Module):
         return output
 
 
-def _refuse_gradient(gradient: Tensor) -> None:
+def _refuse_gradient(gradient: Float[Tensor, "batch seq dim"]) -> None:
     raise InputError(
         "gates get no gradient where only the tokens that run are computed. Train with `model.train()`, or within "
         "`running(mode='masked')`."
