@@ -68,7 +68,7 @@ def check_columns(row: Mapping[str, Any], where: str, *needed: str) -> None:
 
 def _renaming(missing: list[str], row: Mapping[str, Any]) -> str:
     """Which columns are meant, as far as names tell."""
-    free, pairs = [name for name in map(str, row) if name not in _USUAL], []
+    free, pairs = [name for name in map(str, row) if name == "answer" or name not in _USUAL], []
     for ours in missing:
         usual = (name for name in free if name.lower() in _USUAL.get(ours, ()))
         theirs = next(usual, None) or next(iter(difflib.get_close_matches(ours, free, 1)), None)

@@ -7,7 +7,7 @@ import torch
 from datasets import Dataset
 from torch import Tensor
 
-from skipit.eval.measure.runner import Outcome, completed, leave_out_finished, right_answer, run_dataset
+from skipit.eval.measure.runner import Outcome, completed, leave_out_finished, right_answer, right_answers, run_dataset
 from skipit.router import Decision, FixedUnits, Gated, Step, attach, detach
 from skipit.router.errors import InputError
 from skipit.theory.cost import CostModel
@@ -197,3 +197,59 @@ def test_guidance_has_no_trace(rows: Dataset) -> None:
     collate = Collator(processor, with_completion=False)
     with pytest.raises(InputError, match=r"tokens were run more than once while generating: .*guidance"):
         run_dataset(model, processor, rows, collate, CostModel.of(model), "evict")
+
+
+@pytest.mark.parametrize(
+    ("answer", "expected"),
+    [
+        ("cat", ["cat"]),
+        (7, ["7"]),
+        (7.5, ["7.5"]),
+        (7.0, ["7.0", "7"]),
+        (["cat", "a cat", 2], ["cat", "a cat", "2"]),
+        (("cat",), ["cat"]),
+        ([{"answer": "cat", "answer_id": 1}, {"answer": "dog"}], ["cat", "dog"]),
+        ({"answer": ["cat", "dog"], "answer_id": [1, 2]}, ["cat", "dog"]),
+        (torch.tensor([3, 4]), ["3", "4"]),
+        (torch.tensor(3), ["3"]),
+    ],
+)
+def test_right_answers(answer: Any, expected: list[str]) -> None:
+    assert right_answers({"answer": answer}, 3) == expected
+
+
+@pytest.mark.parametrize(
+    "answer", [[], {}, {"text": ["cat"]}, [["cat"]], [None, "cat"], True, [False], float("nan"), b"cat", object()]
+)
+def test_what_is_no_answer(answer: Any) -> None:
+    with pytest.raises(InputError, match=r"^row 3: `answer` is .*; expected a text or a number, or a list of them"):
+        right_answers({"answer": answer, "completion": "cat"}, 3)
+
+
+def test_the_answer_that_most_gave() -> None:
+    assert right_answer({"answer": ["dog", "cat", "cat"]}, 0) == "cat"
+    assert right_answer({"answer": ["dog", "cat"]}, 0) == "dog"
+    said = completed({"answer": ["dog", "cat", "cat"]}, 0)["completion"]
+    assert said == [{"role": "assistant", "content": [{"type": "text", "text": "cat"}]}]
+
+
+def test_any_of_several_answers_is_right(run: Any, rows: Dataset) -> None:
+    alone = run()
+    several = run(data=[{**row, "answer": ["nothing", row["answer"]]} for row in rows])
+    assert several.recorded.right.tolist() == alone.recorded.right.tolist()
+    assert (several.accuracy, several.by_kind) == (alone.accuracy, alone.by_kind)
+    assert alone.scored_by == "exact match"
+    assert several.scored_by == "exact match with any of several answers of 7 rows"
+
+
+def test_ten_answers_are_scored_as_vqa(run: Any, rows: Dataset) -> None:
+    alone = run()
+    ten = run(data=[{**row, "answer": [row["answer"]] * 10} for row in rows])
+    assert (ten.accuracy, ten.recorded.right.tolist()) == (alone.accuracy, alone.recorded.right.tolist())
+    assert ten.scored_by == "VQA accuracy of 7 rows with ten answers"
+    for agreeing, score in ((1, 0.3), (2, 0.6)):
+        others = ["?"] * (10 - agreeing)
+        some = run(data=[{**row, "answer": [{"answer": row["answer"]}] * agreeing + others} for row in rows])
+        assert some.accuracy == pytest.approx(score * alone.accuracy)
+        assert some.recorded.right.tolist() == [right and score > 0.5 for right in alone.recorded.right.tolist()]
+        assert some.to_json()["scored_by"] == ten.scored_by

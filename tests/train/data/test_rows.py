@@ -17,8 +17,8 @@ from skipit.router import InputError
 from skipit.theory.identity import fingerprint
 from skipit.theory.plan import Plan
 from skipit.train.config import TrainConfig
-from skipit.train.data.collate import Collator
-from skipit.train.data.rows import Broken, Check, Rows, RowStream, training_rows
+from skipit.train.data.collate import Collator, tried
+from skipit.train.data.rows import DAMAGE, Broken, Check, Rows, RowStream, numbered, readable, training_rows
 from skipit.train.reference.data import reference_dataset
 from skipit.train.run import train
 from studies.architecture import build_model, build_processor
@@ -110,6 +110,62 @@ class TestStream:
     def test_one_too_many(self, rows: Dataset, check: Check) -> None:
         with pytest.raises(InputError, match=r"more than 1 rows cannot be read .*; the last: row 4"):
             list(RowStream(rows.to_iterable_dataset(), check, Broken(1)))
+
+
+class TestReadable:
+    """Rows that are not trained on: a broken one is left out, and no other counts twice."""
+
+    @pytest.mark.parametrize("streaming", [False, True])
+    def test_broken_rows_are_left_out(self, rows: Dataset, streaming: bool) -> None:
+        said: list[str] = []
+        check = tried(Collator(build_processor()))
+        for data in [rows.to_iterable_dataset()] if streaming else [rows, list(rows)]:
+            said.clear()
+            found = readable(data, check, Broken(2, said.append), "held-out row")
+            assert completions(found) == ["0", "1", "3", "5"]
+            assert [text.partition(": ")[2][:14] for text in said] == ["held-out row 2", "held-out row 4"]
+            with pytest.raises(InputError, match=r"more than 1 rows cannot be read .*; the last: held-out row 4: 2"):
+                list(readable(data, check, Broken(1), "held-out row"))
+
+    def test_all_good_rows_are_the_data_itself(self, rows: Dataset) -> None:
+        good = rows.select([0, 1])
+        assert readable(good, tried(Collator(build_processor())), Broken()) is good
+
+    def test_no_good_row(self, rows: Dataset, check: Check) -> None:
+        with pytest.raises(InputError, match="no held-out row of the data can be read"):
+            readable(rows.select([2, 4]), check, Broken(9), "held-out row")
+
+    def test_what_only_a_processor_refuses_is_found_too(self) -> None:
+        def narrow(rows: Any) -> None:
+            if rows[0]["images"][0].width < 4:
+                raise InputError(f"{rows[0].where}: the processor cannot take it")
+
+        data = [{"images": [Image.new("RGB", (width, 9))]} for width in (9, 1, 8)]
+        assert len(readable(data, tried(narrow), Broken(1))) == 2
+
+
+def test_a_row_that_stands_for_damage(check: Check) -> None:
+    lines = [{"images": [], "prompt": "read it .", "completion": "1"}, {DAMAGE: "a.jsonl, line 2: cut"}]
+    with pytest.raises(InputError, match=r"^row 1 cannot be read: a\.jsonl, line 2: cut"):
+        list(RowStream(lines, check, Broken()))
+    assert len(list(RowStream(lines, check, Broken(1)))) == 1
+
+
+@pytest.mark.parametrize(
+    ("columns", "hint"),
+    [
+        (("image", "question", "answer"), "images=image,prompt=question,completion=answer"),
+        (("photo", "query", "caption"), "images=photo,prompt=query,completion=caption"),
+        (("Image", "promt", "compltion"), "images=Image,prompt=promt,completion=compltion"),
+        (("images", "question", "completion"), "prompt=question"),
+        (("x", "y", "z"), ""),
+    ],
+)
+def test_columns_by_other_names_are_guessed(check: Check, columns: tuple[str, ...], hint: str) -> None:
+    (row,) = numbered([dict.fromkeys(columns, "1")])
+    with pytest.raises(InputError, match=r"^row 0: no column .*; found: .*vision format") as found:
+        check(row)
+    assert str(found.value).endswith(f" If they have other names: --columns {hint}" if hint else "format).")
 
 
 @pytest.fixture(scope="module")

@@ -1,6 +1,7 @@
 """What MODEL and DATA may be, and what is said when they are something else."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from datasets.utils import logging
 
 from skipit.router.errors import CheckpointError, InputError
 from skipit.train.data.collate import Collator
+from skipit.train.data.rows import Broken, RowStream
 from skipit.train.data.sources import load_data, load_held_out, load_model, name_model, resolve_model
 from skipit.train.reference import WEIGHTS
 from skipit.train.reference.data import reference_dataset
@@ -143,3 +145,72 @@ def test_what_cannot_be_read(rows: Dataset, tmp_path: Path) -> None:
         load_data("reference", "dev")
     with pytest.raises(CheckpointError, match="model 'no/such-model' cannot be loaded"):
         load_model("no/such-model")
+
+
+def lines(folder: Path, rows: Dataset) -> Path:
+    """A JSONL that names its pictures as they are beside it."""
+    folder.mkdir()
+    text = ""
+    for number, row in enumerate(rows):
+        row["images"][0].save(folder / f"{number}.png")
+        line = {"photo": [f"{number}.png"], "prompt": row["prompt"][0]["content"][1]["text"], "reply": row["answer"]}
+        text += json.dumps(line) + "\n"
+    (folder / "rows.jsonl").write_text(text)
+    return folder / "rows.jsonl"
+
+
+NAMES = {"images": "photo", "completion": "reply"}
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_names_are_looked_for_beside_the_data(rows: Dataset, tmp_path: Path, streaming: bool) -> None:
+    source = str(lines(tmp_path / "data", rows))
+    collate = Collator(build_processor())
+    theirs = collate(list(rows))
+    read = load_data(source, "train", 4, columns=NAMES, streaming=streaming)
+    if not streaming:
+        read = read.select(range(4))
+    ours = collate(list(read))
+    assert all(ours[name].equal(theirs[name][:4]) for name in ("pixel_values", "labels"))
+    (tmp_path / "data" / "2.png").unlink()
+    with pytest.raises(InputError, match=r"row 2 .*: No such file: neither 2\.png nor .*/data/2\.png\. Did you mean"):
+        collate(list(read))
+
+
+@pytest.mark.parametrize("line", ['{"photo": ["1.p', "[1, 2]", "3", '{"photo": NaN,}', "\xff"])
+def test_a_damaged_line_is_named(rows: Dataset, tmp_path: Path, line: str) -> None:
+    path = lines(tmp_path / "data", rows)
+    whole = path.read_text().splitlines()
+    path.write_bytes("\n".join([*whole[:3], line, "", *whole[4:]]).encode("latin-1"))
+    with pytest.raises(InputError, match=r"rows\.jsonl', split 'train', cannot be read: .*rows\.jsonl, line 4: "):
+        load_data(str(path), "train", columns=NAMES)
+    stream = load_data(str(path), "train", columns=NAMES, streaming=True)
+    said: list[str] = []
+    read = RowStream(stream, Collator(build_processor()).checked, Broken(1, said.append))
+    assert [row["completion"] for row in read] == [row["answer"] for number, row in enumerate(rows) if number != 3]
+    assert len(said) == 1
+    assert re.match(r"skipped: row 3 cannot be read: .*rows\.jsonl, line 4: ", said[0])
+
+
+def test_lines_of_a_stream_need_not_all_have_every_column(rows: Dataset, tmp_path: Path) -> None:
+    path = lines(tmp_path / "data", rows)
+    path.write_text('{"photo": null, "prompt": "?", "reply": "1", "more": 2}\n' + path.read_text())
+    for streaming in (False, True):
+        read = list(load_data(str(path), "train", columns=NAMES, streaming=streaming))
+        assert len(read) == len(rows) + 1
+        assert read[0]["images"] is None
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_path_that_is_not_there(rows: Dataset, tmp_path: Path, monkeypatch: Any, streaming: bool) -> None:
+    lines(tmp_path / "my_data", rows)
+    monkeypatch.chdir(tmp_path)
+    for typed, meant in {
+        "my_data/row.jsonl": "my_data/rows.jsonl",
+        "my_dat/rows.jsonl": "my_data",
+        "my_dta": "my_data",
+        str(tmp_path / "my_dta"): str(tmp_path / "my_data"),
+    }.items():
+        expected = rf"^data '{typed}', split 'train', cannot be read: no such file or folder. Did you mean {meant}\?"
+        with pytest.raises(InputError, match=expected):
+            load_data(typed, "train", streaming=streaming)
