@@ -166,7 +166,7 @@ def test_videos_of_a_row() -> None:
     assert torch.equal(collate([plain])["input_ids"], expected["input_ids"])
     with pytest.raises(InputError, match=r"its prompt has 1 video parts, its `videos` 0. Each video needs one part"):
         collate([{**row, "videos": []}])
-    with pytest.raises(InputError, match=r"row 0 of the batch: a video cannot be read: .*No such file"):
+    with pytest.raises(InputError, match=r"row 0 of the batch: a frame of video 0 cannot be read: .*No such file"):
         collate([{**row, "videos": [["nowhere.png"]]}])
     with pytest.raises(InputError, match=r"no column images; found: prompt, completion. Rows need images or videos"):
         collate([{k: v for k, v in row.items() if k not in ("images", "videos")}])
