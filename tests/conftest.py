@@ -2,6 +2,7 @@
 
 import gc
 import os
+import signal
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["MPLBACKEND"] = "agg"
@@ -14,6 +15,9 @@ import shape_checks
 import torch
 
 shape_checks.install("skipit", "studies")  # before either is imported
+# A job in the background of a shell begins with these ignored; tests send them.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 gc.disable()  # until everything is: see `pytest_collection_finish`
 
 

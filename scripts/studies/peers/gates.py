@@ -70,9 +70,9 @@ def scale_vision(model: nn.Module) -> list[Any]:
 
 
 def _scale(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-    call: Call | None = kwargs.get(KWARG)
-    policy = unwatched(call.policy) if call is not None else None
-    if call is None or not isinstance(policy, TopVision) or policy.keep[module.skipit_index] >= 1:
+    call = kwargs.get(KWARG)
+    policy = unwatched(call.policy) if isinstance(call, Call) else None
+    if not isinstance(call, Call) or not isinstance(policy, TopVision) or policy.keep[module.skipit_index] >= 1:
         return output
     hidden = args[0] if args else kwargs["hidden_states"]
     states = states_of(output)
@@ -148,8 +148,8 @@ def scale_by_router(model: nn.Module) -> list[Any]:
 
 
 def _weigh(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    call: Call | None = kwargs.get(KWARG)
-    if call is None:
+    call = kwargs.get(KWARG)
+    if not isinstance(call, Call):  # a dense run
         return
     hidden = args[0] if args else kwargs["hidden_states"]
     run = unwatched(call.policy).decide(module.skipit_index, hidden, call, module.layer_gate).run

@@ -119,7 +119,7 @@ def watch_attention(model: nn.Module, layer: int) -> Any:
     """
 
     def watch(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
-        call: Call | None = kwargs.get(KWARG)
+        call = kwargs.get(KWARG)
         if call is None or not bool((call.modality == VISION).any()):
             return None
         return args, {**kwargs, OBSERVER_KWARG: _observer(call)}

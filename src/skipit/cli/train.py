@@ -148,7 +148,9 @@ def run(arguments: argparse.Namespace) -> None:
             record = load_json(out / RUN_FILE)
             known = HeldOut(**record["held_out"])
             for point, share in record["calibrated_shares"].items():
-                print(f"{out}: trained; at {point} executes {share:.1%} of the dense FLOPs; {known.sentence()}.")
+                print(
+                    f"{out}: trained; at {point} executes {share:.1%} of the dense decoder's FLOPs; {known.sentence()}."
+                )
             print(f"Next: skipit export {out} --out DIR")
 
 
