@@ -27,6 +27,7 @@ from skipit.router import (
     running,
     set_gates,
 )
+from skipit.router.call import DENSE, KWARG
 from skipit.router.config import KVPolicy
 from skipit.router.folders import save_tensors
 from skipit.theory.artefact import (
@@ -236,7 +237,8 @@ class TestProfile:
             with running(policy=FixedUnits(run), kv="evict", mode="masked"), recorded(layers) as skipping:
                 model(**batch, use_cache=False)
             entered = dense[layer].entered.detach()
-            apart = apart_output(layers[layer], entered, dense[layer].kwargs, modality.masked_fill(~real, -1))
+            kwargs = {**dense[layer].kwargs, KWARG: DENSE}  # by itself, and for every token
+            apart = apart_output(layers[layer], entered, kwargs, modality.masked_fill(~real, -1))
             got = torch.where(chosen[..., None], entered, apart)
             torch.testing.assert_close(got[real], skipping[layer].left[real], atol=1e-4, rtol=1e-4)
 

@@ -120,7 +120,7 @@ def watch_attention(model: nn.Module, layer: int) -> Any:
 
     def watch(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
         call = kwargs.get(KWARG)
-        if call is None or not bool((call.modality == VISION).any()):
+        if not isinstance(call, Call) or not bool((call.modality == VISION).any()):
             return None
         return args, {**kwargs, OBSERVER_KWARG: _observer(call)}
 
