@@ -47,6 +47,7 @@ def unit_orders(
         InputError: an unknown scope, or no unit of it has a damage and saves anything.
 
     Example:
+        >>> import torch
         >>> damage, cost = torch.tensor([[4.0, 1.0], [2.0, 3.0]]), torch.tensor([[1.0, 4.0], [1.0, 4.0]])
         >>> {name: [unit_name(unit) for unit in order] for name, order in unit_orders(damage, cost).items()}
         {'least damage first': ['vision 0', 'vision 1', 'text 1', 'text 0'],
