@@ -245,7 +245,7 @@ def test_5_is_tight_when_all_neighbourhoods_are_alike(half: int, share: float) -
     counts = neighbour_counts(distances, 1.5)
     assert counts == (near, near)
     assert neighbour_counts(distances, 1.0) == (1, 1), "at distance t a symbol is far, as in prox"
-    channel = torch.where(distances < 1.5, (1 - p) / near, p / far)
+    channel = torch.full_like(distances, p / far).masked_fill(distances < 1.5, (1 - p) / near)
     joint = channel / symbols
     assert conditional_entropy(joint).item() == pytest.approx(fano_entropy_bound(p, symbols, *counts).item())
 
