@@ -11,7 +11,7 @@ from .strict_json import read_json
 KVPolicy = Literal["retain", "evict"]
 Unit = Literal["block", "attention", "mlp"]
 Granularity = Literal["token", "sequence"]
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2  # 1 had no decision points: every layer decided for itself
 
 
 def check_choice(name: str, value: Any, kind: Any) -> None:
@@ -22,6 +22,37 @@ def check_choice(name: str, value: Any, kind: Any) -> None:
     """
     if value not in get_args(kind):
         raise RouterConfigError(f"`{name}`: got {short(value)}, expected one of {', '.join(get_args(kind))}.")
+
+
+def check_points(decide_at: Any) -> tuple[int, ...] | None:
+    """Decision points as a tuple; None where every layer decides for itself.
+
+    Raises:
+        RouterConfigError: they are not ascending layers that begin with 0.
+    """
+    if decide_at is None:
+        return None
+    points = tuple(decide_at) if isinstance(decide_at, list | tuple) else ()
+    whole = all(type(point) is int for point in points)
+    if not points or not whole or points[0] != 0 or list(points) != sorted(set(points)):
+        raise RouterConfigError(
+            f"`decide_at`: got {short(decide_at)}, expected ascending layers that begin with 0, such as (0,) or (0, 1, 2), "
+            "or None: every layer for itself."
+        )
+    return points
+
+
+def decision_points(decide_at: tuple[int, ...] | None, layers: int) -> tuple[int, ...]:
+    """The decision points of a model, in order; every layer is one where each decides for itself.
+
+    Raises:
+        RouterConfigError: a point is not one of the layers.
+    """
+    if decide_at is None:
+        return tuple(range(layers))
+    if decide_at[-1] >= layers:
+        raise RouterConfigError(f"`decide_at`: got {decide_at}, the model has layers 0 to {layers - 1}.")
+    return decide_at
 
 
 def point_name(budget: float | str) -> str:
@@ -39,6 +70,8 @@ class RouterConfig:
         unit: what a token skips: the whole layer (`block`), or the `attention` or the `mlp` inside it.
         granularity: `token`, each decides for itself; `sequence`, the prompt's tokens of a modality decide together,
             by the mean of their logits, for themselves and for all tokens that are generated.
+        decide_at: the decision points, layers in ascending order that begin with 0. At each, all gates of the layers up
+            to the next one read the state that enters it, and decide at once. None: every layer's gate reads its own.
         layers: dotted path of the decoder layers, such as "model.language_model.layers"; None finds them.
         threshold: a token runs a layer when its gate logit exceeds this; the default operating point.
         operating_points: named thresholds, such as {"0.5": -0.3} for half of the dense compute.
@@ -48,6 +81,7 @@ class RouterConfig:
     kv: KVPolicy = "retain"
     unit: Unit = "block"
     granularity: Granularity = "token"
+    decide_at: tuple[int, ...] | None = (0,)
     layers: str | None = None
     threshold: float = 0.0
     operating_points: dict[str, float] = field(default_factory=dict)
@@ -56,11 +90,12 @@ class RouterConfig:
     def __post_init__(self) -> None:
         if type(self.format_version) is not int or self.format_version != FORMAT_VERSION:
             raise RouterConfigError(
-                f"`format_version`: got {short(self.format_version)}, this skipit reads {FORMAT_VERSION}. "
+                f"`format_version`: got {short(self.format_version)}, this skipit reads 1 to {FORMAT_VERSION}. "
                 "Load the checkpoint with the skipit version that wrote it, or a newer one."
             )
         for name, kind in (("kv", KVPolicy), ("unit", Unit), ("granularity", Granularity)):
             check_choice(name, getattr(self, name), kind)
+        object.__setattr__(self, "decide_at", check_points(self.decide_at))
         if self.layers is not None and not isinstance(self.layers, str):
             raise RouterConfigError(f"`layers`: got {short(self.layers)}, expected a dotted path or null.")
         if not isinstance(self.operating_points, dict):
@@ -123,6 +158,8 @@ class RouterConfig:
             raise RouterConfigError(
                 f"router config: unknown keys {', '.join(unknown)}; known keys: {', '.join(sorted(known))}."
             )
+        if values.get("format_version") == 1:
+            values = {"decide_at": None, **values, "format_version": FORMAT_VERSION}
         return cls(**values)
 
     @classmethod
