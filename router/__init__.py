@@ -4,7 +4,8 @@ One hidden state's way through a gated layer, in the order to read it:
 
 1. `call.py`: what the layers know during a call, and what is decided and recorded in it. `running.py` builds one per
    forward of the model, before any layer runs.
-2. `layer.py`: the states enter a layer, which asks the call's policy and has itself, or a part, executed.
+2. `layer.py`: the states enter a layer, which has itself, or a part, executed; at a decision point, the call's policy
+   is asked first, and what it says of the layers up to the next point is kept in `stretch.py`.
 3. `gates.py`: a linear score per token.
 4. `policies.py`: the score against a threshold, or a fixed table: which tokens run.
 5. `execute.py`: masked, gathered or dense; the layer's own `forward` is called here.
@@ -18,7 +19,7 @@ Beside it stand `modality.py` (the two kinds of tokens), `projections.py` (what 
 
 from .attach import attach, detach, find_router, gate_state, gated_layers, set_gates
 from .cache import SkipCache
-from .call import Decision, Policy, Step, Trace
+from .call import Policy, Step, Trace
 from .config import RouterConfig
 from .errors import (
     CheckpointError,
@@ -29,8 +30,9 @@ from .errors import (
     UnsupportedModelError,
 )
 from .modality import MODALITIES, TEXT, VISION, token_modality
-from .policies import FixedUnits, Gated
+from .policies import FixedUnits, Gated, LayerByLayer
 from .running import Router, running
+from .stretch import Decision
 
 __all__ = [
     "MODALITIES",
@@ -42,6 +44,7 @@ __all__ = [
     "FixedUnits",
     "Gated",
     "InputError",
+    "LayerByLayer",
     "Policy",
     "Router",
     "RouterConfig",

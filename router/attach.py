@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from .attention import PREFIX, packed_implementation
-from .config import RouterConfig
+from .config import RouterConfig, decision_points
 from .decoder import find_decoder, image_layers, unsupported_reason
 from .errors import SkipItError, UnsupportedModelError
 from .gates import TokenGate
@@ -42,6 +42,7 @@ def attach(model: nn.Module, config: RouterConfig | None = None) -> Router:
     if _find(model) is not None:
         raise SkipItError("the model already has gates; call `detach(model)` first.")
     _, decoder, layers = find_decoder(model, config.layers)
+    decision_points(config.decide_at, len(layers))
     if not hasattr(decoder, "config"):
         raise UnsupportedModelError(f"`{type(decoder).__name__}` has no `config`: gates need a transformers decoder.")
     if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
@@ -58,7 +59,7 @@ def attach(model: nn.Module, config: RouterConfig | None = None) -> Router:
         layer.layer_gate = TokenGate(hidden_size, index).to(_device(layer))  # type: ignore[arg-type]
         layer.skipit_index = index  # type: ignore[assignment]
         layer.skipit_attends_to_images = index in of_images  # type: ignore[assignment]
-        mix_in_parts(layer)
+        layer.skipit_packs_mlp = mix_in_parts(layer)  # type: ignore[assignment]
         mix_in(layer, GatedLayer)
         wrap_projections(layer)
     for attention_config in _attention_configs(decoder):
@@ -82,7 +83,7 @@ def detach(model: nn.Module) -> None:
         unwrap_projections(layer)
         take_out_parts(layer)
         take_out(layer)
-        del layer.layer_gate, layer.skipit_index, layer.skipit_attends_to_images
+        del layer.layer_gate, layer.skipit_index, layer.skipit_attends_to_images, layer.skipit_packs_mlp
     for attention_config in _attention_configs(decoder):
         name = attention_config._attn_implementation_internal
         attention_config._attn_implementation_internal = name.removeprefix(PREFIX)

@@ -8,7 +8,8 @@ unpacks the queries into rows, calls the model's usual function and packs the re
 
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 from zlib import crc32
 
@@ -27,7 +28,7 @@ OBSERVER_KWARG = "skipit_attention_observer"
 # The copy of this code inside a checkpoint, perhaps of another version, registers functions of its own.
 PREFIX = "skipit_" if __name__.startswith("skipit.") else f"skipit_{crc32(__name__.encode()):08x}_"
 SUPPORTED = ("sdpa", "eager")
-SPAN = 128  # queries; shorter spans look at fewer keys in vain, and keep the kernels less busy
+SPAN = 128  # tokens; shorter spans look at fewer keys in vain, and keep the kernels less busy
 
 
 @dataclass(frozen=True)
@@ -36,77 +37,79 @@ class Layout:
 
     Attributes:
         batch: rows.
-        width: tokens of the fullest row.
-        rows: the row of each packed token.
-        columns: its place among all tokens of the call.
-        slots: its place among the packed tokens of its row.
+        seq: tokens of a row in the call.
+        width: packed tokens of the fullest row.
+        places: of each packed token, among the tokens of all rows, one row after the other.
+        ranks: its place among the packed tokens of its row; None in a single row, where it is their order.
         spans: (first, end, keys) of runs of packed tokens that together see only the first `keys` keys; empty where
             that is not known.
     """
 
     batch: int
+    seq: int
     width: int
-    rows: Int[Tensor, " tokens"]
-    columns: Int[Tensor, " tokens"]
-    slots: Int[Tensor, " tokens"]
+    places: Int[Tensor, " tokens"]
+    ranks: Int[Tensor, " tokens"] | None = None
     spans: tuple[tuple[int, int, int], ...] = ()
 
     @classmethod
     def of(cls, chosen: Bool[Tensor, "batch seq"]) -> "Layout":
         """The layout of the tokens where `chosen` is True."""
-        rows, columns = chosen.nonzero(as_tuple=True)
-        if len(chosen) == 1:
-            return cls(1, len(rows), rows, columns, torch.arange(len(rows), device=rows.device))
-        slots = (chosen.cumsum(1) - 1)[rows, columns]
-        width = int(slots.max()) + 1 if len(slots) else 0
-        return cls(len(chosen), width, rows, columns, slots)
+        (batch, seq), (places,) = chosen.shape, chosen.flatten().nonzero(as_tuple=True)
+        if batch == 1:
+            return cls(1, seq, len(places), places)
+        ranks = (chosen.cumsum(1) - 1).flatten()[places]
+        return cls(batch, seq, int(ranks.max()) + 1 if len(ranks) else 0, places, ranks)
 
-    def with_spans(self, past: int) -> "Layout":
-        """The layout of one row's tokens when every token before is a key: later keys need not be looked at."""
-        ends = [*range(SPAN, len(self.columns), SPAN), len(self.columns)]
-        keys = (self.columns[[end - 1 for end in ends]] + past + 1).tolist()
-        return replace(self, spans=tuple(zip([0, *ends], ends, keys, strict=False)))
+    @cached_property
+    def columns(self) -> Int[Tensor, " tokens"]:
+        """The place of each packed token among the tokens of its row."""
+        return self.places if self.batch == 1 else self.places % self.seq
+
+    @cached_property
+    def slots(self) -> Int[Tensor, " tokens"]:
+        """Where each packed token is when the rows have a place for `width` tokens each, one row after the other."""
+        assert self.ranks is not None
+        return self.places // self.seq * self.width + self.ranks
 
     def pack(self, tokens: Shaped[Tensor, "*any batch_or_1 seq dim"]) -> Shaped[Tensor, "*any 1 tokens dim"]:
         """The packed tokens' states, or whatever else there is per token."""
-        rows = self.rows if tokens.shape[-3] != 1 else torch.zeros_like(self.rows)
-        return tokens[..., rows, self.columns, :].unsqueeze(-3)
+        if tokens.shape[-3] == 1:
+            return tokens.index_select(-2, self.columns)
+        return tokens.flatten(-3, -2).index_select(-2, self.places).unsqueeze(-3)
 
     def to_rows(self, heads: Shaped[Tensor, "1 heads tokens head_dim"]) -> Shaped[Tensor, "batch heads width head_dim"]:
         """Each packed token in its row, zeros where a row has no token."""
-        if self.batch == 1:
-            return heads
-        out = heads.new_zeros(self.batch, self.width, heads.shape[1], heads.shape[3])
-        out[self.rows, self.slots] = heads[0].transpose(0, 1)
-        return out.transpose(1, 2)
+        return heads if self.batch == 1 else self._spread(heads, self.slots, self.width)
 
     def to_columns(
         self, heads: Float[Tensor, "1 heads tokens head_dim"], seq: int
     ) -> Float[Tensor, "batch heads {seq} head_dim"]:
         """Each packed token at its place among the `seq` of the call, zeros where none was packed."""
-        out = heads.new_zeros(self.batch, seq, heads.shape[1], heads.shape[3])
-        out[self.rows, self.columns] = heads[0].transpose(0, 1)
-        return out.transpose(1, 2)
+        return self._spread(heads, self.places, seq)
+
+    def _spread(
+        self, heads: Shaped[Tensor, "1 heads tokens head_dim"], places: Int[Tensor, " tokens"], width: int
+    ) -> Shaped[Tensor, "batch heads {width} head_dim"]:
+        out = heads.new_zeros(self.batch * width, heads.shape[1], heads.shape[3])
+        return out.index_copy_(0, places, heads[0].transpose(0, 1)).unflatten(0, (self.batch, width)).transpose(1, 2)
 
     def unpack(
         self, tokens: Float[Tensor, "1 tokens dim"], others: Float[Tensor, "batch seq dim"]
     ) -> Float[Tensor, "batch seq dim"]:
         """Each packed token at its place in the call, `others` where none was packed."""
-        out = others.clone()
-        out[self.rows, self.columns] = tokens[0]
-        return out
+        return others.flatten(0, 1).index_copy(0, self.places, tokens[0]).view_as(others)
 
     def from_rows(self, rows: Float[Tensor, "batch width heads head_dim"]) -> Float[Tensor, "1 tokens heads head_dim"]:
         """Undo `to_rows`, for what attention makes of the queries."""
-        return rows if self.batch == 1 else rows[self.rows, self.slots][None]
+        return rows if self.batch == 1 else rows.flatten(0, 1).index_select(0, self.slots)[None]
 
     def index(self, offset: int) -> Int[Tensor, "batch width"]:
         """The sequence index of each slot, -1 where a row has no token."""
         if self.batch == 1:
             return (self.columns + offset)[None]
-        out = torch.full((self.batch, self.width), -1, device=self.rows.device)
-        out[self.rows, self.slots] = self.columns + offset
-        return out
+        out = torch.full((self.batch * self.width,), -1, device=self.places.device)
+        return out.index_copy_(0, self.slots, self.columns + offset).view(self.batch, self.width)
 
 
 def visible_keys(

@@ -3,14 +3,20 @@
 transformers asks a cache how many tokens it has seen (`get_seq_length`, for positions and masks) and assumes
 that every layer holds them all. Here each layer counts the tokens it has seen and keeps, beside the keys and
 values, the sequence index of each slot: rows may hold different tokens, and a slot of index -1 holds none.
+
+Where keys and values are kept (`retain`) and no token runs a layer, nobody reads them yet: the layer owes them. They
+are made, for all tokens at once, when somebody first looks; often nobody does.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
+from weakref import WeakMethod
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+from torch.utils._pytree import tree_map
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
 from .errors import UnsupportedModelError
@@ -34,6 +40,15 @@ class _Room:
     used: int
 
 
+class _Owed(NamedTuple):
+    """Keys and values that a call has not made: how, by whom, and from what."""
+
+    make: Callable[..., KeysAndValues]
+    forward: WeakMethod[Callable[..., Any]]
+    hidden: Float[Tensor, "batch tokens dim"]
+    kwargs: dict[str, Any]
+
+
 class SkipCacheLayer(DynamicLayer):
     """Keys and values of the tokens that exist for one layer.
 
@@ -45,10 +60,8 @@ class SkipCacheLayer(DynamicLayer):
         learned: whether a gate that learns has marked some of them as absent.
     """
 
-    keys: Float[Tensor, "batch heads slots head_dim"]
-    values: Float[Tensor, "batch heads slots value_dim"]
-
     def __init__(self) -> None:
+        self._owed: list[_Owed] = []
         super().__init__()
         self.index: Int[Tensor, "batch_or_1 slots"] | None = None
         self.seen = 0
@@ -56,6 +69,73 @@ class SkipCacheLayer(DynamicLayer):
         self.learned = False
         self._room_for_keys: _Room | None = None
         self._room_for_values: _Room | None = None
+
+    @property
+    def keys(self) -> Any:
+        """Keys of all slots, [batch, heads, slots, head_dim], or None; those that are owed are made now."""
+        self.settle()
+        return self._keys
+
+    @keys.setter
+    def keys(self, keys: Any) -> None:
+        self._keys = keys
+
+    @property
+    def values(self) -> Any:
+        """Values of all slots, [batch, heads, slots, value_dim], or None; those that are owed are made now."""
+        self.settle()
+        return self._values
+
+    @values.setter
+    def values(self, values: Any) -> None:
+        self._values = values
+
+    def owes(
+        self,
+        make: Callable[..., KeysAndValues],
+        forward: Callable[..., Any],
+        hidden: Float[Tensor, "batch tokens dim"],
+        kwargs: dict[str, Any],
+    ) -> bool:
+        """Pass over tokens whose keys and values can be made later; False if they cannot.
+
+        Args:
+            make: makes them, from the following three.
+            forward: of the layer, or of the attention inside it.
+            hidden: states of all tokens of a call, as they enter.
+            kwargs: its other arguments.
+        """
+        later = torch.is_grad_enabled() or torch.is_autocast_enabled(hidden.device.type)
+        if later or "_hf_hook" in vars(forward.__self__):  # type: ignore[attr-defined]
+            return False
+        kept = {name: value for name, value in kwargs.items() if name not in ("past_key_values", "attention_mask")}
+        self._owed.append(_Owed(make, WeakMethod(forward), hidden, kept))
+        self.seen += hidden.shape[1]
+        return True
+
+    @torch.no_grad()
+    def settle(self) -> None:
+        """Make the keys and values that are owed."""
+        if not self._owed:
+            return
+        owed, self._owed = self._owed, []
+        forward = owed[0].forward()
+        if forward is None:
+            raise UnsupportedModelError("`past_key_values`: the model that this cache belongs to is gone.")
+        hidden, kwargs = torch.cat([one.hidden for one in owed], dim=1), dict(owed[0].kwargs)
+        self.seen -= hidden.shape[1]
+        if len(owed) > 1:
+            for name, dim in (("position_embeddings", -2), ("position_ids", -1)):
+                every = [one.kwargs.get(name) for one in owed]
+                if every[0] is not None:
+                    kwargs[name] = tree_map(lambda *parts: torch.cat(parts, dim=dim), *every)  # noqa: B023
+        keys, values = owed[0].make(forward, hidden, {**kwargs, "attention_mask": None})
+        self.append(keys, values, None, hidden.shape[1])
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For a copy, which has no model."""
+        self.settle()
+        return vars(self)
 
     def append(
         self, keys: Keys, values: Values, index: Int[Tensor, "batch tokens"] | None, tokens: int
@@ -71,6 +151,7 @@ class SkipCacheLayer(DynamicLayer):
         Returns:
             All keys and values of the layer.
         """
+        self.settle()
         if index is not None or self.index is not None:
             if index is None:
                 index = torch.arange(self.seen, self.seen + tokens, device=keys.device).expand(len(keys), -1)
@@ -88,6 +169,7 @@ class SkipCacheLayer(DynamicLayer):
 
     def pass_over(self, tokens: int) -> None:
         """Count tokens that leave nothing in this layer."""
+        self.settle()
         if self.index is None:
             held = self.seen
             self.index = torch.arange(held)[None] if held else torch.zeros(1, 0, dtype=torch.long)
@@ -95,6 +177,7 @@ class SkipCacheLayer(DynamicLayer):
 
     def slots(self, batch: int, device: torch.device) -> Int[Tensor, "{batch} slots"]:
         """The sequence index of every slot."""
+        self.settle()
         if self.index is None:
             return torch.arange(self.seen, device=device).expand(batch, -1)
         return self.index.to(device).expand(batch, -1)
@@ -105,12 +188,14 @@ class SkipCacheLayer(DynamicLayer):
 
     def reset(self) -> None:
         """Forget everything."""
+        self._owed = []
         super().reset()
         self.index, self.seen, self.decided, self.learned = None, 0, None, False
         self._room_for_keys = self._room_for_values = None
 
     def crop(self, tokens_to_remove: int) -> None:
         """Forget the last `-tokens_to_remove` tokens of every row; the argument is zero or negative."""
+        self.settle()
         if tokens_to_remove > 0:
             raise ValueError(f"`tokens_to_remove`: got {tokens_to_remove}, expected zero or a negative number.")
         self.seen = max(0, self.seen + tokens_to_remove)
@@ -130,6 +215,7 @@ class SkipCacheLayer(DynamicLayer):
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat every row `repeats` times."""
+        self.settle()
         if self.is_initialized:
             self.keys = self.keys.repeat_interleave(repeats, dim=0)
             self.values = self.values.repeat_interleave(repeats, dim=0)
@@ -140,6 +226,7 @@ class SkipCacheLayer(DynamicLayer):
 
     def batch_select_indices(self, indices: Int[Tensor, " rows"]) -> None:
         """Keep only the rows `indices`."""
+        self.settle()
         if self.is_initialized:
             here = indices.to(self.keys.device)
             self.keys, self.values = self.keys[here], self.values[here]

@@ -4,6 +4,7 @@ A `Call` travels with the keyword arguments of a forward call. Nothing is kept o
 threads and gradient checkpointing (which replays a layer with the same arguments) cannot mix calls up.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, Literal, NamedTuple, Protocol
@@ -13,41 +14,29 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from .attention import Layout
 from .cache import SkipCache, SkipCacheLayer
 from .config import Granularity, KVPolicy, Unit
 from .errors import InputError
 from .gates import TokenGate
 from .modality import MODALITIES
+from .stretch import Decision, Return, Stretch
 
 Mode = Literal["masked", "gathered", "dense"]
+Route = Literal["packed", "whole"]
 KWARG = "skipit_call"
 DENSE: Mode = "dense"  # what stands in the place of a `Call` where every layer runs for every token
 
 
-class Decision(NamedTuple):
-    """What a policy decides about the tokens of one layer.
+class Policy(Protocol):
+    """Decides, at a decision point, which tokens run the layers up to the next. Causal: a token's own past only.
 
-    Attributes:
-        run: True where the token runs the layer.
-        probability: fp32 with gradient, for straight-through training; None for fixed decisions.
+    A policy that does not follow the router's decision points has an attribute `decide_at`, as `RouterConfig` has.
     """
 
-    run: Bool[Tensor, "batch seq"]
-    probability: Float[Tensor, "batch seq"] | None = None
-
-    def straight_through(self) -> Float[Tensor, "batch seq"] | None:
-        """1 where a token runs, 0 where it skips, with the probability's gradient; None where there is no gradient."""
-        if self.probability is None or not (torch.is_grad_enabled() and self.probability.requires_grad):
-            return None
-        return self.run + (self.probability - self.probability.detach())
-
-
-class Policy(Protocol):
-    """Decides, before a layer runs, which tokens run it. Deterministic, and causal: a token's own past only."""
-
-    def decide(self, layer: int, hidden: Float[Tensor, "batch seq dim"], call: "Call", gate: TokenGate) -> Decision:
-        """Decide for the states that enter `layer`."""
+    def decide(
+        self, layers: range, hidden: Float[Tensor, "batch seq dim"], call: "Call", gates: Sequence[TokenGate]
+    ) -> Decision:
+        """Decide for `layers`, stacked, from the states that enter the first of them; `gates` are theirs."""
         ...
 
 
@@ -83,11 +72,10 @@ class Step:
         past: tokens per row already in the cache, padding counted.
         kv: what became of the keys and values of skipped tokens.
         unit: what they skipped.
-        decisions: by layer index; the first one counts when gradient checkpointing replays a layer.
+        decisions: by layer index.
         layers: of the model; those without a decision were left out by the model itself, and no token ran them. 0
             stands for as many as have one.
         images: what cross-attention layers attend to.
-        detached: layers decided without the gradients that the call has: reentrant checkpointing runs them so at first.
     """
 
     modality: Int[Tensor, "batch seq"]
@@ -98,7 +86,6 @@ class Step:
     decisions: dict[int, Decision] = field(default_factory=dict)
     layers: int = 0
     images: ImageStates = NO_IMAGES
-    detached: bool = False
 
     @property
     def run(self) -> Bool[Tensor, "layers batch seq"]:
@@ -107,16 +94,7 @@ class Step:
 
     @property
     def probability(self) -> Float[Tensor, "layers batch seq"]:
-        """The gates' run probabilities, fp32 with gradient; a fixed decision counts as 0 or 1.
-
-        Raises:
-            InputError: a gradient is wanted, and reentrant checkpointing has left none.
-        """
-        if self.detached and torch.is_grad_enabled():
-            raise InputError(
-                "the gates' probabilities have no gradient under reentrant gradient checkpointing. Use "
-                'gradient_checkpointing_kwargs={"use_reentrant": False}, or read them under `torch.no_grad()`.'
-            )
+        """The gates' run probabilities, fp32 with gradient; a fixed decision counts as 0 or 1."""
         every = [d.run.float() if d.probability is None else d.probability for d in self._ordered()]
         return torch.stack([probability.to(self.real.device) for probability in every])
 
@@ -156,49 +134,105 @@ class Call:
 
     Attributes:
         policy: decides which token runs which layer.
+        points: layers at which it does.
+        gates: of all layers.
         kv: what becomes of the keys and values of skipped tokens.
         unit: what a token skips.
         granularity: who decides.
         mode: `masked` computes every token and discards; `gathered` computes only the tokens that run.
+        route: by which gathered execution runs a layer under `retain`; None is the faster one.
         modality: 0 text, 1 vision.
         real: False at padding.
         prompt: the tokens that decide for their row under `sequence`.
-        position: how many real tokens of the row come before; the same however it is padded.
+        seen: where there is padding or was, False at it, for all tokens so far.
         past: tokens per row already in the cache, padding counted.
-        tokens: how many are real, over all rows.
         cache: of keys and values, and of what a prompt has decided; or None.
         step: where decisions are recorded, or None.
         learning: whether it was made with gradients.
     """
 
     policy: Policy
+    points: tuple[int, ...]
+    gates: Sequence[TokenGate]
     kv: KVPolicy
     unit: Unit
     granularity: Granularity
     mode: Mode
+    route: Route | None
     modality: Int[Tensor, "batch seq"]
     real: Bool[Tensor, "batch seq"]
     prompt: Bool[Tensor, "batch seq"]
-    position: Int[Tensor, "batch seq"]
+    seen: Bool[Tensor, "batch all"] | None
     past: int
-    tokens: int
     cache: SkipCache | None
     step: Step | None
     learning: bool
-
-    def to(self, device: torch.device) -> "Call":
-        """The call with its tensors on a device: the layers of a model may be spread over several."""
-        if self.real.device == device:
-            return self
-        moved = {name: getattr(self, name).to(device) for name in ("modality", "real", "prompt", "position")}
-        return replace(self, **moved)
+    _stretches: dict[int, Stretch] = field(default_factory=dict)
 
     @cached_property
-    def padded(self) -> Layout | None:
-        """Where the real tokens are, the same for every layer; None where there is no padding."""
-        return Layout.of(self.real) if self.tokens < self.real.numel() else None
+    def position(self) -> Int[Tensor, "batch seq"]:
+        """How many real tokens of the row come before each; the same however it is padded."""
+        length = self.real.shape[1]
+        if self.seen is None:
+            return torch.arange(self.past, self.past + length, device=self.real.device).expand(len(self.real), -1)
+        return self.seen.cumsum(-1)[:, -length:] - 1
 
-    def pooled(self, layer: int, logits: Float[Tensor, "batch seq"]) -> Float[Tensor, "batch seq"]:
+    def stretch(self, layer: int) -> Stretch:
+        """The stretch of layers that a layer was decided in, with who runs it."""
+        return self._stretches[layer]
+
+    def decision(self, layer: int) -> Decision:
+        """Which tokens run a layer."""
+        stretch = self._stretches[layer]
+        return stretch.decision.of(layer - stretch.first)
+
+    def decide(self, layer: int, hidden: Float[Tensor, "batch seq dim"], replayed: bool) -> Float[Tensor, "batch seq dim"]:
+        """Decide for the layers from here to the next decision point, unless that has been done.
+
+        A decision point that the model leaves out, as Mllama does without images, is made up for by the next layer: the
+        states are the same.
+
+        Args:
+            layer: that is about to run.
+            hidden: what enters it.
+            replayed: whether reentrant checkpointing will run the layer again, for its gradients.
+
+        Returns:
+            What enters the layer.
+
+        Raises:
+            InputError: gates learn, and are run without gradients.
+        """
+        if layer in self._stretches:
+            return hidden
+        layers = range(layer, next((point for point in self.points if point > layer), len(self.gates)))
+        call = self if self.real.device == hidden.device else self._on(hidden.device)
+        decision = self.policy.decide(layers, hidden, call, self.gates[layers.start : layers.stop])
+        probability = decision.probability
+        if self.step is not None:
+            self.step.decisions |= {one: decision.of(place) for place, one in enumerate(layers)}
+        if self.learning and not torch.is_grad_enabled() and self._learns(layers):
+            raise InputError(
+                "gates get no gradient from checkpoints around decoder layers that are reentrant. Use the model's own "
+                '`gradient_checkpointing_enable()`, or checkpoints with use_reentrant=False.'
+            )
+        if replayed and probability is not None and probability.requires_grad:
+            copy = probability.detach().requires_grad_()
+            hidden, decision = Return.apply(hidden, probability, copy), Decision(decision.run, copy)
+        stretch = Stretch(layer, decision, call.real)
+        self._stretches.update(dict.fromkeys(layers, stretch))
+        return hidden
+
+    def _learns(self, layers: range) -> bool:
+        return any(p.requires_grad for gate in self.gates[layers.start : layers.stop] for p in gate.parameters())
+
+    def _on(self, device: torch.device) -> "Call":
+        moved = {name: getattr(self, name).to(device) for name in ("modality", "real", "prompt")}
+        return replace(self, **moved, seen=None if self.seen is None else self.seen.to(device))
+
+    def pooled(
+        self, layers: range, logits: Float[Tensor, "layers batch seq"]
+    ) -> Float[Tensor, "layers batch seq"]:
         """Logits of every token replaced by their mean over the prompt's tokens of row and modality.
 
         What a prompt has decided is kept in the cache and holds for the tokens after it. A token of a modality that no
@@ -206,11 +240,15 @@ class Call:
         """
         chosen = F.one_hot(self.modality, len(MODALITIES)) * self.prompt[..., None]
         count = chosen.sum(1)
-        means, known = (logits[..., None] * chosen).sum(1) / count.clamp(min=1), count > 0
+        means = (logits[..., None] * chosen).sum(2) / count.clamp(min=1)
+        known = (count > 0).expand_as(means)
         if self.cache is not None:
-            held = self.cache.layers[layer]
-            if held.decided is not None and self.past > 0:  # of earlier calls; gradient checkpointing replays this one
-                earlier = ~held.decided.isnan()
-                means, known = torch.where(earlier, held.decided, means), known | earlier
-            held.decided = means.masked_fill(~known, torch.nan)
-        return torch.where(known.gather(1, self.modality), means.gather(1, self.modality), logits)
+            held = self.cache.layers[layers.start : layers.stop]
+            if self.past > 0:  # what earlier calls have decided
+                new = torch.full_like(means[0], torch.nan)
+                decided = torch.stack([new if layer.decided is None else layer.decided.to(new) for layer in held])
+                means, known = torch.where(decided.isnan(), means, decided), known | ~decided.isnan()
+            for layer, values in zip(held, means.masked_fill(~known, torch.nan), strict=True):
+                layer.decided = values
+        modality = self.modality.expand(len(layers), -1, -1)
+        return torch.where(known.gather(2, modality), means.gather(2, modality), logits)

@@ -5,7 +5,9 @@ family does to its keys, positions or norms needs no code of ours.
 
 - `masked` computes every token and discards what it computed where a token skips: every module runs on every rank,
   which is what training needs.
-- `gathered` packs the tokens that run side by side, computes those alone, and puts them back among the others.
+- `gathered` packs the tokens that run side by side, computes those alone, and puts them back among the others. Under
+  `retain`, where keys and values of all tokens are needed anyway, `whole` is often faster: attention for every token,
+  and only the MLP packed.
 - `dense` is what both are when every token runs.
 
 The law is that masked and gathered give the same, to rounding: the states of the tokens that run, `skipped` for the
@@ -14,7 +16,8 @@ masked execution marks a skipped token's as absent where gathered execution neve
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -24,11 +27,12 @@ from torch.utils._pytree import tree_map_only
 
 from .attention import LAYOUT_KWARG, Layout, visible_keys
 from .cache import ImageCacheLayer, KeysAndValues, SkipCacheLayer
-from .call import Call, Decision
+from .call import Call, Route
 from .errors import UnsupportedModelError
 from .eviction import KEY_WEIGHT_KWARG, KeyWeights
 from .projections import only
 from .stand_ins import HeldImages, Marked, Packed, Ready, capture
+from .stretch import Decision, Stretch
 
 Forward = Callable[..., Any]
 States = Float[Tensor, "batch seq dim"]
@@ -39,21 +43,38 @@ class Execution:
     """What running a module for some tokens takes, beside the module and what enters it.
 
     Attributes:
-        decision: which tokens run.
+        layer: its index.
+        stretch: of layers, in which it was decided.
         call: of the model.
         store: where the layer's keys and values are kept, or None.
         of_images: whether the layer's keys and values come from images.
     """
 
-    decision: Decision
+    layer: int
+    stretch: Stretch
     call: Call
     store: SkipCacheLayer | None
     of_images: bool
 
+    @cached_property
+    def decision(self) -> Decision:
+        """Which tokens run."""
+        return self.stretch.decision.of(self.layer - self.stretch.first)
+
+    @property
+    def count(self) -> int:
+        """How many real tokens run."""
+        return self.stretch.count(self.layer)
+
+    @property
+    def everyone(self) -> bool:
+        """Whether all real tokens run."""
+        return self.count == self.stretch.tokens
+
     @property
     def layout(self) -> Layout:
         """Where the real tokens that run belong."""
-        return Layout.of(self.decision.run & self.call.real)
+        return self.stretch.layout(self.layer)
 
 
 def execute(forward: Forward, hidden: States, skipped: States, execution: Execution, kwargs: dict[str, Any]) -> Any:
@@ -80,11 +101,11 @@ def execute_tokenwise(forward: Forward, hidden: States, skipped: States, executi
     """Run a module that works token by token for some tokens; see `execute`."""
     if execution.call.mode == "masked":
         return _select(skipped, forward(hidden), execution.decision)
-    layout = execution.layout
-    if len(layout.rows) == execution.call.tokens:
+    if execution.everyone:
         return forward(hidden)
-    if len(layout.rows) == 0:
+    if execution.count == 0:
         return skipped
+    layout = execution.layout
     return _unpack(skipped, forward(layout.pack(hidden)), layout)
 
 
@@ -104,7 +125,7 @@ def masked(forward: Forward, hidden: States, skipped: States, execution: Executi
     """
     decision, call, store = execution.decision, execution.call, execution.store
     run, weight = decision.run, decision.straight_through()
-    if call.kv == "retain" or execution.of_images or (weight is None and bool((run | ~call.real).all())):
+    if call.kv == "retain" or execution.of_images or (weight is None and execution.everyone):
         return _select(skipped, dense(forward, hidden, execution, kwargs), decision)
     if weight is not None:
         mask = kwargs.get("attention_mask")
@@ -126,36 +147,48 @@ def masked(forward: Forward, hidden: States, skipped: States, execution: Executi
 
 def gathered(forward: Forward, hidden: States, skipped: States, execution: Execution, kwargs: dict[str, Any]) -> Any:
     """Run a module for the tokens that run alone, packed; under `retain` keys and values are made for all."""
-    call, store, layout = execution.call, execution.store, execution.layout
-    tokens, device = hidden.shape[1], hidden.device
-    if len(layout.rows) == call.tokens:
+    if execution.everyone:
         return dense(forward, hidden, execution, kwargs)
+    call, store = execution.call, execution.store
+    (batch, tokens), device = hidden.shape[:2], hidden.device
+    if execution.count == 0 and (call.kv == "evict" or (store is not None and store.owes(capture, forward, hidden, kwargs))):
+        if call.kv == "evict" and store is not None:
+            store.pass_over(tokens)
+        return skipped
+    layout = execution.layout
     query = layout.index(call.past)
     if call.kv == "retain":
-        keys, values = _keys_and_values(forward, hidden, call, kwargs)
-        key = torch.arange(call.past, call.past + tokens, device=device).expand(layout.batch, -1)
+        keys, values = _keys_and_values(forward, hidden, execution.stretch.padded, kwargs)
+        key = torch.arange(call.past, call.past + tokens, device=device).expand(batch, -1)
         if store is not None:
             keys, values = store.append(keys, values, None, tokens)
-            key = store.slots(layout.batch, device)
+            key = store.slots(batch, device)
         held: Any = Ready(keys, values)
         wanted = only("queries")
     else:
-        key = query if store is None else torch.cat([store.slots(layout.batch, device), query], dim=1)
-        if len(layout.rows) == 0 and store is not None:
-            store.pass_over(tokens)
+        key = query if store is None else torch.cat([store.slots(batch, device), query], dim=1)
         held = Packed(store, layout, call.past, tokens)
         wanted = only("everything")
-    if len(layout.rows) == 0:
+    if execution.count == 0:
         return skipped
     full = kwargs.get("attention_mask")
-    if call.kv == "retain" and full is None and layout.batch == 1 and (store is None or store.index is None):
-        layout = layout.with_spans(call.past)
+    if call.kv == "retain" and full is None and batch == 1 and (store is None or store.index is None):
+        layout = replace(layout, spans=execution.stretch.spans(execution.layer, call.past))
     packed = _pack(kwargs, layout) | {"past_key_values": held, LAYOUT_KWARG: layout}
-    plain = call.kv == "evict" and full is None and layout.batch == 1 and call.past == 0
+    plain = call.kv == "evict" and full is None and batch == 1 and call.past == 0
     packed["attention_mask"] = None if plain else visible_keys(full, query, key, call.past)
     with wanted:
         output = forward(layout.pack(hidden), **packed)
     return _unpack(skipped, output, layout)
+
+
+def whole(forward: Forward, hidden: States, execution: Execution, kwargs: dict[str, Any]) -> Any:
+    """Run a layer with its attention for every token and its MLP for those that run: under `retain`, the same result.
+
+    What the layer makes of a token that skips is thrown away, so it does not matter what its MLP gave for it.
+    """
+    output = dense(forward, hidden, execution, kwargs)
+    return with_states(output, torch.where(execution.decision.run[..., None], states_of(output), hidden))
 
 
 def gathered_over_images(
@@ -166,10 +199,9 @@ def gathered_over_images(
     Keys and values come from the images whatever the tokens do, so both K/V policies mean the same: they are made and
     kept once, also when no token of this call runs the module; a later one may.
     """
-    layout = execution.layout
     name = "cross_attention_mask" if "cross_attention_mask" in kwargs else "attention_mask"
     mask, rows = kwargs.get(name), kwargs.get("full_text_row_masked_out_mask")
-    if len(layout.rows) == execution.call.tokens:
+    if execution.everyone:
         return forward(hidden, **kwargs)
     if mask is None:  # what a token then sees is the attention function's choice, and depends on its place in the call
         output = forward(hidden, **kwargs)
@@ -178,13 +210,28 @@ def gathered_over_images(
     if kwargs.get("cross_attention_states") is not None:
         nothing = {**kwargs, name: None, "full_text_row_masked_out_mask": None}
         store.update(*capture(forward, hidden[:, :0], nothing))
-    if len(layout.rows) == 0:
+    if execution.count == 0:
         return skipped
+    layout = execution.layout
     packed = _pack(kwargs, layout) | {"past_key_values": HeldImages(store), LAYOUT_KWARG: layout}
     packed |= {"cross_attention_states": None, name: layout.to_rows(layout.pack(mask.transpose(0, 1)))}
     if rows is not None:
         packed["full_text_row_masked_out_mask"] = layout.pack(rows.transpose(0, 1))
     return _unpack(skipped, forward(layout.pack(hidden), **packed), layout)
+
+
+def route(packs_mlp: bool, execution: Execution) -> Route:
+    """By which of the ways that give the same a layer runs.
+
+    Args:
+        packs_mlp: whether the layer's MLP can be packed by itself.
+        execution: of the layer.
+    """
+    call = execution.call
+    some = call.mode == "gathered" and call.kv == "retain" and 0 < execution.count < execution.stretch.tokens
+    if not some or not packs_mlp or execution.of_images:
+        return "packed"
+    return call.route or "whole"
 
 
 def states_of(output: Any) -> States:
@@ -222,9 +269,10 @@ def _pack(kwargs: dict[str, Any], layout: Layout) -> dict[str, Any]:
     return packed
 
 
-def _keys_and_values(forward: Forward, hidden: States, call: Call, kwargs: dict[str, Any]) -> KeysAndValues:
-    """Keys and values of all tokens, without attention or MLP; zeros at padding."""
-    layout = call.padded
+def _keys_and_values(
+    forward: Forward, hidden: States, layout: Layout | None, kwargs: dict[str, Any]
+) -> KeysAndValues:
+    """Keys and values of all tokens, without attention or MLP; zeros at padding, where `layout` leaves some out."""
     if layout is None:
         return capture(forward, hidden, {**kwargs, "attention_mask": None})
     packed = _pack(kwargs, layout) | {"attention_mask": None}

@@ -18,7 +18,7 @@ from .cache import SkipCache
 from .call import KWARG, Call, Mode, image_states
 from .config import Unit
 from .errors import InputError, UnsupportedModelError
-from .execute import Execution, dense, execute, execute_tokenwise, states_of
+from .execute import Execution, dense, execute, execute_tokenwise, route, states_of, whole
 from .gates import TokenGate
 from .subclass import Mixin, mix_in, own_class, take_out
 
@@ -38,6 +38,14 @@ class GatedLayer(Mixin, _Module):
     layer_gate: TokenGate
     skipit_index: int
     skipit_attends_to_images: bool
+    skipit_packs_mlp: bool
+
+    def __call__(self, hidden_states: Float[Tensor, "batch seq dim"], *args: Any, **kwargs: Any) -> Any:
+        """Decide, at a decision point, and run the layer; outside what gradient checkpointing runs a second time."""
+        call = kwargs.get(KWARG)
+        if isinstance(call, Call):
+            hidden_states = call.decide(self.skipit_index, hidden_states, _replayed(self))
+        return super().__call__(hidden_states, *args, **kwargs)
 
     def forward(self, hidden_states: Float[Tensor, "batch seq dim"], *args: Any, **kwargs: Any) -> Any:
         """Run the layer for the tokens that the call's policy chooses; the whole layer in a dense run."""
@@ -50,25 +58,35 @@ class GatedLayer(Mixin, _Module):
             )
         if isinstance(call, str):
             return super().forward(hidden_states, **kwargs)
-        call = call.to(hidden_states.device)
-        decision = call.policy.decide(self.skipit_index, hidden_states, call, self.layer_gate)
         held: SkipCache | None = kwargs.get("past_key_values")
         store = held.layers[self.skipit_index] if held is not None else None
-        if call.step is not None:
-            call.step.decisions.setdefault(self.skipit_index, decision)
-            call.step.detached |= call.learning and not torch.is_grad_enabled()
-            if self.skipit_attends_to_images:
-                call.step.images = image_states(kwargs, len(hidden_states), store)
-        execution = Execution(decision, call, store, self.skipit_attends_to_images)
+        if call.step is not None and self.skipit_attends_to_images:
+            call.step.images = image_states(kwargs, len(hidden_states), store)
+        stretch = call.stretch(self.skipit_index).to(hidden_states.device)
+        execution = Execution(self.skipit_index, stretch, call, store, self.skipit_attends_to_images)
         if call.unit == "block":
-            output = execute(super().forward, hidden_states, hidden_states, execution, kwargs)
+            if route(self.skipit_packs_mlp, execution) == "whole":
+                with _inside(execution):
+                    output = whole(super().forward, hidden_states, execution, kwargs)
+            else:
+                output = execute(super().forward, hidden_states, hidden_states, execution, kwargs)
         else:
             _check_parts(self, call.unit)
+            if store is not None:
+                store.settle()  # by the layer as it is when nothing inside it is left out
             with _inside(execution):
                 output = super().forward(hidden_states, **kwargs)
-        if call.mode == "gathered" and decision.straight_through() is not None:
+        if call.mode == "gathered" and execution.decision.straight_through() is not None:
             states_of(output).requires_grad_().register_hook(_refuse_gradient)
         return output
+
+
+def _replayed(layer: Any) -> bool:
+    """Whether transformers will run a layer a second time by reentrant checkpointing, for its gradients."""
+    if not (getattr(layer, "gradient_checkpointing", False) and layer.training and torch.is_grad_enabled()):
+        return False
+    how = getattr(layer._gradient_checkpointing_func, "keywords", {})
+    return bool(how.get("use_reentrant", True))
 
 
 def _refuse_gradient(gradient: Float[Tensor, "batch seq dim"]) -> None:
@@ -86,6 +104,8 @@ class GatedAttention(Mixin, _Module):
         execution = _outer.get()
         if execution is None:
             return super().forward(*args, **kwargs)
+        if execution.call.unit == "block":  # in which attention is for all tokens, and the MLP is not
+            return super().forward(*args, **kwargs)
         kwargs = _named(own_class(type(self)), 0, args, kwargs)
         hidden = kwargs.pop("hidden_states")
         if execution.call.unit == "attention":
@@ -100,13 +120,13 @@ class GatedMLP(Mixin, _Module):
     def forward(self, hidden: Float[Tensor, "batch seq dim"], *args: Any, **kwargs: Any) -> Any:
         """Run the MLP for the tokens that its layer chose, when that is what they skip; others get zeros."""
         execution = _outer.get()
-        if execution is None or execution.call.unit != "mlp" or args or kwargs:
+        if execution is None or execution.call.unit == "attention" or args or kwargs:
             return super().forward(hidden, *args, **kwargs)
         return execute_tokenwise(super().forward, hidden, torch.zeros_like(hidden), execution)
 
 
-def mix_in_parts(layer: nn.Module) -> None:
-    """Let a layer's attention and MLP be skipped by themselves, where it is clear which is which."""
+def mix_in_parts(layer: nn.Module) -> bool:
+    """Let a layer's attention and MLP be skipped by themselves, where it is clear which is which; whether it is."""
     attention = [child for child in layer.children() if hasattr(child, "head_dim") and hasattr(child, "config")]
     others = [
         child
@@ -116,6 +136,8 @@ def mix_in_parts(layer: nn.Module) -> None:
     if len(attention) == 1 and len(others) == 1:
         mix_in(attention[0], GatedAttention)
         mix_in(others[0], GatedMLP)
+        return True
+    return False
 
 
 def take_out_parts(layer: nn.Module) -> None:

@@ -46,5 +46,7 @@ def token_modality(
             "cannot tell text from vision tokens: got `inputs_embeds` without `input_ids` or `mm_token_type_ids`. "
             "Pass `input_ids`, or, to a model that takes them, `mm_token_type_ids` [batch, seq] (0 text, 1 vision)."
         )
-    ids = torch.tensor(vision_token_ids(config), device=input_ids.device, dtype=input_ids.dtype)
-    return torch.isin(input_ids, ids).long()
+    vision = torch.zeros_like(input_ids, dtype=torch.bool)
+    for placeholder in vision_token_ids(config):
+        vision |= input_ids == placeholder
+    return vision.long()

@@ -21,8 +21,8 @@ from torch import Tensor, nn
 
 from .attention import use_packed
 from .cache import SkipCache, check_complete, take_over
-from .call import DENSE, KWARG, Call, Mode, Policy, Step, Trace
-from .config import Granularity, KVPolicy, RouterConfig, Unit, check_choice
+from .call import DENSE, KWARG, Call, Mode, Policy, Route, Step, Trace
+from .config import Granularity, KVPolicy, RouterConfig, Unit, check_choice, decision_points
 from .errors import InputError, UnsupportedModelError
 from .modality import token_modality
 from .policies import Gated
@@ -36,13 +36,14 @@ class _Running:
     kv: KVPolicy | None = None
     unit: Unit | None = None
     granularity: Granularity | None = None
+    route: Route | None = None
     prompt: Bool[Tensor, "batch seq"] | None = None
     prompt_length: int | None = None  # which `generate` knows: tokens per row, padding counted
     guided: bool = False  # `generate` also runs another prompt, without conditions
     trace: Trace | None = None
 
     def __post_init__(self) -> None:
-        for name, kind in (("mode", Mode), ("kv", KVPolicy), ("unit", Unit), ("granularity", Granularity)):
+        for name, kind in (("mode", Mode), ("kv", KVPolicy), ("unit", Unit), ("granularity", Granularity), ("route", Route)):
             if getattr(self, name) is not None:
                 check_choice(name, getattr(self, name), kind)
 
@@ -61,7 +62,8 @@ def running(**options: Any) -> Iterator[None]:
     Args:
         **options: `policy` (instead of the gates), `budget` (a calibrated operating point), `mode` ("masked",
             "gathered", or "dense": as if nothing were attached), `kv` ("retain", "evict"), `unit` ("block",
-            "attention", "mlp"), `granularity` ("token", "sequence"), `prompt` (bool [batch, seq]: where answers are
+            "attention", "mlp"), `granularity` ("token", "sequence"), `route` ("packed", "whole": by which of two ways with
+            the same result gathered execution runs a layer under `retain`), `prompt` (bool [batch, seq]: where answers are
             part of the input, as in training, the tokens that may decide for their row), `trace` (a `Trace` that
             receives every step).
 
@@ -171,25 +173,28 @@ class Router:
         if cache is not None:
             kwargs = {**kwargs, "past_key_values": cache}
         past = cache.get_seq_length() if cache is not None else 0
-        modality, real, position = self._tokens(model, kwargs, past)
+        modality, real, seen = self._tokens(model, kwargs, past)
         kv, unit = options.kv or self.config.kv, options.unit or self.config.unit
         granularity = options.granularity or self.config.granularity
         step = None
         if options.trace is not None:
             step = Step(modality, real, past, kv, unit, layers=self.num_layers)
             options.trace.steps.append(step)
+        policy = options.policy or Gated(self.config.threshold_at(options.budget))
         call = Call(
-            policy=options.policy or Gated(self.config.threshold_at(options.budget)),
+            policy=policy,
+            points=decision_points(getattr(policy, "decide_at", self.config.decide_at), self.num_layers),
+            gates=[layer.layer_gate for layer in self.layers],  # type: ignore[misc]
             kv=kv,
             unit=unit,
             granularity=granularity,
             mode=mode,
+            route=options.route,
             modality=modality,
             real=real,
             prompt=_deciding(real, past, options, kwargs) if granularity == "sequence" else real,
-            position=position,
+            seen=seen,
             past=past,
-            tokens=int(real.sum()),
             cache=cache,
             step=step,
             learning=torch.is_grad_enabled(),
@@ -208,8 +213,8 @@ class Router:
     @staticmethod
     def _tokens(
         model: nn.Module, kwargs: dict[str, Any], past: int
-    ) -> tuple[Int[Tensor, "batch seq"], Bool[Tensor, "batch seq"], Int[Tensor, "batch seq"]]:
-        """The modality of the call's tokens, which are real, and their positions."""
+    ) -> tuple[Int[Tensor, "batch seq"], Bool[Tensor, "batch seq"], Bool[Tensor, "batch all"] | None]:
+        """The modality of the call's tokens, which of them are real, and which of all tokens so far, if that was said."""
         ids, embeds = kwargs.get("input_ids"), kwargs.get("inputs_embeds")
         like = ids if ids is not None else embeds
         if like is None:
@@ -219,12 +224,8 @@ class Router:
         mask = kwargs.get("attention_mask")
         if isinstance(mask, Tensor) and mask.dim() == 2:
             seen = mask.bool().to(modality.device)
-            position = seen.cumsum(-1)[:, -length:] - 1
-            real = seen[:, -length:]
-        else:
-            real = torch.ones(batch, length, dtype=torch.bool, device=modality.device)
-            position = torch.arange(past, past + length, device=modality.device).expand(batch, -1)
-        return modality, real, position
+            return modality, seen[:, -length:], seen
+        return modality, torch.ones(batch, length, dtype=torch.bool, device=modality.device), None
 
 
 def _check_adapters(layers: Iterable[nn.Module]) -> None:

@@ -13,8 +13,10 @@ from tiny_models import PATTERNS, logits, same
 from torch import Tensor, nn
 
 from skipit.router import (
+    Decision,
     FixedUnits,
     InputError,
+    LayerByLayer,
     RouterConfig,
     RouterConfigError,
     SkipCache,
@@ -342,10 +344,8 @@ class TestLongPrompts:
         assert torch.equal(logits(model, batch), logits(model, batch, mode="dense"))  # transformers refuses nothing
         table = torch.rand(LAYERS, 1, 700, generator=generator) > skipped / 4
 
-        class Table:
-            def decide(self, layer: int, hidden: Tensor, call: Any, gate: Any) -> Any:
-                from skipit.router import Decision
-
+        class Table(LayerByLayer):
+            def decide_layer(self, layer: int, hidden: Tensor, call: Any, gate: Any) -> Any:
                 return Decision(table[layer][:, call.past : call.past + hidden.shape[1]])
 
         for unit_ in ("block", unit):

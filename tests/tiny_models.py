@@ -8,7 +8,7 @@ import torch
 from families import IMAGE, LAYERS, PAD, ROWS, WIDTH, build, inputs
 from torch import Tensor
 
-from skipit.router import Decision, FixedUnits, Gated, Policy, running, set_gates
+from skipit.router import Decision, FixedUnits, Gated, LayerByLayer, Policy, running, set_gates
 from skipit.router.call import Call
 from skipit.router.gates import TokenGate
 
@@ -32,12 +32,12 @@ FAMILIES = ("llava", "qwen2.5-vl", "gemma3")
 
 
 @dataclass(frozen=True)
-class TokenTable:
+class TokenTable(LayerByLayer):
     """Whether a token runs depends on the layer, its place among the row's tokens and its modality; on no gate."""
 
     run: Tensor  # bool [layers, places, modalities]
 
-    def decide(self, layer: int, hidden: Tensor, call: Call, gate: TokenGate) -> Decision:
+    def decide_layer(self, layer: int, hidden: Tensor, call: Call, gate: TokenGate) -> Decision:
         return Decision(self.run[layer, call.position.clamp(min=0) % self.run.shape[1], call.modality])
 
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from skipit.router import Decision, Gated, find_router, running
 from skipit.router.call import Call
-from skipit.router.gates import TokenGate
+from skipit.router.gates import TokenGate, logits_of
 from skipit.theory.cost import CostModel, trace_compute
 from skipit.theory.risk import certify, check_rows
 
@@ -79,10 +79,11 @@ class _Recorder:
     def __init__(self) -> None:
         self.logits: list[Tensor] = []
 
-    def decide(self, layer: int, hidden: Tensor, call: Call, gate: TokenGate) -> Decision:
+    def decide(self, layers: range, hidden: Tensor, call: Call, gates: Sequence[TokenGate]) -> Decision:
         """Run everything."""
-        self.logits.append(gate(hidden, call.modality)[call.real].float().cpu())
-        return Decision(torch.ones_like(call.real))
+        logits = logits_of(gates, hidden, call.modality)
+        self.logits.append(logits[:, call.real].flatten().cpu())
+        return Decision(call.real.new_ones(logits.shape))
 
 
 @torch.no_grad()

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from skipit.eval.measure.latency import Subject, run_once, time_models
-from skipit.router import Decision, FixedUnits, Trace, attach, running
+from skipit.router import Decision, FixedUnits, LayerByLayer, Trace, attach, running
 from skipit.router.call import Call
 from skipit.router.config import KVPolicy
 from skipit.router.folders import provenance, save_json
@@ -36,7 +36,7 @@ TEXT_TOKENS = 64
 
 
 @dataclass(frozen=True)
-class EvenShare:
+class EvenShare(LayerByLayer):
     """Runs a share of the tokens of every layer, spread evenly and differently in each layer.
 
     Attributes:
@@ -47,7 +47,7 @@ class EvenShare:
     share: float
     by_row: bool = False
 
-    def decide(self, layer: int, hidden: Tensor, call: Call, gate: TokenGate) -> Decision:
+    def decide_layer(self, layer: int, hidden: Tensor, call: Call, gate: TokenGate) -> Decision:
         """Run where a low-discrepancy sequence over (token or row, layer) lies below the share."""
         rows = torch.arange(len(hidden), device=hidden.device)[:, None]
         place = rows.expand_as(call.position) if self.by_row else call.position + 7 * rows

@@ -29,12 +29,12 @@ def test_layout_round_trip(chosen: Tensor) -> None:
     assert torch.equal(packed[0], tokens[chosen])
     assert layout.width == int(chosen.sum(1).max())
 
-    heads = torch.randn(1, 2, len(layout.rows), 5)
+    heads = torch.randn(1, 2, len(layout.places), 5)
     rows = layout.to_rows(heads)
     assert rows.shape == (batch, 2, layout.width, 5)
     for row in range(batch):
         count = int(chosen[row].sum())
-        assert torch.equal(rows[row, :, :count], heads[0, :, layout.rows == row])
+        assert torch.equal(rows[row, :, :count], heads[0, :, layout.places // seq == row])
         assert not rows[row, :, count:].any()
     assert torch.equal(layout.from_rows(rows.transpose(1, 2)), heads.transpose(1, 2))
 

@@ -9,7 +9,7 @@ from families import LAYERS, ROWS, build, inputs
 from tiny_models import PATTERNS, logits, same
 from torch import Tensor
 
-from skipit.router import Decision, RouterConfig, SkipCache, Trace, attach, running
+from skipit.router import Decision, LayerByLayer, RouterConfig, SkipCache, Trace, attach, running
 from skipit.router.cache import ImageCacheLayer
 
 IMAGES = 1  # the index of the layer that attends to images
@@ -19,12 +19,12 @@ EVERY_MODE = pytest.mark.parametrize("mode", ["masked", "gathered"])
 
 
 @dataclass(frozen=True)
-class Late:
+class Late(LayerByLayer):
     """Tokens skip the layer that attends to images, until one place in the row; all others run all the time."""
 
     first: int
 
-    def decide(self, layer: int, hidden: Tensor, call: Any, gate: Any) -> Decision:
+    def decide_layer(self, layer: int, hidden: Tensor, call: Any, gate: Any) -> Decision:
         return Decision((call.position >= self.first) | (layer != IMAGES))
 
 

@@ -69,8 +69,8 @@ def test_threshold_is_strict() -> None:
     gate = TokenGate(4, 0)
     x, modality = torch.randn(1, 3, 4), torch.zeros(1, 3, dtype=torch.long)
     call = type("Call", (), {"modality": modality, "granularity": "token", "step": object()})()
-    assert Gated(TokenGate.OPEN - 1e-3).decide(0, x, call, gate).run.all()
-    decision = Gated(TokenGate.OPEN).decide(0, x, call, gate)
+    assert Gated(TokenGate.OPEN - 1e-3).decide(range(1), x, call, [gate]).run.all()
+    decision = Gated(TokenGate.OPEN).decide(range(1), x, call, [gate])
     assert not decision.run.any()
     assert (decision.probability == 0.5).all()
 
@@ -80,8 +80,8 @@ def test_fixed_units() -> None:
     modality = torch.tensor([[0, 1, 1, 0]])
     call = type("Call", (), {"modality": modality})()
     for layer, expected in enumerate(([True, False, False, True], [False, True, True, False])):
-        decision = FixedUnits(run).decide(layer, torch.randn(1, 4, 2), call, TokenGate(2, layer))
-        assert decision.run.tolist() == [expected]
+        decision = FixedUnits(run).decide(range(layer, layer + 1), torch.randn(1, 4, 2), call, [])
+        assert decision.run.tolist() == [[expected]]
         assert decision.probability is None
 
 

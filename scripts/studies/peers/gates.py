@@ -76,7 +76,7 @@ def _scale(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: A
         return output
     hidden = args[0] if args else kwargs["hidden_states"]
     states = states_of(output)
-    run = policy.decide(module.skipit_index, hidden, call, module.layer_gate).run
+    run = policy.decide_layer(module.skipit_index, hidden, call, module.layer_gate).run
     weight = pmod_weight(module.layer_gate(hidden, call.modality))[..., None].to(hidden.dtype)
     scaled = torch.where(run[..., None], hidden + weight * (states - hidden), weight * hidden)
     return with_states(output, torch.where((call.modality == VISION)[..., None], scaled, states))
@@ -152,7 +152,7 @@ def _weigh(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     if not isinstance(call, Call):  # a dense run
         return
     hidden = args[0] if args else kwargs["hidden_states"]
-    run = unwatched(call.policy).decide(module.skipit_index, hidden, call, module.layer_gate).run
+    run = call.decision(module.skipit_index).run
     _weight.set((torch.sigmoid(module.layer_gate(hidden, call.modality)), Layout.of(run & call.real)))
 
 
@@ -172,7 +172,7 @@ def _adapt(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: A
     hidden = args[0] if args else kwargs["hidden_states"]
     weight, layout = held
     run = torch.zeros_like(weight, dtype=torch.bool)
-    run[layout.rows, layout.columns] = True
+    run.view(-1)[layout.places] = True
     other = hidden + (1 - weight)[..., None].to(hidden.dtype) * module.layer_gate.adapt(hidden)
     return with_states(output, torch.where(run[..., None], states_of(output), other))
 

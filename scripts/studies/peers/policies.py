@@ -3,14 +3,15 @@
 None keeps state on a module. What one layer finds out for later ones is kept with the call.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from skipit.router import VISION, Decision, SkipItError, gated_layers
+from skipit.router import VISION, Decision, LayerByLayer, SkipItError, gated_layers
 from skipit.router.attention import OBSERVER_KWARG
 from skipit.router.call import KWARG, Call, Policy
 from skipit.router.gates import TokenGate
@@ -19,7 +20,7 @@ _MASS = "vision_attention"  # where FastV keeps what its layer saw, among the at
 
 
 @dataclass(frozen=True)
-class UnitRates:
+class UnitRates(LayerByLayer):
     """Units that run for a share of their tokens: `rate` [layers, modalities], 0 none, 1 all; else Bernoulli.
 
     The draw of a token is a hash of its place in the row, the layer and the seed: the same in a batch, padded, cached,
@@ -29,7 +30,7 @@ class UnitRates:
     rate: Tensor
     seed: int = 0
 
-    def decide(self, layer: int, hidden: Tensor, call: Call, gate: TokenGate) -> Decision:
+    def decide_layer(self, layer: int, hidden: Tensor, call: Call, gate: TokenGate) -> Decision:
         """Run where the token's draw lies below its unit's rate."""
         return Decision(self.runs(layer, call.position, call.modality))
 
@@ -48,12 +49,12 @@ def uniform(position: Tensor, layer: int, seed: int) -> Tensor:
 
 
 @dataclass(frozen=True)
-class FixedMask:
+class FixedMask(LayerByLayer):
     """What one call runs, written down: `run` bool [layers, batch, seq]. For a whole input without a cache."""
 
     run: Tensor
 
-    def decide(self, layer: int, hidden: Tensor, call: Call, gate: TokenGate) -> Decision:
+    def decide_layer(self, layer: int, hidden: Tensor, call: Call, gate: TokenGate) -> Decision:
         """Run where the mask says so."""
         return Decision(self.run[layer].to(hidden.device))
 
@@ -88,7 +89,7 @@ def top_vision(
 
 
 @dataclass(frozen=True)
-class FastV:
+class FastV(LayerByLayer):
     """After layer `layer`, the share `keep` of a row's vision tokens that its last prompt token attends to most.
 
     The rest leave, for all later layers: `kv="evict"`. The attention is what the layer itself computes, mean over
@@ -97,8 +98,9 @@ class FastV:
 
     layer: int
     keep: float
+    decide_at: ClassVar = None
 
-    def decide(self, layer: int, hidden: Tensor, call: Call, gate: TokenGate) -> Decision:
+    def decide_layer(self, layer: int, hidden: Tensor, call: Call, gate: TokenGate) -> Decision:
         """Run where a token is text or attended to."""
         vision = (call.modality == VISION) & call.real
         if layer <= self.layer or not bool(vision.any()):
@@ -155,12 +157,13 @@ def _observer(call: Call) -> Any:
 
 
 @dataclass(frozen=True)
-class TopVision:
+class TopVision(LayerByLayer):
     """p-MoD's choice: of each layer's vision tokens the share `keep` [layers] that its gate scores highest."""
 
     keep: Tensor
+    decide_at: ClassVar = None
 
-    def decide(self, layer: int, hidden: Tensor, call: Call, gate: TokenGate) -> Decision:
+    def decide_layer(self, layer: int, hidden: Tensor, call: Call, gate: TokenGate) -> Decision:
         """Run where a token is text or among the best."""
         vision = (call.modality == VISION) & call.real
         if not bool(vision.any()) or self.keep[layer] >= 1:
@@ -169,7 +172,7 @@ class TopVision:
 
 
 @dataclass(frozen=True)
-class SequenceRouter:
+class SequenceRouter(LayerByLayer):
     """Router-Tuning's choice: one decision per row and layer, from the mean over the row's real prompt tokens.
 
     g = 1[sigmoid(w . mean n(x) + b) > sigmoid(threshold)], straight-through; held for what is generated. Only the last
@@ -178,13 +181,15 @@ class SequenceRouter:
 
     layers: int
     threshold: float = 0.0
+    decide_at: ClassVar = None
 
-    def decide(self, layer: int, hidden: Tensor, call: Call, gate: TokenGate) -> Decision:
+    def decide_layer(self, layer: int, hidden: Tensor, call: Call, gate: TokenGate) -> Decision:
         """Run where the row's mean logit exceeds the threshold."""
         if not self.layers // 2 <= layer < self.layers - 1:
             return Decision(torch.ones_like(call.real))
         alike = torch.zeros_like(call.modality)  # one decision: the modalities share a gate, and are pooled together
-        logits = replace(call, modality=alike).pooled(layer, gate(hidden, alike)) - self.threshold
+        alone = range(layer, layer + 1)
+        logits = replace(call, modality=alike).pooled(alone, gate(hidden, alike)[None])[0] - self.threshold
         return Decision(logits > 0, torch.sigmoid(logits))
 
 
@@ -202,15 +207,19 @@ class Watched:
     seen: list[Tensor]
     soft: bool = False
 
-    def decide(self, layer: int, hidden: Tensor, call: Call, gate: TokenGate) -> Decision:
+    def decide(self, layers: range, hidden: Tensor, call: Call, gates: Sequence[TokenGate]) -> Decision:
         """Decide as the policy does."""
-        decision = self.policy.decide(layer, hidden, call, gate)
+        decision = self.policy.decide(layers, hidden, call, gates)
         if self.soft and decision.probability is not None:
-            self.seen.append(decision.probability)
+            self.seen += decision.probability
             return Decision(decision.run)
         weight = decision.straight_through()
-        self.seen.append(decision.run.float() if weight is None else weight)
+        self.seen += decision.run.float() if weight is None else weight
         return decision
+
+    def __getattr__(self, name: str) -> Any:
+        """What else the policy has: its decision points."""
+        return getattr(self.policy, name)
 
 
 def unwatched(policy: Policy) -> Policy:

@@ -13,7 +13,7 @@ from skipit.eval.measure.recorded import Recorded
 from skipit.eval.measure.runner import run_dataset
 from skipit.eval.metrics import agreement
 from skipit.eval.statistics import Resampling
-from skipit.router import Decision, attach, token_modality
+from skipit.router import Decision, LayerByLayer, attach, token_modality
 from skipit.theory.cost import CostModel
 from skipit.train.data.collate import Collator
 from skipit.train.data.sources import load_model
@@ -24,10 +24,10 @@ FEW = Resampling(resamples=200)
 SIZE = 12
 
 
-class VisionInLayers:
+class VisionInLayers(LayerByLayer):
     """Vision skips odd layers; patches of the grid's last cell skip even ones, too."""
 
-    def decide(self, layer: int, hidden: Tensor, call: Any, gate: Any) -> Decision:
+    def decide_layer(self, layer: int, hidden: Tensor, call: Any, gate: Any) -> Decision:
         place = call.modality.cumsum(-1) - 1  # of a vision token among the image's
         last = torch.from_numpy(cell_patches([8], 36)).to(place.device)[place.clamp(0, 35)]
         vision = call.modality.bool()

@@ -1,0 +1,148 @@
+"""What is decided at one decision point: for every layer up to the next point, which tokens run it.
+
+The device is asked once, how many; the places of all of them are then found for all layers together.
+"""
+
+from functools import cached_property
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from .attention import SPAN, Layout
+
+
+class Decision(NamedTuple):
+    """What a policy decides about the tokens of one layer, or of several, stacked.
+
+    Attributes:
+        run: True where the token runs the layer.
+        probability: fp32 with gradient, for straight-through training; None for fixed decisions.
+    """
+
+    run: Bool[Tensor, "*layers batch seq"]
+    probability: Float[Tensor, "*layers batch seq"] | None = None
+
+    def straight_through(self) -> Float[Tensor, "*layers batch seq"] | None:
+        """1 where a token runs, 0 where it skips, with the probability's gradient; None where there is no gradient."""
+        if self.probability is None or not (torch.is_grad_enabled() and self.probability.requires_grad):
+            return None
+        return self.run + (self.probability - self.probability.detach())
+
+    def of(self, layer: int) -> "Decision":
+        """That of one of several layers."""
+        return Decision(self.run[layer], None if self.probability is None else self.probability[layer])
+
+
+class Stretch:
+    """The layers from one decision point to the next, and who runs them.
+
+    Args:
+        first: the first layer.
+        decision: of all of them, stacked.
+        real: False at padding.
+
+    Attributes:
+        counts: of each layer, and last of the real tokens: how many tokens run, by row and by span of `SPAN` columns.
+        tokens: how many are real, over all rows.
+    """
+
+    def __init__(self, first: int, decision: Decision, real: Bool[Tensor, "batch seq"]) -> None:
+        self.first, self.decision = first, decision
+        # The real tokens stand below the layers, as if one more were run by all of them.
+        self._chosen = torch.cat([decision.run & real, real[None]])
+        missing = -real.shape[1] % SPAN if real.shape[1] > SPAN else 0
+        by_span = F.pad(self._chosen, (0, missing)) if missing else self._chosen
+        by_span = by_span.unflatten(-1, (-1, min(SPAN, by_span.shape[-1]))).sum(-1) if real.shape[1] else by_span.long()
+        self.counts: list[list[list[int]]] = by_span.tolist()  # the one time that the device is waited for
+        self.tokens = self.count(len(decision.run) + first)
+        self._elsewhere: dict[torch.device, Stretch] = {}
+
+    def count(self, layer: int) -> int:
+        """How many tokens run a layer, over all rows."""
+        return sum(map(sum, self.counts[layer - self.first]))
+
+    def layout(self, layer: int) -> Layout:
+        """Where the tokens that run a layer belong."""
+        return self._layout(layer - self.first)
+
+    @property
+    def padded(self) -> Layout | None:
+        """Where the real tokens are; None where there is no padding."""
+        return self._layout(-1) if self.tokens < self._chosen[0].numel() else None
+
+    def spans(self, layer: int, past: int) -> tuple[tuple[int, int, int], ...]:
+        """(first, end, keys) of runs of at least `SPAN` of a row's tokens that see the first `keys` keys at most."""
+        spans, begin, end = [], 0, 0
+        counts = self.counts[layer - self.first][0]
+        for number, count in enumerate(counts):
+            end += count
+            if end > begin and (end - begin >= SPAN or number + 1 == len(counts)):
+                seen = min((number + 1) * SPAN, self._chosen.shape[-1])
+                spans.append((begin, end, past + seen))
+                begin = end
+        if end > begin:  # the last columns are skipped
+            spans.append((begin, end, past + self._chosen.shape[-1]))
+        return tuple(spans)
+
+    def to(self, device: torch.device) -> "Stretch":
+        """The same on another device: the layers of a model may be spread over several."""
+        if self._chosen.device == device:
+            return self
+        if device not in self._elsewhere:
+            there = object.__new__(Stretch)
+            vars(there).update(vars(self))
+            vars(there).pop("_places", None)
+            there.decision = Decision(*(None if t is None else t.to(device) for t in self.decision))  # type: ignore[arg-type]
+            there._chosen, there._elsewhere = self._chosen.to(device), {}
+            self._elsewhere[device] = there
+        return self._elsewhere[device]
+
+    def _layout(self, at: int) -> Layout:
+        at %= len(self.counts)
+        before = self._totals[at]
+        some = slice(before, before + sum(map(sum, self.counts[at])))
+        _, batch, seq = self._chosen.shape
+        places, slots = self._places
+        width = max(map(sum, self.counts[at]), default=0)
+        return Layout(batch, seq, width, places[some], None if slots is None else slots[some])
+
+    @cached_property
+    def _totals(self) -> list[int]:
+        totals = [0]
+        for counts in self.counts:
+            totals.append(totals[-1] + sum(map(sum, counts)))
+        return totals
+
+    @cached_property
+    def _places(self) -> tuple[Int[Tensor, " tokens"], Int[Tensor, " tokens"] | None]:
+        """Of every token that runs, layer after layer: its place among all tokens, and in its row among those that run."""
+        chosen = self._chosen.flatten(1)
+        found = torch.nonzero_static(chosen, size=self._totals[-1])
+        places = found[:, 1].contiguous()
+        if self._chosen.shape[1] == 1:
+            return places, None
+        slots = (self._chosen.cumsum(-1) - 1).flatten()[found[:, 0] * chosen.shape[1] + places]
+        return places, slots
+
+
+class Return(torch.autograd.Function):
+    """Brings gradients of decisions back to them where layers are replayed by themselves (reentrant checkpointing).
+
+    A replay ends in a backward pass of its own, which must not run on into the gates. It ends at a copy of the
+    probabilities, and what has gathered there is handed on when the gradient of the states at the decision point
+    comes by, after that of all layers that were decided for.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, probability: Tensor, copy: Tensor) -> Tensor:
+        ctx.copy = copy
+        return hidden.view_as(hidden)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
+        gathered, ctx.copy.grad = ctx.copy.grad, None
+        return gradients[0], gathered, None
+
