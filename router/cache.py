@@ -113,11 +113,13 @@ class SkipCacheLayer(DynamicLayer):
         self.seen += hidden.shape[1]
         return True
 
-    @torch.no_grad()
     def settle(self) -> None:
         """Make the keys and values that are owed."""
-        if not self._owed:
-            return
+        if self._owed:  # which is asked much more often than not
+            self._settle()
+
+    @torch.no_grad()
+    def _settle(self) -> None:
         owed, self._owed = self._owed, []
         forward = owed[0].forward()
         if forward is None:

@@ -76,7 +76,7 @@ class GatedLayer(Mixin, _Module):
                 store.settle()  # by the layer as it is when nothing inside it is left out
             with _inside(execution):
                 output = super().forward(hidden_states, **kwargs)
-        if call.mode == "gathered" and execution.decision.straight_through() is not None:
+        if call.learning and call.mode == "gathered" and execution.decision.straight_through() is not None:
             states_of(output).requires_grad_().register_hook(_refuse_gradient)
         return output
 

@@ -45,7 +45,6 @@ class Stretch:
         real: False at padding.
 
     Attributes:
-        counts: of each layer, and last of the real tokens: how many tokens run, by row and by span of `SPAN` columns.
         tokens: how many are real, over all rows.
     """
 
@@ -56,13 +55,15 @@ class Stretch:
         missing = -real.shape[1] % SPAN if real.shape[1] > SPAN else 0
         by_span = F.pad(self._chosen, (0, missing)) if missing else self._chosen
         by_span = by_span.unflatten(-1, (-1, min(SPAN, by_span.shape[-1]))).sum(-1) if real.shape[1] else by_span.long()
-        self.counts: list[list[list[int]]] = by_span.tolist()  # the one time that the device is waited for
-        self.tokens = self.count(len(decision.run) + first)
+        # By layer, row and span of columns. This is the one time that the device is waited for.
+        self._counts: list[list[list[int]]] = by_span.tolist()
+        self._totals = [sum(map(sum, rows)) for rows in self._counts]
+        self.tokens = self._totals[-1]
         self._elsewhere: dict[torch.device, Stretch] = {}
 
     def count(self, layer: int) -> int:
         """How many tokens run a layer, over all rows."""
-        return sum(map(sum, self.counts[layer - self.first]))
+        return self._totals[layer - self.first]
 
     def layout(self, layer: int) -> Layout:
         """Where the tokens that run a layer belong."""
@@ -76,7 +77,7 @@ class Stretch:
     def spans(self, layer: int, past: int) -> tuple[tuple[int, int, int], ...]:
         """(first, end, keys) of runs of at least `SPAN` of a row's tokens that see the first `keys` keys at most."""
         spans, begin, end = [], 0, 0
-        counts = self.counts[layer - self.first][0]
+        counts = self._counts[layer - self.first][0]
         for number, count in enumerate(counts):
             end += count
             if end > begin and (end - begin >= SPAN or number + 1 == len(counts)):
@@ -101,31 +102,24 @@ class Stretch:
         return self._elsewhere[device]
 
     def _layout(self, at: int) -> Layout:
-        at %= len(self.counts)
-        before = self._totals[at]
-        some = slice(before, before + sum(map(sum, self.counts[at])))
+        at %= len(self._totals)
+        before = sum(self._totals[:at])
+        some = slice(before, before + self._totals[at])
         _, batch, seq = self._chosen.shape
-        places, slots = self._places
-        width = max(map(sum, self.counts[at]), default=0)
-        return Layout(batch, seq, width, places[some], None if slots is None else slots[some])
-
-    @cached_property
-    def _totals(self) -> list[int]:
-        totals = [0]
-        for counts in self.counts:
-            totals.append(totals[-1] + sum(map(sum, counts)))
-        return totals
+        places, ranks = self._places
+        width = max(map(sum, self._counts[at]), default=0)
+        return Layout(batch, seq, width, places[some], None if ranks is None else ranks[some])
 
     @cached_property
     def _places(self) -> tuple[Int[Tensor, " tokens"], Int[Tensor, " tokens"] | None]:
         """Of every token that runs, layer after layer: its place among all tokens, and in its row among those that run."""
         chosen = self._chosen.flatten(1)
-        found = torch.nonzero_static(chosen, size=self._totals[-1])
+        found = torch.nonzero_static(chosen, size=sum(self._totals))
         places = found[:, 1].contiguous()
         if self._chosen.shape[1] == 1:
             return places, None
-        slots = (self._chosen.cumsum(-1) - 1).flatten()[found[:, 0] * chosen.shape[1] + places]
-        return places, slots
+        ranks = (self._chosen.cumsum(-1) - 1).flatten()[found[:, 0] * chosen.shape[1] + places]
+        return places, ranks
 
 
 class Return(torch.autograd.Function):
