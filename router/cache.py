@@ -39,6 +39,11 @@ class _Room:
     memory: Float[Tensor, "batch heads room dim"]
     used: int
 
+    def ends(self, held: Float[Tensor, "batch heads slots dim"]) -> bool:
+        """Whether what is held is all that there is: not what was selected, repeated, moved, cropped or copied."""
+        same = self.memory.data_ptr() == held.data_ptr() and len(held) == len(self.memory)
+        return same and self.used == held.shape[-2]
+
 
 class _Owed(NamedTuple):
     """Keys and values that a call has not made: how, by whom, and from what."""
@@ -161,9 +166,9 @@ class SkipCacheLayer(DynamicLayer):
         self.seen += tokens
         if not self.is_initialized:
             self.lazy_initialization(keys, values)
-        self.keys, self._room_for_keys = _extend(self.keys, self._room_for_keys, keys)
-        self.values, self._room_for_values = _extend(self.values, self._room_for_values, values)
-        return self.keys, self.values
+        self._keys, self._room_for_keys = _extend(self._keys, self._room_for_keys, keys)
+        self._values, self._room_for_values = _extend(self._values, self._room_for_values, values)
+        return self._keys, self._values
 
     def update(self, key_states: Keys, value_states: Values, *args: Any, **kwargs: Any) -> KeysAndValues:
         """Add tokens all of which run; see `transformers.Cache`."""
@@ -259,18 +264,12 @@ def _extend(
     if slots == 0 or torch.is_grad_enabled():  # a backward pass may read what a later step would write over
         # Contiguous: kernels take a fifth longer over the transposed views that projections leave.
         return torch.cat([held, new], dim=-2) if slots else new.contiguous(), None
-    if room is None or not _ends(room, held) or slots + more > room.memory.shape[-2]:
+    if room is None or not room.ends(held) or slots + more > room.memory.shape[-2]:
         room = _Room(held.new_empty(*held.shape[:2], slots + more + SPARE, held.shape[-1]), slots)
-        room.memory[..., :slots, :] = held
-    room.memory[..., slots : slots + more, :] = new
+        room.memory.narrow(-2, 0, slots).copy_(held)
+    room.memory.narrow(-2, slots, more).copy_(new)
     room.used = slots + more
-    return room.memory[..., : slots + more, :], room
-
-
-def _ends(room: _Room, held: Float[Tensor, "batch heads slots dim"]) -> bool:
-    """Whether what is held is all that the room has: not what was selected, repeated, moved, cropped or copied."""
-    same = room.memory.data_ptr() == held.data_ptr() and room.memory.shape[:2] == held.shape[:2]
-    return same and room.used == held.shape[-2]
+    return room.memory.narrow(-2, 0, room.used), room
 
 
 class SkipCache(DynamicCache):

@@ -69,7 +69,7 @@ class Execution:
     @property
     def everyone(self) -> bool:
         """Whether all real tokens run."""
-        return self.count == self.stretch.tokens
+        return self.stretch.everyone(self.layer)
 
     @property
     def layout(self) -> Layout:
@@ -109,11 +109,12 @@ def execute_tokenwise(forward: Forward, hidden: States, skipped: States, executi
     return _unpack(skipped, forward(layout.pack(hidden)), layout)
 
 
-def dense(forward: Forward, hidden: States, execution: Execution, kwargs: dict[str, Any]) -> Any:
+def dense(
+    forward: Forward, hidden: States, store: SkipCacheLayer | None, past: int, kwargs: dict[str, Any]
+) -> Any:
     """Run a module for every token; only keys that earlier calls evicted may be missing."""
-    store = execution.store
     if store is not None and store.index is not None:
-        kwargs = {**kwargs, "attention_mask": _mask_over(hidden, store, kwargs, execution.call.past)}
+        kwargs = {**kwargs, "attention_mask": _mask_over(hidden, store, kwargs, past)}
     return forward(hidden, **kwargs)
 
 
@@ -126,7 +127,7 @@ def masked(forward: Forward, hidden: States, skipped: States, execution: Executi
     decision, call, store = execution.decision, execution.call, execution.store
     run, weight = decision.run, decision.straight_through()
     if call.kv == "retain" or execution.of_images or (weight is None and execution.everyone):
-        return _select(skipped, dense(forward, hidden, execution, kwargs), decision)
+        return _select(skipped, dense(forward, hidden, store, call.past, kwargs), decision)
     if weight is not None:
         mask = kwargs.get("attention_mask")
         if store is not None and store.learned:
@@ -148,7 +149,7 @@ def masked(forward: Forward, hidden: States, skipped: States, execution: Executi
 def gathered(forward: Forward, hidden: States, skipped: States, execution: Execution, kwargs: dict[str, Any]) -> Any:
     """Run a module for the tokens that run alone, packed; under `retain` keys and values are made for all."""
     if execution.everyone:
-        return dense(forward, hidden, execution, kwargs)
+        return dense(forward, hidden, execution.store, execution.call.past, kwargs)
     call, store = execution.call, execution.store
     (batch, tokens), device = hidden.shape[:2], hidden.device
     if execution.count == 0 and (call.kv == "evict" or (store is not None and store.owes(capture, forward, hidden, kwargs))):
@@ -187,7 +188,7 @@ def whole(forward: Forward, hidden: States, execution: Execution, kwargs: dict[s
 
     What the layer makes of a token that skips is thrown away, so it does not matter what its MLP gave for it.
     """
-    output = dense(forward, hidden, execution, kwargs)
+    output = dense(forward, hidden, execution.store, execution.call.past, kwargs)
     return with_states(output, torch.where(execution.decision.run[..., None], states_of(output), hidden))
 
 

@@ -1,6 +1,7 @@
 """The gate of one layer: a linear score per token, with weights of its own for each modality."""
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 
 import torch
 import torch.nn.functional as F
@@ -44,10 +45,11 @@ def logits_of(
     """Logits of gates that read the same states: one linear map, where nothing has to know that each gate is called."""
     if not all(type(gate) is TokenGate and not gate._forward_pre_hooks for gate in gates):
         return torch.stack([gate(hidden, modality).to(hidden.device) for gate in gates])
-    with torch.autocast(hidden.device.type, enabled=False):
-        weight, bias = (
-            torch.cat([getattr(gate, name).to(hidden.device) for gate in gates]).float() for name in ("weight", "bias")
-        )
+    device = hidden.device
+    weight = torch.cat([gate.weight.to(device) for gate in gates]).float()
+    bias = torch.cat([gate.bias.to(device) for gate in gates]).float()
+    # Entering the context takes longer than scoring a token.
+    with torch.autocast(device.type, enabled=False) if torch.is_autocast_enabled(device.type) else nullcontext():
         scores = F.linear(normalize(hidden), weight, bias).unflatten(-1, (len(gates), -1))
     chosen = modality[..., None, None].expand(*scores.shape[:-1], 1)
     return scores.gather(-1, chosen).squeeze(-1).permute(2, 0, 1)

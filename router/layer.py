@@ -60,9 +60,12 @@ class GatedLayer(Mixin, _Module):
             return super().forward(hidden_states, **kwargs)
         held: SkipCache | None = kwargs.get("past_key_values")
         store = held.layers[self.skipit_index] if held is not None else None
+        stretch = call.stretch(self.skipit_index)
         if call.step is not None and self.skipit_attends_to_images:
             call.step.images = image_states(kwargs, len(hidden_states), store)
-        stretch = call.stretch(self.skipit_index).to(hidden_states.device)
+        if call.mode == "gathered" and not call.learning and stretch.everyone(self.skipit_index):
+            return dense(super().forward, hidden_states, store, call.past, kwargs)
+        stretch = stretch.to(hidden_states.device)
         execution = Execution(self.skipit_index, stretch, call, store, self.skipit_attends_to_images)
         if call.unit == "block":
             if route(self.skipit_packs_mlp, execution) == "whole":
@@ -111,7 +114,7 @@ class GatedAttention(Mixin, _Module):
         if execution.call.unit == "attention":
             output = execute(super().forward, hidden, torch.zeros_like(hidden), execution, kwargs)
             return output if isinstance(output, tuple) else (output, None)  # nothing ran, so there are no weights
-        return dense(super().forward, hidden, execution, kwargs)
+        return dense(super().forward, hidden, execution.store, execution.call.past, kwargs)
 
 
 class GatedMLP(Mixin, _Module):

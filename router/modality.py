@@ -1,5 +1,6 @@
 """Which tokens are text and which are vision, read from the inputs and the model's own configuration."""
 
+from functools import reduce
 from typing import Any
 
 import torch
@@ -46,7 +47,7 @@ def token_modality(
             "cannot tell text from vision tokens: got `inputs_embeds` without `input_ids` or `mm_token_type_ids`. "
             "Pass `input_ids`, or, to a model that takes them, `mm_token_type_ids` [batch, seq] (0 text, 1 vision)."
         )
-    vision = torch.zeros_like(input_ids, dtype=torch.bool)
-    for placeholder in vision_token_ids(config):
-        vision |= input_ids == placeholder
-    return vision.long()
+    placeholders = vision_token_ids(config)
+    if not placeholders:
+        return torch.zeros_like(input_ids, dtype=torch.long)
+    return reduce(torch.logical_or, [input_ids == placeholder for placeholder in placeholders]).long()

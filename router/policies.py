@@ -26,11 +26,11 @@ class Gated:
         self, layers: range, hidden: Float[Tensor, "batch seq dim"], call: Call, gates: Sequence[TokenGate]
     ) -> Decision:
         """Run where a gate's logit exceeds the threshold."""
-        logits = logits_of(gates, hidden, call.modality) - self.threshold
+        logits = logits_of(gates, hidden, call.modality)
         if call.granularity == "sequence":
             logits = call.pooled(layers, logits)
         wanted = call.step is not None or logits.requires_grad  # for a trace, or to learn
-        return Decision(logits > 0, torch.sigmoid(logits) if wanted else None)
+        return Decision(logits > self.threshold, torch.sigmoid(logits - self.threshold) if wanted else None)
 
 
 class LayerByLayer:

@@ -184,7 +184,7 @@ class Router:
         call = Call(
             policy=policy,
             points=decision_points(getattr(policy, "decide_at", self.config.decide_at), self.num_layers),
-            gates=[layer.layer_gate for layer in self.layers],  # type: ignore[misc]
+            gates=[layer._modules["layer_gate"] for layer in self.layers],  # type: ignore[misc]
             kv=kv,
             unit=unit,
             granularity=granularity,

@@ -52,9 +52,10 @@ class Stretch:
         self.first, self.decision = first, decision
         # The real tokens stand below the layers, as if one more were run by all of them.
         self._chosen = torch.cat([decision.run & real, real[None]])
-        missing = -real.shape[1] % SPAN if real.shape[1] > SPAN else 0
-        by_span = F.pad(self._chosen, (0, missing)) if missing else self._chosen
-        by_span = by_span.unflatten(-1, (-1, min(SPAN, by_span.shape[-1]))).sum(-1) if real.shape[1] else by_span.long()
+        by_span = self._chosen
+        if real.shape[1] > 1:
+            span = min(SPAN, real.shape[1])
+            by_span = F.pad(by_span, (0, -real.shape[1] % span)).unflatten(-1, (-1, span)).sum(-1)
         # By layer, row and span of columns. This is the one time that the device is waited for.
         self._counts: list[list[list[int]]] = by_span.tolist()
         self._totals = [sum(map(sum, rows)) for rows in self._counts]
@@ -64,6 +65,10 @@ class Stretch:
     def count(self, layer: int) -> int:
         """How many tokens run a layer, over all rows."""
         return self._totals[layer - self.first]
+
+    def everyone(self, layer: int) -> bool:
+        """Whether all real tokens run a layer."""
+        return self._totals[layer - self.first] == self.tokens
 
     def layout(self, layer: int) -> Layout:
         """Where the tokens that run a layer belong."""
