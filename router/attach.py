@@ -11,10 +11,10 @@ from .decoder import find_decoder, image_layers, unsupported_reason
 from .errors import SkipItError, UnsupportedModelError
 from .gates import TokenGate
 from .generation import add_budget_argument, remove_budget_argument
-from .layer import GatedLayer, mix_in_parts, take_out_parts
-from .projections import unwrap_projections, wrap_projections
+from .layer import GatedLayer
 from .running import Router
 from .subclass import mix_in, take_out
+from .views import attention_and_mlp
 
 GATE = "layer_gate"  # a layer's gate among its submodules
 
@@ -56,12 +56,11 @@ def attach(model: nn.Module, config: RouterConfig | None = None) -> Router:
     hidden_size = decoder.config.hidden_size  # type: ignore[union-attr]
     of_images = image_layers(decoder.config)
     for index, layer in enumerate(layers):
+        layer.skipit_parts = attention_and_mlp(layer)  # type: ignore[assignment]
         layer.layer_gate = TokenGate(hidden_size, index).to(_device(layer))  # type: ignore[arg-type]
         layer.skipit_index = index  # type: ignore[assignment]
         layer.skipit_attends_to_images = index in of_images  # type: ignore[assignment]
-        layer.skipit_packs_mlp = mix_in_parts(layer)  # type: ignore[assignment]
         mix_in(layer, GatedLayer)
-        wrap_projections(layer)
     for attention_config in _attention_configs(decoder):
         attention_config._attn_implementation_internal = implementation
     router = Router(config, layers, of_images, _attention_configs(decoder))
@@ -80,10 +79,8 @@ def detach(model: nn.Module) -> None:
     top, router = find_router(model)
     _, decoder, layers = find_decoder(top, router.config.layers)
     for layer in layers:
-        unwrap_projections(layer)
-        take_out_parts(layer)
         take_out(layer)
-        del layer.layer_gate, layer.skipit_index, layer.skipit_attends_to_images, layer.skipit_packs_mlp
+        del layer.layer_gate, layer.skipit_index, layer.skipit_attends_to_images, layer.skipit_parts
     for attention_config in _attention_configs(decoder):
         name = attention_config._attn_implementation_internal
         attention_config._attn_implementation_internal = name.removeprefix(PREFIX)

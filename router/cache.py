@@ -11,11 +11,11 @@ are made, for all tokens at once, when somebody first looks; often nobody does.
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
-from weakref import WeakMethod
+from weakref import ref
 
 import torch
 from jaxtyping import Float, Int
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
@@ -25,6 +25,7 @@ from .errors import UnsupportedModelError
 Keys = Float[Tensor, "batch heads tokens head_dim"]
 Values = Float[Tensor, "batch heads tokens value_dim"]
 KeysAndValues = tuple[Float[Tensor, "rows heads slots head_dim"], Float[Tensor, "rows heads slots value_dim"]]
+WORTH_A_ROOM = 2**16  # numbers in the keys, or values, of a layer
 SPARE = 32  # tokens of room that a layer makes when it is extended: so many decoding steps without a copy
 
 
@@ -49,7 +50,7 @@ class _Owed(NamedTuple):
     """Keys and values that a call has not made: how, by whom, and from what."""
 
     make: Callable[..., KeysAndValues]
-    forward: WeakMethod[Callable[..., Any]]
+    module: ref[nn.Module]
     hidden: Float[Tensor, "batch tokens dim"]
     kwargs: dict[str, Any]
 
@@ -98,7 +99,7 @@ class SkipCacheLayer(DynamicLayer):
     def owes(
         self,
         make: Callable[..., KeysAndValues],
-        forward: Callable[..., Any],
+        module: nn.Module,
         hidden: Float[Tensor, "batch tokens dim"],
         kwargs: dict[str, Any],
     ) -> bool:
@@ -106,15 +107,15 @@ class SkipCacheLayer(DynamicLayer):
 
         Args:
             make: makes them, from the following three.
-            forward: of the layer, or of the attention inside it.
+            module: the layer, or the attention inside it.
             hidden: states of all tokens of a call, as they enter.
             kwargs: its other arguments.
         """
         later = torch.is_grad_enabled() or torch.is_autocast_enabled(hidden.device.type)
-        if later or "_hf_hook" in vars(forward.__self__):  # type: ignore[attr-defined]
+        if later or "_hf_hook" in vars(module):
             return False
         kept = {name: value for name, value in kwargs.items() if name not in ("past_key_values", "attention_mask")}
-        self._owed.append(_Owed(make, WeakMethod(forward), hidden, kept))
+        self._owed.append(_Owed(make, ref(module), hidden, kept))
         self.seen += hidden.shape[1]
         return True
 
@@ -126,8 +127,8 @@ class SkipCacheLayer(DynamicLayer):
     @torch.no_grad()
     def _settle(self) -> None:
         owed, self._owed = self._owed, []
-        forward = owed[0].forward()
-        if forward is None:
+        module = owed[0].module()
+        if module is None:
             raise UnsupportedModelError("`past_key_values`: the model that this cache belongs to is gone.")
         hidden, kwargs = torch.cat([one.hidden for one in owed], dim=1), dict(owed[0].kwargs)
         self.seen -= hidden.shape[1]
@@ -136,7 +137,7 @@ class SkipCacheLayer(DynamicLayer):
                 every = [one.kwargs.get(name) for one in owed]
                 if every[0] is not None:
                     kwargs[name] = tree_map(lambda *parts: torch.cat(parts, dim=dim), *every)  # noqa: B023
-        keys, values = owed[0].make(forward, hidden, {**kwargs, "attention_mask": None})
+        keys, values = owed[0].make(module, hidden, {**kwargs, "attention_mask": None})
         self.append(keys, values, None, hidden.shape[1])
 
     def __getstate__(self) -> dict[str, Any]:
@@ -261,7 +262,8 @@ def _extend(
         Both together, a view of the room; and the room.
     """
     slots, more = held.shape[-2] if held.dim() == 4 else 0, new.shape[-2]
-    if slots == 0 or torch.is_grad_enabled():  # a backward pass may read what a later step would write over
+    # A backward pass may read what a later step would write over; and a small copy takes less time than avoiding it.
+    if slots == 0 or torch.is_grad_enabled() or held.numel() < WORTH_A_ROOM:
         # Contiguous: kernels take a fifth longer over the transposed views that projections leave.
         return torch.cat([held, new], dim=-2) if slots else new.contiguous(), None
     if room is None or not room.ends(held) or slots + more > room.memory.shape[-2]:

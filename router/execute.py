@@ -1,6 +1,6 @@
 """Running a module for the tokens that a decision chooses: masked, gathered and dense, side by side.
 
-The module is a layer, or the attention or MLP inside one, and every function here calls its own `forward`: what a
+The module is a layer, or the attention or MLP inside one, and every function here runs its own code: what a
 family does to its keys, positions or norms needs no code of ours.
 
 - `masked` computes every token and discards what it computed where a token skips: every module runs on every rank,
@@ -15,14 +15,13 @@ others, and in the cache the same keys and values. Under `retain` those of all t
 masked execution marks a skipped token's as absent where gathered execution never makes them.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Shaped
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from .attention import LAYOUT_KWARG, Layout, visible_keys
@@ -30,11 +29,10 @@ from .cache import ImageCacheLayer, KeysAndValues, SkipCacheLayer
 from .call import Call, Route
 from .errors import UnsupportedModelError
 from .eviction import KEY_WEIGHT_KWARG, KeyWeights
-from .projections import only
 from .stand_ins import HeldImages, Marked, Packed, Ready, capture
 from .stretch import Decision, Stretch
+from .views import run, without
 
-Forward = Callable[..., Any]
 States = Float[Tensor, "batch seq dim"]
 
 
@@ -77,11 +75,11 @@ class Execution:
         return self.stretch.layout(self.layer)
 
 
-def execute(forward: Forward, hidden: States, skipped: States, execution: Execution, kwargs: dict[str, Any]) -> Any:
+def execute(module: nn.Module, hidden: States, skipped: States, execution: Execution, kwargs: dict[str, Any]) -> Any:
     """Run a module that has attention inside for some tokens.
 
     Args:
-        forward: the module's own.
+        module: a gated layer, or what stands inside one; or a view of it.
         hidden: states that enter it.
         skipped: what leaves it where a token skips.
         execution: the decision, and how it is carried out.
@@ -91,43 +89,43 @@ def execute(forward: Forward, hidden: States, skipped: States, execution: Execut
         What the module returns, with the states of all tokens.
     """
     if execution.call.mode == "masked":
-        return masked(forward, hidden, skipped, execution, kwargs)
+        return masked(module, hidden, skipped, execution, kwargs)
     if execution.of_images:
-        return gathered_over_images(forward, hidden, skipped, execution, kwargs)
-    return gathered(forward, hidden, skipped, execution, kwargs)
+        return gathered_over_images(module, hidden, skipped, execution, kwargs)
+    return gathered(module, hidden, skipped, execution, kwargs)
 
 
-def execute_tokenwise(forward: Forward, hidden: States, skipped: States, execution: Execution) -> Any:
+def execute_tokenwise(module: nn.Module, hidden: States, skipped: States, execution: Execution) -> Any:
     """Run a module that works token by token for some tokens; see `execute`."""
     if execution.call.mode == "masked":
-        return _select(skipped, forward(hidden), execution.decision)
+        return _select(skipped, module(hidden), execution.decision)
     if execution.everyone:
-        return forward(hidden)
+        return module(hidden)
     if execution.count == 0:
         return skipped
     layout = execution.layout
-    return _unpack(skipped, forward(layout.pack(hidden)), layout)
+    return _unpack(skipped, module(layout.pack(hidden)), layout)
 
 
 def dense(
-    forward: Forward, hidden: States, store: SkipCacheLayer | None, past: int, kwargs: dict[str, Any]
+    module: nn.Module, hidden: States, store: SkipCacheLayer | None, past: int, kwargs: dict[str, Any]
 ) -> Any:
     """Run a module for every token; only keys that earlier calls evicted may be missing."""
     if store is not None and store.index is not None:
         kwargs = {**kwargs, "attention_mask": _mask_over(hidden, store, kwargs, past)}
-    return forward(hidden, **kwargs)
+    return run(module, hidden, kwargs)
 
 
-def masked(forward: Forward, hidden: States, skipped: States, execution: Execution, kwargs: dict[str, Any]) -> Any:
+def masked(module: nn.Module, hidden: States, skipped: States, execution: Execution, kwargs: dict[str, Any]) -> Any:
     """Run a module for every token and select; under `evict` nobody but itself sees a token that skips.
 
     Raises:
         UnsupportedModelError: gates would have to learn through what an earlier call has cached.
     """
     decision, call, store = execution.decision, execution.call, execution.store
-    run, weight = decision.run, decision.straight_through()
+    runs, weight = decision.run, decision.straight_through()
     if call.kv == "retain" or execution.of_images or (weight is None and execution.everyone):
-        return _select(skipped, dense(forward, hidden, store, call.past, kwargs), decision)
+        return _select(skipped, dense(module, hidden, store, call.past, kwargs), decision)
     if weight is not None:
         mask = kwargs.get("attention_mask")
         if store is not None and store.learned:
@@ -137,39 +135,38 @@ def masked(forward: Forward, hidden: States, skipped: States, execution: Executi
             )
         if store is not None and store.seen:
             mask = _mask_over(hidden, store, kwargs, call.past)
-            weight = torch.cat([(store.slots(len(run), run.device) >= 0).to(weight), weight], dim=1)
+            weight = torch.cat([(store.slots(len(runs), runs.device) >= 0).to(weight), weight], dim=1)
         kwargs = {**kwargs, KEY_WEIGHT_KWARG: KeyWeights(mask, weight)}
-    kwargs = {**kwargs, "attention_mask": _mask_over(hidden, store, kwargs, call.past, run)}
+    kwargs = {**kwargs, "attention_mask": _mask_over(hidden, store, kwargs, call.past, runs)}
     if store is not None:
-        kwargs["past_key_values"] = Marked(store, call.past, run)
+        kwargs["past_key_values"] = Marked(store, call.past, runs)
         store.learned |= weight is not None
-    return _select(skipped, forward(hidden, **kwargs), decision)
+    return _select(skipped, run(module, hidden, kwargs), decision)
 
 
-def gathered(forward: Forward, hidden: States, skipped: States, execution: Execution, kwargs: dict[str, Any]) -> Any:
+def gathered(module: nn.Module, hidden: States, skipped: States, execution: Execution, kwargs: dict[str, Any]) -> Any:
     """Run a module for the tokens that run alone, packed; under `retain` keys and values are made for all."""
     if execution.everyone:
-        return dense(forward, hidden, execution.store, execution.call.past, kwargs)
+        return dense(module, hidden, execution.store, execution.call.past, kwargs)
     call, store = execution.call, execution.store
     (batch, tokens), device = hidden.shape[:2], hidden.device
-    if execution.count == 0 and (call.kv == "evict" or (store is not None and store.owes(capture, forward, hidden, kwargs))):
+    if execution.count == 0 and (call.kv == "evict" or (store is not None and store.owes(capture, module, hidden, kwargs))):
         if call.kv == "evict" and store is not None:
             store.pass_over(tokens)
         return skipped
     layout = execution.layout
     query = layout.index(call.past)
     if call.kv == "retain":
-        keys, values = _keys_and_values(forward, hidden, execution.stretch.padded, kwargs)
+        keys, values = _keys_and_values(module, hidden, execution.stretch.padded, kwargs)
         key = torch.arange(call.past, call.past + tokens, device=device).expand(batch, -1)
         if store is not None:
             keys, values = store.append(keys, values, None, tokens)
             key = store.slots(batch, device)
         held: Any = Ready(keys, values)
-        wanted = only("queries")
+        module = without(module, "k_proj", "v_proj")
     else:
         key = query if store is None else torch.cat([store.slots(batch, device), query], dim=1)
         held = Packed(store, layout, call.past, tokens)
-        wanted = only("everything")
     if execution.count == 0:
         return skipped
     full = kwargs.get("attention_mask")
@@ -178,22 +175,20 @@ def gathered(forward: Forward, hidden: States, skipped: States, execution: Execu
     packed = _pack(kwargs, layout) | {"past_key_values": held, LAYOUT_KWARG: layout}
     plain = call.kv == "evict" and full is None and batch == 1 and call.past == 0
     packed["attention_mask"] = None if plain else visible_keys(full, query, key, call.past)
-    with wanted:
-        output = forward(layout.pack(hidden), **packed)
-    return _unpack(skipped, output, layout)
+    return _unpack(skipped, run(module, layout.pack(hidden), packed), layout)
 
 
-def whole(forward: Forward, hidden: States, execution: Execution, kwargs: dict[str, Any]) -> Any:
+def whole(module: nn.Module, hidden: States, execution: Execution, kwargs: dict[str, Any]) -> Any:
     """Run a layer with its attention for every token and its MLP for those that run: under `retain`, the same result.
 
     What the layer makes of a token that skips is thrown away, so it does not matter what its MLP gave for it.
     """
-    output = dense(forward, hidden, execution.store, execution.call.past, kwargs)
+    output = dense(module, hidden, execution.store, execution.call.past, kwargs)
     return with_states(output, torch.where(execution.decision.run[..., None], states_of(output), hidden))
 
 
 def gathered_over_images(
-    forward: Forward, hidden: States, skipped: States, execution: Execution, kwargs: dict[str, Any]
+    module: nn.Module, hidden: States, skipped: States, execution: Execution, kwargs: dict[str, Any]
 ) -> Any:
     """Run a module that attends to images, which are not in the sequence, for the tokens that run alone.
 
@@ -203,14 +198,14 @@ def gathered_over_images(
     name = "cross_attention_mask" if "cross_attention_mask" in kwargs else "attention_mask"
     mask, rows = kwargs.get(name), kwargs.get("full_text_row_masked_out_mask")
     if execution.everyone:
-        return forward(hidden, **kwargs)
+        return run(module, hidden, kwargs)
     if mask is None:  # what a token then sees is the attention function's choice, and depends on its place in the call
-        output = forward(hidden, **kwargs)
+        output = run(module, hidden, kwargs)
         return with_states(output, torch.where(execution.decision.run[..., None], states_of(output), skipped))
     store = ImageCacheLayer() if execution.store is None else execution.store
     if kwargs.get("cross_attention_states") is not None:
         nothing = {**kwargs, name: None, "full_text_row_masked_out_mask": None}
-        store.update(*capture(forward, hidden[:, :0], nothing))
+        store.update(*capture(module, hidden[:, :0], nothing))
     if execution.count == 0:
         return skipped
     layout = execution.layout
@@ -218,7 +213,7 @@ def gathered_over_images(
     packed |= {"cross_attention_states": None, name: layout.to_rows(layout.pack(mask.transpose(0, 1)))}
     if rows is not None:
         packed["full_text_row_masked_out_mask"] = layout.pack(rows.transpose(0, 1))
-    return _unpack(skipped, forward(layout.pack(hidden), **packed), layout)
+    return _unpack(skipped, run(module, layout.pack(hidden), packed), layout)
 
 
 def route(packs_mlp: bool, execution: Execution) -> Route:
@@ -271,13 +266,13 @@ def _pack(kwargs: dict[str, Any], layout: Layout) -> dict[str, Any]:
 
 
 def _keys_and_values(
-    forward: Forward, hidden: States, layout: Layout | None, kwargs: dict[str, Any]
+    module: nn.Module, hidden: States, layout: Layout | None, kwargs: dict[str, Any]
 ) -> KeysAndValues:
     """Keys and values of all tokens, without attention or MLP; zeros at padding, where `layout` leaves some out."""
     if layout is None:
-        return capture(forward, hidden, {**kwargs, "attention_mask": None})
+        return capture(module, hidden, {**kwargs, "attention_mask": None})
     packed = _pack(kwargs, layout) | {"attention_mask": None}
-    keys, values = capture(forward, layout.pack(hidden), packed)
+    keys, values = capture(module, layout.pack(hidden), packed)
     return layout.to_columns(keys, hidden.shape[1]), layout.to_columns(values, hidden.shape[1])
 
 

@@ -5,17 +5,16 @@ answers in the cache's place can take them, have them ready, or put them into ro
 """
 
 from collections import defaultdict
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from jaxtyping import Bool, Float
-from torch import Tensor
+from torch import Tensor, nn
 
 from .attention import Layout
 from .cache import Keys, KeysAndValues, SkipCacheLayer, Values
 from .errors import UnsupportedModelError
-from .projections import only
+from .views import run, without
 
 
 class _Captured(Exception):
@@ -34,7 +33,7 @@ class _Capture:
 
 
 def capture(
-    forward: Callable[..., Any], hidden: Float[Tensor, "batch seq dim"], kwargs: dict[str, Any]
+    module: nn.Module, hidden: Float[Tensor, "batch seq dim"], kwargs: dict[str, Any]
 ) -> KeysAndValues:
     """The keys and values that a module is about to store, without its attention or MLP.
 
@@ -44,13 +43,11 @@ def capture(
         UnsupportedModelError: it never does.
     """
     try:
-        with only("keys and values"):
-            forward(hidden, **{**kwargs, "past_key_values": _Capture()})
+        run(without(module, "q_proj"), hidden, {**kwargs, "past_key_values": _Capture()})
     except _Captured as captured:
         return captured.keys, captured.values
-    owner = type(forward.__self__).__name__  # type: ignore[attr-defined]
     raise UnsupportedModelError(
-        f"`{owner}` does not store its keys and values through `past_key_values.update`, so `retain` cannot have them "
+        f"`{type(module).__name__}` does not store its keys and values through `past_key_values.update`, so `retain` cannot have them "
         "without the rest of it. Use kv='evict'."
     )
 

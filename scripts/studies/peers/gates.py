@@ -14,7 +14,6 @@ from skipit.router.attention import Layout
 from skipit.router.call import KWARG, Call
 from skipit.router.execute import states_of, with_states
 from skipit.router.gates import TokenGate
-from skipit.router.layer import GatedMLP
 
 from .policies import TopVision, unwatched
 
@@ -136,12 +135,12 @@ def scale_by_router(model: nn.Module) -> list[Any]:
     """
     handles: list[Any] = []
     for layer in gated_layers(model):
-        parts = [child for child in layer.children() if isinstance(child, GatedMLP)]
-        if len(parts) != 1:
+        if layer.skipit_parts is None:
             raise UnsupportedModelError(f"`{type(layer).__name__}` has no one MLP to be scaled.")
+        mlp = layer.get_submodule(layer.skipit_parts[1])
         handles += [
             layer.register_forward_pre_hook(_weigh, with_kwargs=True),
-            parts[0].register_forward_hook(_scale_mlp),
+            mlp.register_forward_hook(_scale_mlp),
             layer.register_forward_hook(_adapt, with_kwargs=True, always_call=True),
         ]
     return handles
