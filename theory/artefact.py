@@ -176,13 +176,13 @@ def _load(folder: Path, kind: str, keys: tuple[str, ...]) -> tuple[dict[str, Any
         raise CheckpointError(f"{folder} is not a {kind}: it has no {path.name}.")
     values = load_json(path)
     oldest, newest = OLDEST[kind], VERSIONS[kind]
-    if (version := values.get("version")) not in range(oldest, newest + 1):
+    if values.get("version") not in range(oldest, newest + 1):
         read = newest if oldest == newest else f"{oldest} to {newest}"
         raise CheckpointError(
-            f"{path}: got version {version!r}, this skipit reads {read}: another version of skipit wrote it. "
-            f"{AGAIN[kind]}"
+            f"{path}: got version {values.get('version')!r}, this skipit reads {read}: another version of "
+            f"skipit wrote it. {AGAIN[kind]}"
         )
-    if version < newest:
+    if values["version"] < newest:
         values = {"decide_at": None, **values}
     if missing := [key for key in keys if key not in values]:
         raise CheckpointError(f"{path}: no {', '.join(missing)}; the file is incomplete.")

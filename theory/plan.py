@@ -6,7 +6,7 @@ gives logit P(run) = (D - lambda c) / T; T -> 0 is the greedy rule by damage per
 over decades, so the gate predicts log D from the state and runs where it exceeds log(lambda c).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
@@ -49,6 +49,18 @@ class Plan:
     run_rate: Tensor
     about: dict[str, Any] = field(default_factory=dict)
     decide_at: tuple[int, ...] | None = None
+
+
+def points_text(decide_at: Sequence[int] | None) -> str:
+    """Decision points in words.
+
+    Example:
+        >>> points_text((0,)), points_text((0, 1, 2)), points_text(None)
+        ('layer 0', 'layers 0, 1, 2', 'each layer')
+    """
+    if decide_at is None:
+        return "each layer"
+    return f"layer{'s' if len(decide_at) > 1 else ''} {', '.join(map(str, decide_at))}"
 
 
 def check_budget(budget: float) -> float:
