@@ -71,13 +71,11 @@ class Decide(Study):
     def signals(self) -> list[list[tuple[dict[KVPolicy, Tensor], Tensor]]]:
         """Per batch of held-out rows and layer: what the profile would have regressed there."""
         model, found = self.gated, []
-        _, decoder, layers = find_decoder(model)
-        count = len(layers)
+        _, _, layers = find_decoder(model)
+        count, width = len(layers), model.config.text_config.hidden_size
         with running(mode="dense"), frozen(model):
             for number, batch in enumerate(self.held_out):
-                sums = _Signals(
-                    count, int(decoder.config.hidden_size), torch.device("cpu"), groups(range(count), count)
-                )  # type: ignore[union-attr, arg-type]
+                sums = _Signals(count, width, torch.device("cpu"), groups(range(count), count))
                 sums.kept = []
                 BatchMeasurement(model, layers, frozenset(), Draws(DRAWS, 1.0, self.seed), sums).add(number, batch)
                 found.append(sums.kept)

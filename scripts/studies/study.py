@@ -140,7 +140,8 @@ class Study:
     @cached_property
     def profile(self) -> Profile:
         """The theory's measurements, made once."""
-        rows, options = self.rows("train", self.profiled), {"seed": self.seed, "decide_at": self.decide_at}
+        rows = self.rows("train", self.profiled)
+        options: dict[str, Any] = {"seed": self.seed, "decide_at": self.decide_at}
         if self.out is None:
             return profile_model(*self.dense, rows, **options)
         settings = {**options, "profiled": self.profiled, "kinds": self.kinds}
