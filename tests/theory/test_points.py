@@ -11,7 +11,7 @@ import torch
 from tiny_models import IMAGE, LAYERS, ROWS, build, labelled
 from torch import Tensor
 
-from skipit.router import CheckpointError, RouterConfig, RouterConfigError
+from skipit.router import CheckpointError, RouterConfig, RouterConfigError, Trace, running
 from skipit.router.config import KVPolicy
 from skipit.router.gates import normalize
 from skipit.theory.artefact import load_plan, load_profile, profile_tables, save_plan, save_profile
@@ -21,6 +21,7 @@ from skipit.theory.profile import Profile, profile
 from skipit.theory.profile_sums import POLICIES, ProfileSums
 from skipit.theory.ridge import RidgeSums
 from skipit.theory.states import recorded
+from skipit.train.gating import attach_plan
 
 DATA = Path(__file__).parent / "data"
 BATCHES = [labelled("llava", seed=s) for s in range(2)]
@@ -100,6 +101,22 @@ def test_plans_carry_the_points_of_their_profile(measured: Profile, kv: KVPolicy
     for number, plan in enumerate((*(make_plan(measured, 0.5, kv, init) for init in ("theory", "run")), span)):
         save_plan(plan, tmp_path / str(number))
         assert plan.decide_at == load_plan(tmp_path / str(number)).decide_at == POINTS
+
+
+def test_gates_of_a_plan_read_what_they_were_fitted_on(measured: Profile) -> None:
+    """The state that enters their point: the dense one at the first, and what skips have left at the next."""
+    model, plan = build("llava"), make_plan(measured, 0.5)
+    attach_plan(model, plan)
+    batch = {name: value for name, value in BATCHES[0].items() if name != "labels"}
+    trace, kinds = Trace(), (batch["input_ids"] == IMAGE).long()
+    with torch.no_grad(), running(trace=trace), recorded(model.get_decoder().layers) as runs:
+        model(**batch, use_cache=False)
+    real = batch["attention_mask"].bool()
+    assert not trace.steps[0].run[:2].all()
+    for layer, found in enumerate(trace.steps[0].probability):
+        states = normalize(runs[max(p for p in POINTS if p <= layer)].entered)
+        logits = (states @ plan.weight[layer].T + plan.bias[layer]).gather(-1, kinds[..., None])[..., 0]
+        torch.testing.assert_close(found[real], logits.sigmoid()[real], atol=1e-5, rtol=1e-4)
 
 
 def test_points_on_disk(measured: Profile, tmp_path: Path) -> None:
