@@ -23,7 +23,7 @@ from skipit.eval.measure.runner import Outcome, answerable, right_answer, run_da
 from skipit.eval.report.sweeps import load_baselines, load_transfer
 from skipit.eval.report.whole import report
 from skipit.eval.statistics import paired_difference
-from skipit.router import find_router
+from skipit.router import RouterConfig, find_router
 from skipit.router.checkpoint import GATES_FILE, ROUTER_FILE
 from skipit.router.errors import CheckpointError
 from skipit.router.folders import load_json, new_directory, provenance, save_json
@@ -31,6 +31,7 @@ from skipit.theory.artefact import load_profile, profile_tables
 from skipit.theory.cost import CostModel
 from skipit.theory.identity import fingerprint
 from skipit.theory.partial import digest
+from skipit.theory.plan import points_text
 from skipit.theory.profile import Profile
 from skipit.train.adapter import load, load_with_dense
 from skipit.train.card import ADAPTER_CONFIG, EVALUATION, checkpoint_record
@@ -159,7 +160,8 @@ def evaluate(request: Request, out: Path, overwrite: bool = False, resume: bool 
         )
     values, pictures = _values(bench, result)
     values["held_out"] = held.to_json()
-    made = {"eval": made_now(request.seed), "checkpoint": made_checkpoint(request.checkpoint, "the checkpoint")}
+    config = find_router(model)[1].config
+    made = {"eval": made_now(request.seed), "checkpoint": made_checkpoint(request.checkpoint, "the checkpoint", config)}
     if request.profile is not None and measured is not None:
         made["profile"] = made_profile(request.profile, measured)
     values |= {**sweeps, "made": {**made, **made_sweeps(sweeps), **bench.made}, "made_by": provenance()}
@@ -265,7 +267,8 @@ def _further(bench: _Bench, name: str, path: Path, dense: Outcome, kinds: Sequen
     """A further router on the same rows: loaded, measured and let go, so that never more than one more is in memory."""
     with loading(f"loading {name}"):
         model, processor = load(path, bench.request.base if _is_adapter(path) else None)
-    kv = find_router(model)[1].config.kv
+    config = find_router(model)[1].config
+    kv = config.kv
     collate, costs = Collator(processor, with_completion=False), CostModel.of(bench.dense)
     rows: Any = bench.rows
     part = f"also-{len(bench.made) + 1}"
@@ -287,7 +290,7 @@ def _further(bench: _Bench, name: str, path: Path, dense: Outcome, kinds: Sequen
         tables, skips = theory_tables(bench.profile, kv), theory_skips(bench.profile, outcome, kv)
         router["tracking"] = track(outcome.skip_rate.numpy(), tables, skips).to_json()
     router["made"] = part
-    bench.made[part] = made_checkpoint(path, f"router {name!r}")
+    bench.made[part] = made_checkpoint(path, f"router {name!r}", config)
     return router
 
 
@@ -329,14 +332,15 @@ def made_now(seed: int) -> dict[str, Any]:
     return {"title": "this evaluation", **provenance(), "seed": seed, "hardware": hardware(), "note": note}
 
 
-def made_checkpoint(path: Path, title: str) -> dict[str, Any]:
-    """A gated checkpoint, from its record."""
+def made_checkpoint(path: Path, title: str, config: RouterConfig) -> dict[str, Any]:
+    """A gated checkpoint, from its record and its router's settings."""
     record = checkpoint_record(path)
-    config = record.get("config") or {}
+    run = record.get("config") or {}
     made = record.get("made_by") or record.get("exported_by") or {}
-    steps = f"{config['steps']} steps, " if config.get("steps") else ""
+    steps = f"{run['steps']} steps, " if run.get("steps") else ""
     began = f"gates began as {record['init']!r}" if record.get("init") else "no record of how its gates began"
-    return {"title": title, **made, "seed": config.get("seed"), "note": f"{path}: {steps}{began}."}
+    note = f"{path}: {steps}{began}; they decide by the states that enter {points_text(config.decide_at)}."
+    return {"title": title, **made, "seed": run.get("seed"), "note": note}
 
 
 def made_profile(path: Path, profile: Profile) -> dict[str, Any]:

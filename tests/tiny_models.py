@@ -13,6 +13,7 @@ from skipit.router.call import Call
 from skipit.router.gates import TokenGate
 
 __all__ = [
+    "ANSWER",
     "FAMILIES",
     "IMAGE",
     "LAYERS",
@@ -23,10 +24,12 @@ __all__ = [
     "TokenTable",
     "build",
     "inputs",
+    "labelled",
     "logits",
     "same",
 ]
 
+ANSWER = 3  # tokens of a labelled row
 # Plain causal attention, M-RoPE with dynamic resolution, sliding windows with image tokens that see each other.
 FAMILIES = ("llava", "qwen2.5-vl", "gemma3")
 
@@ -67,6 +70,15 @@ PATTERNS: dict[str, Callable[[Any], Policy]] = {
     "tokens": _random_table,
     "gates": _random_gates,
 }
+
+
+def labelled(family: str, rows: Any = ROWS, padding: str = "right", seed: int = 0) -> dict[str, Tensor]:
+    """A batch whose last tokens in every row are the answer."""
+    batch = inputs(family, rows, padding, seed)
+    real = batch["attention_mask"]
+    left = real.flip(1).cumsum(1).flip(1)
+    batch["labels"] = batch["input_ids"].masked_fill((real == 0) | (left > ANSWER), -100)
+    return batch
 
 
 @torch.no_grad()

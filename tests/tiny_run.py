@@ -14,6 +14,8 @@ from skipit.train.export import export
 from skipit.train.profiling import profile_model
 from skipit.train.run import train
 
+DECIDE_AT = (0, 2)  # another than a router has by itself
+
 
 class Made(NamedTuple):
     base: Path
@@ -42,7 +44,7 @@ def make_all(folder: Path) -> Made:
         }
         for number in range(4)
     ]
-    profile = profile_model(model, processor("llava"), rows, draws=1)
+    profile = profile_model(model, processor("llava"), rows, draws=1, decide_at=DECIDE_AT)
     plan = make_plan(profile, budget=0.6)
     save_profile(profile, profiled)
     save_plan(plan, planned)

@@ -8,8 +8,8 @@ from typing import Any
 
 from torch import Tensor
 
-from skipit.router.config import KVPolicy
-from skipit.router.errors import CheckpointError
+from skipit.router.config import KVPolicy, check_points, decision_points
+from skipit.router.errors import CheckpointError, RouterConfigError
 from skipit.router.folders import load_json, load_tensors, new_directory, provenance, save_json, save_tensors
 
 from .backbone import MISSING, Backbone
@@ -22,8 +22,10 @@ from .profile_sums import POLICIES
 from .redundancy import Redundancy
 from .ridge import RidgeFit
 
-# Of every artefact, counted up when what is written changes. Profile 2: the cost of an MLP alone.
-VERSIONS = {"profile": 2, "plan": 1, "backbone": 1, "probes": 1}
+# Of every artefact, counted up when what is written changes. Profile 2: the cost of an MLP alone; 3: decision points.
+VERSIONS = {"profile": 3, "plan": 2, "backbone": 1, "probes": 1}
+# The first that can still be read: those without decision points, when every layer decided for itself.
+OLDEST = {**VERSIONS, "profile": 2, "plan": 1}
 # The tables of a profile that no K/V policy changes.
 UNIT_TABLES = ("geometric", "update", "histogram", "count", "keys", "tokens_per_row", "var_text", "var_last")
 AGAIN = {
@@ -38,8 +40,8 @@ def save_profile(profile: Profile, out: str | Path, overwrite: bool = False) -> 
     tables = profile_tables(profile)
     readable = {name: table for name, table in tables.items() if table.dim() <= 2}
     costs = profile.costs.to_json()
-    values = {"model": profile.model, "about": profile.about, "costs": costs, "tables": readable}
-    _save("profile", out, overwrite, values, tables)
+    known = {"model": profile.model, "about": profile.about, "decide_at": profile.decide_at}
+    _save("profile", out, overwrite, {**known, "costs": costs, "tables": readable}, tables)
 
 
 def profile_tables(profile: Profile) -> dict[str, Tensor]:
@@ -63,7 +65,7 @@ def load_profile(path: str | Path) -> Profile:
             f"{path} is the profile of a {part.modality} stack, `{part.layers}`: {MISSING['damage_retain']}, and "
             f"{MISSING['var_text']}. Profile the decoder: `skipit profile MODEL DATA --out P`, without --part."
         )
-    values, tables = _load(Path(path), "profile", ("model", "about", "costs"))
+    values, tables = _load(Path(path), "profile", ("model", "about", "costs", "decide_at"))
     with _naming(Path(path)):
         profile = Profile(
             **{name: tables[name] for name in UNIT_TABLES},
@@ -71,8 +73,10 @@ def load_profile(path: str | Path) -> Profile:
             costs=CostModel.from_json(values["costs"]),
             model=values["model"],
             about=values["about"],
+            decide_at=check_points(values["decide_at"]),
         )
-    check_profile(Path(path), values, tables)
+        check_profile(Path(path), values, tables)
+        decision_points(profile.decide_at, len(profile.costs.layers))
     return profile
 
 
@@ -113,10 +117,11 @@ def load_plan(path: str | Path) -> Plan:
     Raises:
         CheckpointError: missing, damaged, or of another version.
     """
-    values, tensors = _load(Path(path), "plan", ("budget", "kv", "init", "model", "about"))
+    values, tensors = _load(Path(path), "plan", ("budget", "kv", "init", "model", "about", "decide_at"))
     with _naming(Path(path)):
-        plan = Plan(**{**tensors, **values})
-    check_plan(Path(path), plan, set(tensors))
+        plan = Plan(**{**tensors, **values, "decide_at": check_points(values["decide_at"])})
+        check_plan(Path(path), plan, set(tensors))
+        decision_points(plan.decide_at, len(plan.weight))
     return plan
 
 
@@ -153,13 +158,15 @@ def _save(kind: str, out: str | Path, overwrite: bool, values: dict[str, Any], t
 
 @contextmanager
 def _naming(folder: Path) -> Iterator[None]:
-    """Turn what constructors say about wrong contents into an error that names the folder."""
+    """Turn what constructors and checks say about wrong contents into an error that names the folder."""
     try:
         yield
     except KeyError as error:
         raise CheckpointError(f"{folder}: its safetensors have no {error}; the file is incomplete.") from error
     except TypeError as error:
         raise CheckpointError(f"{folder}: its files do not belong together or are damaged: {error}") from error
+    except RouterConfigError as error:
+        raise CheckpointError(f"{folder}: {error}") from error
 
 
 def _load(folder: Path, kind: str, keys: tuple[str, ...]) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -168,11 +175,15 @@ def _load(folder: Path, kind: str, keys: tuple[str, ...]) -> tuple[dict[str, Any
     if not path.is_file():
         raise CheckpointError(f"{folder} is not a {kind}: it has no {path.name}.")
     values = load_json(path)
-    if values.get("version") != VERSIONS[kind]:
+    oldest, newest = OLDEST[kind], VERSIONS[kind]
+    if values.get("version") not in range(oldest, newest + 1):
+        read = newest if oldest == newest else f"{oldest} to {newest}"
         raise CheckpointError(
-            f"{path}: got version {values.get('version')!r}, this skipit reads {VERSIONS[kind]}: another version of "
+            f"{path}: got version {values.get('version')!r}, this skipit reads {read}: another version of "
             f"skipit wrote it. {AGAIN[kind]}"
         )
+    if values["version"] < newest:
+        values = {"decide_at": None, **values}
     if missing := [key for key in keys if key not in values]:
         raise CheckpointError(f"{path}: no {', '.join(missing)}; the file is incomplete.")
     return {key: values[key] for key in keys}, load_tensors(folder / f"{kind}.safetensors")

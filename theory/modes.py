@@ -182,7 +182,7 @@ def span_plan(profile: Profile, span: Span, mode: SpanMode, kv: KVPolicy = "reta
     bias = torch.where(span.run, LOGIT_LIMIT, -LOGIT_LIMIT)
     weight = torch.zeros_like(profile.damage[kv].ridge.weight)
     about = {**profile.about, "entry": span.entry, "exit": span.exit, "damage": span.damage}
-    return Plan(weight, bias, span.compute, kv, mode, profile.model, span.run.float(), about)
+    return Plan(weight, bias, span.compute, kv, mode, profile.model, span.run.float(), about, profile.decide_at)
 
 
 def _span(profile: Profile, entry: int, end: int, kv: KVPolicy) -> Span:

@@ -6,7 +6,7 @@ gives logit P(run) = (D - lambda c) / T; T -> 0 is the greedy rule by damage per
 over decades, so the gate predicts log D from the state and runs where it exceeds log(lambda c).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
@@ -37,6 +37,7 @@ class Plan:
         model: fingerprint of the model profiled.
         run_rate: expected share of tokens that run each unit [layers, modalities].
         about: provenance.
+        decide_at: the decision points, at which the gates read the states, as of `RouterConfig`; None is every layer.
     """
 
     weight: Tensor
@@ -47,6 +48,19 @@ class Plan:
     model: str
     run_rate: Tensor
     about: dict[str, Any] = field(default_factory=dict)
+    decide_at: tuple[int, ...] | None = None
+
+
+def points_text(decide_at: Sequence[int] | None) -> str:
+    """Decision points in words.
+
+    Example:
+        >>> points_text((0,)), points_text((0, 1, 2)), points_text(None)
+        ('layer 0', 'layers 0, 1, 2', 'each layer')
+    """
+    if decide_at is None:
+        return "each layer"
+    return f"layer{'s' if len(decide_at) > 1 else ''} {', '.join(map(str, decide_at))}"
 
 
 def check_budget(budget: float) -> float:
@@ -136,7 +150,7 @@ def make_plan(
     if init in ("zero", "run"):
         bias = torch.full(units, TokenGate.OPEN if init == "run" else 0.0)
         rate = torch.full(units, 1.0 if init == "run" else 0.5)
-        return Plan(weight, bias, float(budget), kv, init, profile.model, rate, dict(profile.about))
+        return Plan(weight, bias, float(budget), kv, init, profile.model, rate, dict(profile.about), profile.decide_at)
     saving, cost = profile.saving(kv), profile.unit_cost(kv)
     mean, std = _log_damage(profile, kv, init)
     score = mean.double() - saving.log()  # log of the damage per FLOP of a typical token
@@ -161,7 +175,8 @@ def make_plan(
     if init == "theory-bias":
         bias = bias.clamp(-LOGIT_LIMIT, LOGIT_LIMIT)
     about = {**profile.about, "log_price": log_price, "sharpness": sharpness}
-    return Plan(weight.float(), bias.float(), float(budget), kv, init, profile.model, rate_at(log_price).float(), about)
+    gates, rate = (weight.float(), bias.float()), rate_at(log_price).float()
+    return Plan(*gates, float(budget), kv, init, profile.model, rate, about, profile.decide_at)
 
 
 def _log_damage(profile: Profile, kv: KVPolicy, init: Init) -> tuple[Tensor, Tensor]:

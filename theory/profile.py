@@ -9,7 +9,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from skipit.router import running
-from skipit.router.config import KVPolicy
+from skipit.router.config import KVPolicy, RouterConfig, check_points, decision_points
 from skipit.router.decoder import find_decoder, image_layers
 from skipit.router.errors import CheckpointError, InputError
 
@@ -18,7 +18,7 @@ from .identity import fingerprint
 from .measuring import evaluating, frozen, routed
 from .partial import Partial
 from .profile_batch import BatchMeasurement, Draws
-from .profile_sums import POLICIES, ProfileSums
+from .profile_sums import POLICIES, ProfileSums, groups
 from .ridge import RidgeFit
 
 
@@ -29,7 +29,8 @@ class Damage:
     Attributes:
         unit: when all tokens of the unit skip this layer.
         tokens: the sum of the damages of a row's tokens of the unit, each skipping alone.
-        ridge: prediction of a token's log damage from its state, `weight` [layers, modality, dim].
+        ridge: prediction of a token's log damage from the state that enters the layer's decision point, `weight`
+            [layers, modality, dim].
     """
 
     unit: Float[Tensor, "layers modality"]
@@ -55,6 +56,7 @@ class Profile:
         model: fingerprint of the model it belongs to.
         about: `rows` measured, `skipped_rows` that were not finite and `skipped_row_numbers` (the first of them, by
             their place in the data), draws, seed and temperature, and whatever the caller wants recorded.
+        decide_at: the decision points, as of `RouterConfig`.
     """
 
     geometric: Float[Tensor, "layers modality"]
@@ -69,6 +71,7 @@ class Profile:
     costs: CostModel
     model: str
     about: dict[str, Any] = field(default_factory=dict)
+    decide_at: tuple[int, ...] | None = None
 
     @property
     def attention(self) -> Float[Tensor, " layers"]:
@@ -112,6 +115,7 @@ def profile(
     temperature: float = 1.0,
     seed: int = 0,
     layers: str | None = None,
+    decide_at: tuple[int, ...] | None = RouterConfig.decide_at,
     partial: Partial | None = None,
 ) -> Profile:
     """Measure a dense model on batches with labels: two forward passes and `draws` backward ones through the decoder.
@@ -123,23 +127,35 @@ def profile(
         temperature: at which a choice's alternative is drawn.
         seed: of the draws; those of a row depend on it and on the row's number in the data, not on the batches.
         layers: decoder path for models whose decoder is not found.
+        decide_at: layers at which gates will decide: a token's damage is predicted from the state that enters the last
+            of them before or at its layer. None: each layer's own.
         partial: where to keep the sums while measuring, and to go on from; remove it when the profile is written.
 
     Raises:
         InputError: no batch, no row with finite states, or a batch without labels or without a labelled token.
         CheckpointError: `partial` is of something else.
+        RouterConfigError: `decide_at` is not ascending layers of the model that begin with 0.
     """
+    points = check_points(decide_at)
     with routed(model, layers), evaluating(model), running(mode="dense"), frozen(model):
-        return _profile(model, batches, Draws(draws, temperature, seed), layers, partial)
+        return _profile(model, batches, Draws(draws, temperature, seed), layers, points, partial)
 
 
 def _profile(
-    model: nn.Module, batches: Iterable[dict[str, Tensor]], draws: Draws, path: str | None, partial: Partial | None
+    model: nn.Module,
+    batches: Iterable[dict[str, Tensor]],
+    draws: Draws,
+    path: str | None,
+    decide_at: tuple[int, ...] | None,
+    partial: Partial | None,
 ) -> Profile:
     _, decoder, layers = find_decoder(model, path)
-    sums = ProfileSums(len(layers), int(decoder.config.hidden_size), next(model.parameters()).device)  # type: ignore[union-attr, arg-type]
-    measurement = BatchMeasurement(model, layers, image_layers(decoder.config), draws, sums)
-    of = {"model": fingerprint(model, path), **asdict(draws)}
+    of_images, count = image_layers(decoder.config), len(layers)
+    grouped = groups(decision_points(decide_at, count), count, of_images)
+    sums = ProfileSums(count, int(decoder.config.hidden_size), next(model.parameters()).device, grouped)  # type: ignore[union-attr, arg-type]
+    measurement = BatchMeasurement(model, layers, of_images, draws, sums)
+    # JSON has lists.
+    of = {"model": fingerprint(model, path), "decide_at": decide_at and list(decide_at), **asdict(draws)}
     if partial is not None:
         _restore(sums, partial, of)
     for number, batch in enumerate(batches) if partial is None else partial.unmeasured(batches):
@@ -150,7 +166,8 @@ def _profile(
         seen = f"{sums.bad_rows} rows, none of which gave finite states and logits" if sums.bad_rows else "no batch"
         raise InputError(f"the profile got {seen}; expected at least one row with labels.")
     rows = {"rows": sums.rows, "skipped_rows": sums.bad_rows, "skipped_row_numbers": sums.bad_numbers}
-    return _from_sums(sums, CostModel.of(model, path), of["model"], {**rows, **asdict(draws)})
+    about = {**rows, **asdict(draws)}
+    return _from_sums(sums, costs=CostModel.of(model, path), model=of["model"], about=about, decide_at=decide_at)
 
 
 def _restore(sums: ProfileSums, partial: Partial, of: dict[str, Any]) -> None:
@@ -163,7 +180,7 @@ def _restore(sums: ProfileSums, partial: Partial, of: dict[str, Any]) -> None:
         raise CheckpointError(f"{partial.folder} is damaged, or of another version: {error}") from error
 
 
-def _from_sums(sums: ProfileSums, costs: CostModel, model: str, about: dict[str, Any]) -> Profile:
+def _from_sums(sums: ProfileSums, **known: Any) -> Profile:
     """Means of what was added up, on the CPU."""
     redundancy, ridge = sums.redundancy.cpu().compute(), sums.ridge_fits()
     unit = {name: table.cpu() for name, table in sums.sums.items()}
@@ -181,7 +198,5 @@ def _from_sums(sums: ProfileSums, costs: CostModel, model: str, about: dict[str,
             kv: Damage(unit[kv] / unit["unit_rows"], unit[f"tokens_{kv}"] / unit["unit_rows"], ridge[kv])
             for kv in POLICIES
         },
-        costs=costs,
-        model=model,
-        about=about,
+        **known,
     )

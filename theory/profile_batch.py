@@ -107,10 +107,17 @@ class BatchMeasurement:
             choice = draw_choice(logits[:, :-1], answer, self.draws.temperature, uniform)
             again = draw + 1 < self.draws.draws
             damage.add(choice, torch.autograd.grad(choice.margin.sum(), leaves, retain_graph=again, allow_unused=True))
+        entered = {run.index: run.entered.detach() for run in runs}
         for place, run in enumerate(runs):
-            entered = run.entered.detach()
-            sums.redundancy.update(run.index, entered, run.left.detach(), kinds)
-            sums.add_tokens(run.index, entered, *damage.of_layer(place), kinds)
+            sums.redundancy.update(run.index, entered[run.index], run.left.detach(), kinds)
+            sums.add_tokens(run.index, {kv: of[place] for kv, of in damage.tokens.items()}, kinds)
+        for number, group in enumerate(sums.groups):
+            if entered.keys() >= set(group.layers):
+                places = [at.index(layer) for layer in group.layers]
+                signal = {kv: of[places] for kv, of in damage.signal.items()}
+                # A layer that the model leaves out is entered by what enters the next.
+                first = min(layer for layer in at if layer >= group.point)
+                sums.add_samples(number, entered[first], signal, kinds)
 
     def _taken_away(self, run: LayerRun, kinds: Tensor) -> "_Taken":
         full, entered = run.left.detach(), run.entered.detach()
@@ -169,8 +176,3 @@ class _BatchDamage:
             retain = choice_damage(choice.margin, choice.mass, drop)
             evict = choice_damage(choice.margin, choice.mass, drop + (apart * rest).sum(-1))
             self.sums.add_damage(m, self.weight * retain, self.weight * evict, chosen.any(-1), self.at)
-
-    def of_layer(self, place: int) -> tuple[dict[KVPolicy, Tensor], dict[KVPolicy, Tensor]]:
-        """Damages and signals of the tokens in one of the layers that were there."""
-        damage, signal = ({kv: of[kv][place] for kv in POLICIES} for of in (self.tokens, self.signal))
-        return damage, signal

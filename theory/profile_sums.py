@@ -1,6 +1,8 @@
 """Everything a profile adds up over batches."""
 
+from collections.abc import Collection, Sequence
 from dataclasses import fields
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,6 +20,36 @@ RIDGE_FIELDS = tuple(field.name for field in fields(RidgeSums))
 MOST_NAMED = 100
 
 
+class Group(NamedTuple):
+    """Layers whose damages are regressed on the same samples: those tokens that have a signal in all of them."""
+
+    point: int
+    """The layer at which their gates decide: features are the states that enter it."""
+    layers: tuple[int, ...]
+
+
+def groups(points: Sequence[int], layers: int, of_images: Collection[int] = ()) -> list[Group]:
+    """The layers between one decision point and the next, by which tokens have a signal in them.
+
+    In the decoder's last layer no answer depends on a token that predicts none, and layers over images are left out
+    where there is no image. With others they would leave those nothing to learn from, so they have groups of their own.
+
+    Args:
+        points: of decision, in order, the first of them 0.
+        layers: of the decoder.
+        of_images: indices of those that attend to images.
+
+    Example:
+        >>> groups((0, 2), 5)
+        [Group(point=0, layers=(0, 1)), Group(point=2, layers=(2, 3)), Group(point=2, layers=(4,))]
+    """
+    found: dict[tuple[int, bool, bool], list[int]] = {}
+    for layer in range(layers):
+        point = max(p for p in points if p <= layer)
+        found.setdefault((point, layer in of_images, layer == layers - 1), []).append(layer)
+    return [Group(point, tuple(of)) for (point, _, _), of in found.items()]
+
+
 class ProfileSums:
     """Sums over batches; those of two parts of the data add up to those of all of it.
 
@@ -25,9 +57,10 @@ class ProfileSums:
         layers: of the decoder.
         dim: of its states.
         device: on which to add up.
+        grouped: its layers, each in one group.
     """
 
-    def __init__(self, layers: int, dim: int, device: torch.device) -> None:
+    def __init__(self, layers: int, dim: int, device: torch.device, grouped: Sequence[Group]) -> None:
         # Imported here, because importing torchmetrics takes longer than importing torch.
         from .accumulate import RedundancyMetric
 
@@ -43,7 +76,11 @@ class ProfileSums:
         columns = projection(dim)
         self.projection = None if columns is None else columns.to(device)
         features = dim if columns is None else columns.shape[1]
-        self.ridge = [[RidgeSums.empty(features, len(POLICIES), device) for _ in MODALITIES] for _ in range(layers)]
+        self.groups = tuple(grouped)
+        self.ridge = [
+            [RidgeSums.empty(features, len(group.layers) * len(POLICIES), device) for _ in MODALITIES]
+            for group in self.groups
+        ]
 
     def add_rows(self, finite: Tensor) -> None:
         """Count rows, bool [batch]: those that are not finite are left out and named by their number in the data."""
@@ -75,52 +112,49 @@ class ProfileSums:
         self.sums["retain"][at, m] += retain[:, rows].double().sum(-1)
         self.sums["evict"][at, m] += evict[:, rows].double().sum(-1)
 
-    def add_tokens(
-        self, layer: int, x: Tensor, damage: dict[KVPolicy, Tensor], signal: dict[KVPolicy, Tensor], kinds: Tensor
-    ) -> None:
-        """Add the damages of tokens taken one by one, and the signal from which gates learn to tell tokens apart.
+    def add_tokens(self, layer: int, damage: dict[KVPolicy, Tensor], kinds: Tensor) -> None:
+        """Add the damages, per K/V policy and [batch, seq], of tokens that skip a layer one by one."""
+        for m in range(len(MODALITIES)):
+            for kv in POLICIES:
+                self.sums[f"tokens_{kv}"][layer, m] += damage[kv][kinds == m].sum()
 
-        Both policies learn from the same tokens, those that have a signal under both: they share the sums of the
-        states (ours). Halves are even and odd rows of the data, whatever the batches; `add_rows` must have counted
-        this batch.
+    def add_samples(self, group: int, x: Tensor, signal: dict[KVPolicy, Tensor], kinds: Tensor) -> None:
+        """Add the signal from which the gates of a group's layers learn to tell tokens apart.
+
+        All layers of a group and both policies learn from the same tokens, those that have a signal in all of them:
+        they share the sums of the states (ours). Halves are even and odd rows of the data, whatever the batches;
+        `add_rows` must have counted this batch.
 
         Args:
-            layer: index.
-            x: states that enter it.
-            damage: per K/V policy, [batch, seq].
-            signal: the same.
+            group: index.
+            x: states that enter its decision point.
+            signal: per K/V policy, [layers of the group, batch, seq].
             kinds: the modality of every token, -1 for those that do not count.
         """
         states = normalize(x)
         if self.projection is not None:
             states = states @ self.projection
-        targets = torch.stack([signal[kv] for kv in POLICIES], dim=-1)
-        # A token after which no answer depends on this layer has no signal at all, hence no logarithm.
+        targets = torch.cat([signal[kv] for kv in POLICIES]).movedim(0, -1)
+        # A token after which no answer depends on a layer has no signal there at all, hence no logarithm.
         used = (targets > 0).all(-1)
         first = self.rows + self.bad_rows - len(x)
         half = (first + torch.arange(len(x), device=x.device)) % 2
         for m in range(len(MODALITIES)):
-            chosen = kinds == m
-            for kv in POLICIES:
-                self.sums[f"tokens_{kv}"][layer, m] += damage[kv][chosen].sum()
             for number in (0, 1):
-                tokens = used & chosen & (half == number)[:, None]
-                self.ridge[layer][m].add(number, states[tokens], targets[tokens].log())
+                tokens = used & (kinds == m) & (half == number)[:, None]
+                self.ridge[group][m].add(number, states[tokens], targets[tokens].log())
 
     def ridge_fits(self) -> dict[KVPolicy, RidgeFit]:
         """Predictions of a token's log damage under each K/V policy, on the CPU, of every layer and modality."""
-        fits = [[unit.solve() for unit in layer] for layer in self.ridge]
-        back = None if self.projection is None else self.projection.T.cpu()
-
-        def stacked(at: int) -> RidgeFit:
-            tables = (
-                torch.stack([torch.stack([getattr(unit, name)[at] for unit in layer]) for layer in fits])
-                for name in RidgeFit._fields
-            )
-            fit = RidgeFit(*tables)
-            return fit if back is None else fit._replace(weight=fit.weight @ back)
-
-        return {kv: stacked(at) for at, kv in enumerate(POLICIES)}
+        by_layer: dict[int, RidgeFit] = {}  # of each, tables [modality, policy, ...]
+        for group, units in zip(self.groups, self.ridge, strict=True):
+            fits = [unit.solve() for unit in units]
+            tables = [torch.stack(parts).unflatten(1, (len(POLICIES), -1)) for parts in zip(*fits, strict=True)]
+            by_layer |= {layer: RidgeFit(*(t[:, :, at] for t in tables)) for at, layer in enumerate(group.layers)}
+        whole = RidgeFit(*(torch.stack(parts) for parts in zip(*(by_layer[i] for i in sorted(by_layer)), strict=True)))
+        if self.projection is not None:
+            whole = whole._replace(weight=whole.weight @ self.projection.T.cpu())
+        return {kv: RidgeFit(*(table[:, :, at] for table in whole)) for at, kv in enumerate(POLICIES)}
 
     def state(self) -> dict[str, Tensor]:
         """All sums, by name; `restore` of a new object takes them back."""
@@ -152,4 +186,4 @@ class ProfileSums:
                 setattr(unit, field, state[f"ridge.{name}.{field}"])
 
     def _units(self) -> list[tuple[str, RidgeSums]]:
-        return [(f"{layer}.{m}", unit) for layer, row in enumerate(self.ridge) for m, unit in enumerate(row)]
+        return [(f"{group}.{m}", unit) for group, row in enumerate(self.ridge) for m, unit in enumerate(row)]

@@ -1,9 +1,9 @@
 """Ridge regression of a token's log damage on its normalized state, per layer and modality, in closed form.
 
 Sums only (Gram matrix, moments), so batches and data-parallel ranks add up; two halves of the samples are kept
-apart, and the penalty that predicts the other half best is chosen. All targets (one per K/V policy) are regressed on
-the same samples, so they share one Gram matrix, which is nearly all of the memory. Its size is bounded: states wider
-than `MOST_FEATURES` are projected first.
+apart, and the penalty that predicts the other half best is chosen. All targets (one per K/V policy and layer that
+reads this state) are regressed on the same samples, so they share one Gram matrix, which is nearly all of the memory.
+Its size is bounded: states wider than `MOST_FEATURES` are projected first.
 """
 
 from dataclasses import dataclass

@@ -13,6 +13,7 @@ from skipit.router import RouterConfig
 from skipit.router.checkpoint import ROUTER_FILE
 from skipit.router.errors import CheckpointError
 from skipit.router.folders import load_json, new_file
+from skipit.theory.plan import points_text
 from skipit.train.data.sources import REFERENCE
 from skipit.train.data.used import RECORD, HeldOut
 
@@ -92,6 +93,7 @@ def _what(record: Mapping[str, Any], config: RouterConfig, kind: Kind) -> str:
         f"# {base}, with gates for skipping layers\n\n"
         f"{base} with one small gate per decoder layer. {deciding[config.granularity]} whether to skip "
         f"{skipped[config.unit]}; what is skipped is not computed. "
+        f"Gates decide by the states that enter {points_text(config.decide_at)}. "
         f"Keys and values of tokens that skip {kept[config.kv]} (`{config.kv}`). {made}"
     )
 

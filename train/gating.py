@@ -1,5 +1,6 @@
 """A plan's gates on a dense model, before or without training."""
 
+from dataclasses import replace
 from typing import Any
 
 from skipit.router import Router, RouterConfig, attach, set_gates
@@ -12,18 +13,19 @@ from skipit.train.data.collate import Collator, batches
 
 
 def attach_plan(model: Any, plan: Plan, config: RouterConfig | None = None) -> Router:
-    """Attach a plan's gates to a dense model.
+    """Attach a plan's gates to a dense model, to decide where the plan says.
 
     Args:
         model: the one the plan was made for.
         plan: weights and biases of the gates.
-        config: settings of the router; None is the plan's K/V policy, and defaults.
+        config: settings of the router but for its decision points; None is the plan's K/V policy, and defaults.
 
     Raises:
         CheckpointError: the plan was made for another model.
+        RouterConfigError: a decision point is not one of the model's layers.
     """
     check_same_model(plan, fingerprint(model))
-    router = attach(model, config or RouterConfig(kv=plan.kv))
+    router = attach(model, replace(config or RouterConfig(kv=plan.kv), decide_at=plan.decide_at))
     set_gates(model, plan.weight, plan.bias)
     return router
 

@@ -189,7 +189,7 @@ def train(
         least = least_share(sample, costs, config.kv, config.unit)
         check_reachable((config.budget, *config.more_budgets), least, config.kv, config.unit)
         peft_model = prepare(model, plan, config)
-        settings = {**config.to_dict(), "base": base, "processes": arguments.world_size}
+        settings = {**config.to_dict(), "base": base, "processes": arguments.world_size, "decide_at": plan.decide_at}
         folder = RunFolder(out, settings, main=arguments.process_index == 0)
         checkpoint = folder.prepare(resume, note or (lambda text: None))
         trained, calibrated = Noted(folder.rows_file(arguments.process_index, fresh=checkpoint is None)), Noted()

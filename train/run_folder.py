@@ -28,6 +28,7 @@ STATE_FILE = "skipit_state.json"  # in each checkpoint, written last
 # A resumed run may not change these: its data, its weights or its schedule would be another run's.
 FIXED = (
     "processes",
+    "decide_at",
     "budget",
     "more_budgets",
     "kv",
@@ -104,7 +105,7 @@ class RunFolder:
 
     Attributes:
         path: the folder.
-        settings: of the run, with its base and its number of processes.
+        settings: of the run, with its base, its number of processes, and its plan's decision points.
         main: whether this process is the one that writes; all of them call every method.
     """
 

@@ -7,7 +7,7 @@ run; finished ones are not measured again, so the sweep can be interrupted.
 
 import statistics
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from functools import partial
 from itertools import product
 from pathlib import Path
@@ -30,12 +30,12 @@ MILESTONES = (0, 50, 200)
 class _Measure(TrainerCallback):
     """Calibrates and measures at given steps, without touching the training."""
 
-    def __init__(self, study: Study, budget: float, kv: KVPolicy) -> None:
-        self.study, self.budget, self.kv = study, budget, kv
+    def __init__(self, study: Study, budget: float, kv: KVPolicy, steps: Collection[int]) -> None:
+        self.study, self.budget, self.kv, self.steps = study, budget, kv, {*steps, study.steps}
         self.found: dict[str, dict[str, float]] = {}
 
     def measure(self, model: nn.Module, step: int) -> None:
-        if step not in (*MILESTONES, self.study.steps):
+        if step not in self.steps:
             return
         was_training = model.training
         model.eval()
@@ -56,27 +56,29 @@ class _Measure(TrainerCallback):
         self.measure(model, state.global_step)
 
 
-def one_run(study: Study, init: Init, budget: float, kv: KVPolicy) -> dict[str, Any]:
-    """Train once from an initialization; accuracy and measured compute at each milestone, by its step."""
-    callback = _Measure(study, budget, kv)
+def one_run(
+    study: Study, init: Init, budget: float, kv: KVPolicy, milestones: Collection[int] = MILESTONES
+) -> dict[str, Any]:
+    """Train once from an initialization; accuracy and measured compute at each milestone and at the end, by step."""
+    callback = _Measure(study, budget, kv, milestones)
     with tempfile.TemporaryDirectory() as folder:
         study.trained(study.config(budget, kv), Path(folder) / "run", init, calibrated=False, callbacks=[callback])
     return {"dense": study.dense_accuracy, "at": callback.found}
 
 
-def table(cells: Sequence[dict[str, Any]]) -> str:
-    """Mean accuracy relative to dense, with the spread over seeds, per budget, initialization and milestone."""
+def table(cells: Sequence[dict[str, Any]], by: str = "init") -> str:
+    """Mean accuracy relative to dense, with the spread over seeds, per budget, what is compared, and milestone."""
     steps = sorted({int(step) for cell in cells for step in cell["at"]})
-    out = [f"{'budget':>8} {'init':12} {'seeds':>5} " + " ".join(f"{f'{step} steps':>16}" for step in steps)]
-    keys = sorted({(cell["budget"], cell["init"]) for cell in cells}, reverse=True)
-    for budget, init in keys:
-        chosen = [cell for cell in cells if (cell["budget"], cell["init"]) == (budget, init)]
+    out = [f"{'budget':>8} {by:12} {'seeds':>5} " + " ".join(f"{f'{step} steps':>16}" for step in steps)]
+    keys = sorted({(cell["budget"], cell[by]) for cell in cells}, reverse=True)
+    for budget, value in keys:
+        chosen = [cell for cell in cells if (cell["budget"], cell[by]) == (budget, value)]
         columns = []
         for step in steps:
             values = [cell["at"][str(step)]["accuracy"] / cell["dense"] for cell in chosen if str(step) in cell["at"]]
             spread = statistics.stdev(values) if len(values) > 1 else float("nan")
             columns.append(f"{statistics.mean(values):9.1%} ±{spread:5.1%}" if values else " " * 16)
-        out.append(f"{budget:>8g} {init:12} {len(chosen):>5} " + " ".join(columns))
+        out.append(f"{budget:>8g} {value:12} {len(chosen):>5} " + " ".join(columns))
     return "\n".join(out)
 
 

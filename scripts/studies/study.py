@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from skipit import __version__
-from skipit.router import attach
+from skipit.router import RouterConfig, attach
 from skipit.router.config import KVPolicy
 from skipit.router.errors import CheckpointError
 from skipit.router.folders import load_json, provenance, save_json
@@ -51,6 +51,7 @@ class Study:
         lora_rank: of LoRA, whose scale is 2.
         learning_rate: of LoRA.
         kinds: of question, in the rows of profile, training and calibration; test rows have all.
+        decide_at: decision points, as of `RouterConfig`.
         out: folder in which the profile is kept; None keeps none.
     """
 
@@ -63,6 +64,7 @@ class Study:
     lora_rank: int = 8
     learning_rate: float = 2e-3
     kinds: tuple[Kind, ...] = KINDS
+    decide_at: tuple[int, ...] | None = RouterConfig.decide_at
     out: Path | None = None
 
     @classmethod
@@ -138,13 +140,14 @@ class Study:
     @cached_property
     def profile(self) -> Profile:
         """The theory's measurements, made once."""
+        rows = self.rows("train", self.profiled)
+        options: dict[str, Any] = {"seed": self.seed, "decide_at": self.decide_at}
         if self.out is None:
-            return profile_model(*self.dense, self.rows("train", self.profiled), seed=self.seed)
-        settings = {"seed": self.seed, "profiled": self.profiled, "kinds": self.kinds}
+            return profile_model(*self.dense, rows, **options)
+        settings = {**options, "profiled": self.profiled, "kinds": self.kinds}
         place = self.out / "profiles" / f"{self.seed}_{digest(settings)}"
         if not place.exists():
-            measured = profile_model(*self.dense, self.rows("train", self.profiled), seed=self.seed)
-            save_profile(measured, place)
+            save_profile(profile_model(*self.dense, rows, **options), place)
         return load_profile(place)
 
     def trained(

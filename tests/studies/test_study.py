@@ -65,9 +65,9 @@ def test_a_profile_is_measured_once_and_again_of_other_rows(tmp_path: Path, monk
     asked: list[int] = []
     real = study.profile_model
 
-    def measure(model: Any, processor: Any, rows: Any, seed: int) -> Any:
+    def measure(model: Any, processor: Any, rows: Any, **options: Any) -> Any:
         asked.append(len(rows))
-        return real(model, processor, rows, seed=seed)
+        return real(model, processor, rows, **options)
 
     monkeypatch.setattr(study, "profile_model", measure)
     first = Study(profiled=8, out=tmp_path).profile
@@ -77,6 +77,12 @@ def test_a_profile_is_measured_once_and_again_of_other_rows(tmp_path: Path, monk
     assert plans[0].weight.equal(plans[1].weight)
     assert Study(profiled=9, out=tmp_path).profile.model == first.model
     assert asked == [8, 9]
+    assert [Study(profiled=9, decide_at=at, out=tmp_path).profile.decide_at for at in ((0,), None, None)] == [
+        (0,),
+        None,
+        None,
+    ]
+    assert asked == [8, 9, 9]
 
 
 def test_options_have_one_name_everywhere_and_the_old_ones() -> None:
@@ -108,7 +114,7 @@ def test_every_study_is_listed_and_says_what_it_takes(capsys: pytest.CaptureFixt
 
 def test_a_name_that_is_none_is_refused_with_the_nearest(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["abltion"]) == 2
-    assert "got 'abltion', expected one of ablation, budget, peers" in (said := capsys.readouterr().err)
+    assert "got 'abltion', expected one of ablation, budget, decide, peers" in (said := capsys.readouterr().err)
     assert said.endswith("Did you mean ablation?\n")
 
 

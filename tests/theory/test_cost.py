@@ -19,7 +19,7 @@ COSTS = CostModel(tuple(LayerCost(100.0 + i, 30.0 + i, 7.0 + i, 60.0 + i, 3.0, 1
 
 
 def counted(model: Any, batch: dict[str, Tensor], **options: Any) -> tuple[list[int], Trace]:
-    """FLOPs of each decoder layer by torch's counter, and what ran."""
+    """FLOPs inside each decoder layer by torch's counter, and what ran; gates decide before a layer is entered."""
     counter, trace = FlopCounterMode(display=False), Trace()
     with counter, running(trace=trace, **options), torch.no_grad():
         model(**batch, use_cache=False)
@@ -69,21 +69,35 @@ def test_gathered_execution(family: str, kv: str, rows: list[list[int | str]]) -
     attach(model, RouterConfig(kv=kv))  # type: ignore[arg-type]
     PATTERNS["gates"](model)
     costs = CostModel.of(model)
-    flops, trace = counted(model, batch)
+    flops, trace = counted(model, batch, route="packed")  # the other spends more, to save time
     step = trace.steps[0]
     assert (step.run.sum((1, 2)) < step.real.sum()).all()  # no layer runs as a whole, pads and all
     without_pairs = CostModel(tuple(replace(cost, attention=0.0) for cost in costs.layers))
     linear = step_compute(without_pairs, step.run.float(), step.modality, step.real, kv)  # type: ignore[arg-type]
-    pads = int((~step.real).sum())
+    real = int(step.real.sum())
     for index, (cost, got) in enumerate(zip(costs.layers, flops, strict=True)):
         run = step.run[index].sum(1)
         # Attention is computed over a rectangle: as many queries as the fullest row has.
         queries, keys = int(run.max()), int(run.max()) if kv == "evict" else step.real.shape[1]
         rectangle = len(rows) * queries * keys * cost.attention if queries else 0
-        assert got == float(linear.executed[index].sum()) + pads * cost.gate + rectangle
+        assert got == float(linear.executed[index].sum()) - real * cost.gate + rectangle
         # What the model counts instead, the pairs a token can see, is never more.
         pairs = step_compute(costs, step.run.float(), step.modality, step.real, kv)  # type: ignore[arg-type]
         assert pairs.executed[index].sum() - linear.executed[index].sum() <= rectangle
+
+
+@pytest.mark.parametrize("decide_at", [None, (0,)])
+def test_gates_cost_the_same_wherever_they_decide(decide_at: tuple[int, ...] | None) -> None:
+    model, batch = build("llava", attention="eager"), inputs("llava", ROWS)
+    attach(model, RouterConfig(decide_at=decide_at))
+    totals = []
+    for mode in ("dense", "masked"):
+        counter = FlopCounterMode(display=False)
+        with counter, running(mode=mode), torch.no_grad():  # type: ignore[arg-type]
+            model(**batch, use_cache=False)
+        totals.append(counter.get_total_flops())
+    gates = sum(layer.gate for layer in CostModel.of(model).layers)
+    assert totals[1] - totals[0] == batch["input_ids"].numel() * gates  # pads decide too
 
 
 @pytest.mark.parametrize("kv", ["retain", "evict"])
@@ -106,8 +120,7 @@ def test_layers_that_attend_to_images(kv: str) -> None:
     run, real = trace.steps[0].run[1].sum(1), int(trace.steps[0].real.sum())
     assert 0 < run.sum() < real
     rectangle = (3 * run.max() - run.sum()) * states * cost.attention  # as many queries as the fullest row has
-    pads = 3 * tokens - real
-    assert flops[1] == pytest.approx(float(compute.executed[1].sum() + pads * cost.gate + rectangle))
+    assert flops[1] == pytest.approx(float(compute.executed[1].sum() - real * cost.gate + rectangle))
     expected = real * (cost.linear + states * cost.attention) + 3 * states * cost.image
     assert float(compute.dense[1].sum()) == pytest.approx(expected)
     text = Trace()

@@ -91,6 +91,8 @@ def test_what_differs_is_named(tmp_path: Path) -> None:
         go_on(seed=1)
     with pytest.raises(CheckpointError, match=r"batch_size was 2, is 4; draws was 2, is 3\."):
         go_on(batch_size=4, draws=3)
+    with pytest.raises(CheckpointError, match=r"differs: decide_at was \[0\], is \[0, 2\]\."):
+        go_on(decide_at=(0, 2))
     with pytest.raises(CheckpointError, match=r"data was 'a.jsonl', is 'b.jsonl'"):
         go_on(data="b.jsonl")
     with pytest.raises(CheckpointError, match=r"model was '\w{16}', is '\w{16}'"):

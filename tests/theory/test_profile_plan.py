@@ -13,7 +13,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import spearmanr
-from tiny_models import FAMILIES, IMAGE, LAYERS, ROWS, WIDTH, TokenTable, build, inputs
+from tiny_models import ANSWER, FAMILIES, IMAGE, LAYERS, ROWS, WIDTH, TokenTable, build, labelled
 from torch import Tensor
 
 from skipit.router import (
@@ -46,21 +46,11 @@ from skipit.theory.plan import Plan, allocate, make_plan, skip_set
 from skipit.theory.profile import Profile, profile
 from skipit.theory.states import recorded
 
-ANSWER = 3
 # What no draw of an answer has a part in.
 EXACT = ("geometric", "update", "histogram", "count", "keys", "tokens_per_row", "var_text", "var_last")
 NO_DAMAGE = tuple(f"ridge_{name}_{kv}" for name in ("bias", "mean", "std", "r2") for kv in ("retain", "evict"))
 DATA = Path(__file__).parent / "data"
 KV = pytest.mark.parametrize("kv", ["retain", "evict"])
-
-
-def labelled(family: str, rows: Any = ROWS, padding: str = "right", seed: int = 0) -> dict[str, Tensor]:
-    """A batch whose last tokens in every row are the answer."""
-    batch = inputs(family, rows, padding, seed)
-    real = batch["attention_mask"]
-    left = real.flip(1).cumsum(1).flip(1)
-    batch["labels"] = batch["input_ids"].masked_fill((real == 0) | (left > ANSWER), -100)
-    return batch
 
 
 def prompts(batch: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -538,9 +528,7 @@ class TestOnDisk:
             save()
         values = json.loads(file.read_text())
         file.write_text(json.dumps(values | {"version": 99}))
-        refused(
-            rf"{kind}.json: got version 99, this skipit reads \d: another version .* wrote it. {kind.title()} again"
-        )
+        refused(rf"{kind}.json: got version 99, this skipit reads \d to \d: another .* wrote it. {kind.title()} again")
         file.write_text(json.dumps({k: v for k, v in values.items() if k != "model"}))
         refused(f"{kind}.json: no model; the file is incomplete")
         file.write_text("{")
@@ -565,7 +553,7 @@ class TestOnDisk:
         costs = [{name: cost for name, cost in layer.items() if name != "mlp"} for layer in values["costs"]]
         file.write_text(json.dumps(values | {"version": 1, "costs": costs}))
         message = (
-            "got version 1, this skipit reads 2: another version of skipit wrote it. Profile again: `skipit profile"
+            "got version 1, this skipit reads 2 to 3: another version of skipit wrote it. Profile again: `skipit prof"
         )
         with pytest.raises(CheckpointError, match=message):
             load_profile(tmp_path / "p")

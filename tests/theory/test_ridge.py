@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from skipit.theory.profile_sums import ProfileSums
+from skipit.theory.profile_sums import ProfileSums, groups
 from skipit.theory.ridge import MOST_FEATURES, PENALTIES, RidgeSums, projection
 
 
@@ -96,16 +96,14 @@ def test_a_projection_keeps_the_scale_and_maps_weights_back() -> None:
 
 def test_wide_states_are_regressed_through_the_projection(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("skipit.theory.profile_sums.projection", lambda dim: projection(dim, most=8))
-    sums = ProfileSums(1, 24, torch.device("cpu"))
+    sums = ProfileSums(1, 24, torch.device("cpu"), groups((0,), 1))
     generator = torch.Generator().manual_seed(0)
     x = torch.nn.functional.normalize(torch.randn(4, 300, 24, generator=generator), dim=-1) * 24**0.5
     assert sums.projection is not None
     direction = sums.projection[:, 0]  # within reach of the features
     signal = (x @ direction).exp()
     sums.add_rows(torch.ones(4, dtype=torch.bool))
-    sums.add_tokens(
-        0, x, {"retain": signal, "evict": signal}, {"retain": signal, "evict": 2 * signal}, torch.zeros(4, 300).long()
-    )
+    sums.add_samples(0, x, {"retain": signal[None], "evict": 2 * signal[None]}, torch.zeros(4, 300).long())
     fits = sums.ridge_fits()
     assert fits["retain"].weight.shape == (1, 2, 24)
     predicted = x @ fits["retain"].weight[0, 0] + fits["retain"].bias[0, 0]
@@ -118,12 +116,12 @@ def test_halves_are_rows_of_the_data_whatever_the_batches() -> None:
     x, signal = torch.randn(5, 7, 4, generator=generator), torch.rand(5, 7, generator=generator)
 
     def state(sizes: list[int]) -> dict[str, Tensor]:
-        sums, first = ProfileSums(1, 4, torch.device("cpu")), 0
+        sums, first = ProfileSums(1, 4, torch.device("cpu"), groups((0,), 1)), 0
         for size in sizes:
             rows = slice(first, first + size)
             sums.add_rows(torch.ones(size, dtype=torch.bool))
-            each = {"retain": signal[rows], "evict": signal[rows]}
-            sums.add_tokens(0, x[rows], each, each, torch.zeros(size, 7).long())
+            each = {"retain": signal[None, rows], "evict": signal[None, rows]}
+            sums.add_samples(0, x[rows], each, torch.zeros(size, 7).long())
             first += size
         return {name: value for name, value in sums.state().items() if name.startswith("ridge")}
 
@@ -134,8 +132,20 @@ def test_halves_are_rows_of_the_data_whatever_the_batches() -> None:
             torch.testing.assert_close(value, whole[name])
 
 
-def test_memory_at_7b_size_is_bounded() -> None:
-    sums = ProfileSums(32, 4096, torch.device("meta"))
+@pytest.mark.parametrize(("points", "grams", "most"), [(tuple(range(32)), 32, 1.1e9), ((0,), 2, 72e6)])
+def test_memory_at_7b_size_is_bounded(points: tuple[int, ...], grams: int, most: float) -> None:
+    sums = ProfileSums(32, 4096, torch.device("meta"), groups(points, 32))
     size = sum(value.nbytes for name, value in sums.state().items() if name.startswith("ridge"))
-    assert size == 32 * 2 * 2 * 8 * (1025**2 + 1025 * 2 + 2)
-    assert size < 1.1e9
+    assert size == 2 * 2 * 8 * (grams * 1025**2 + 64 * (1025 + 1))
+    assert size < most
+
+
+def test_layers_share_their_samples_up_to_the_next_point_but_for_the_last_and_those_over_images() -> None:
+    assert [tuple(group) for group in groups((0, 2), 6, {1, 3})] == [
+        (0, (0,)),
+        (0, (1,)),
+        (2, (2, 4)),
+        (2, (3,)),
+        (2, (5,)),
+    ]
+    assert [group.layers for group in groups(range(3), 3)] == [(0,), (1,), (2,)]

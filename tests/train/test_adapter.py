@@ -14,7 +14,7 @@ from datasets import Dataset, Features, Image, Value
 from families import build, config, inputs, processor
 from families.family import picture
 from safetensors.torch import load_file, save_file
-from tiny_run import Made, make_all
+from tiny_run import DECIDE_AT, Made, make_all
 from transformers import AutoModelForImageTextToText
 
 import skipit
@@ -44,6 +44,7 @@ def test_it_is_the_merged_checkpoint(made: Made) -> None:
     model, found = skipit.load(made.adapter)
     assert not model.training
     assert find_router(model)[1].config == find_router(expected)[1].config
+    assert find_router(model)[1].config.decide_at == DECIDE_AT  # of the plan
     assert all(torch.equal(gate_state(model)[name], value) for name, value in gate_state(expected).items())
     torch.testing.assert_close(logits(model), logits(expected), atol=1e-5, rtol=1e-5)
     assert type(found) is type(processor("llava"))
@@ -70,7 +71,8 @@ def test_what_is_in_it(made: Made) -> None:
     }
     assert made.size == sum(file.stat().st_size for file in made.adapter.iterdir())
     router = json.loads((made.adapter / ROUTER_FILE).read_text())
-    assert (router["format_version"], router["skipit_version"]) == (1, skipit.__version__)
+    assert (router["format_version"], router["skipit_version"]) == (2, skipit.__version__)
+    assert router["decide_at"] == list(DECIDE_AT)
     assert router["base"] == {
         "model": str(made.base),
         "revision": None,

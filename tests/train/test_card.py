@@ -30,7 +30,7 @@ RUN = {
     "calibrated_shares": {"0.5": 0.493, "0.25": None},
     "made_by": {"command": "skipit train someone/llava data", "versions": {"skipit": "0.1.0", "torch": "2.15.0"}},
 }
-CONFIG = RouterConfig(kv="evict", threshold=0.5, operating_points={"0.5": 0.5, "0.25": 1.25})
+CONFIG = RouterConfig(kv="evict", decide_at=(0, 2), threshold=0.5, operating_points={"0.5": 0.5, "0.25": 1.25})
 LATENCY = {"prefill_ms": 20.0, "prefill_speed_up": 1.5, "decode_ms": 4.0, "decode_speed_up": 1.25, "repeats": 15}
 MODEL = {"accuracy": 0.9, "same_answer": 0.8, "compute": 0.5, "rows": 60, "latency": LATENCY}
 EVALUATION = {
@@ -94,6 +94,7 @@ def test_of_a_run() -> None:
         "| 0.5 (default) | 0.5000 | 49.3% |",
         "| 0.25 | 1.2500 | - |",
         "(`evict`)",
+        "Gates decide by the states that enter layers 0, 2.",
         "250 steps of 8 rows, LoRA rank 8",
         "with skipit 0.1.0, torch 2.15.0.",
         "trust_remote_code=True",

@@ -64,11 +64,16 @@ def model() -> Any:
 
 @pytest.fixture(scope="module")
 def run(model: Any, rows: Dataset) -> Callable[..., Path]:
-    def run(folder: Path, *callbacks: TrainerCallback, config: TrainConfig = CONFIG, **options: Any) -> Path:
+    def run(
+        folder: Path,
+        *callbacks: TrainerCallback,
+        config: TrainConfig = CONFIG,
+        decide_at: tuple[int, ...] | None = None,
+        **options: Any,
+    ) -> Path:
         units, width = (3, 2), model.config.text_config.hidden_size
-        plan = Plan(
-            torch.zeros(*units, width), torch.zeros(units), 0.5, "retain", "zero", fingerprint(model), torch.ones(units)
-        )
+        gates = torch.zeros(*units, width), torch.zeros(units)
+        plan = Plan(*gates, 0.5, "retain", "zero", fingerprint(model), torch.ones(units), decide_at=decide_at)
         copied = copy.deepcopy(model)
         train(copied, build_processor(), rows, plan, config, folder, callbacks=list(callbacks), **options)
         return folder
@@ -349,6 +354,8 @@ def test_what_a_resumed_run_may_not_change(run: Any, stopped: Path) -> None:
         run(stopped, At("on_step_end", 4, interrupt))
     with pytest.raises(CheckpointError, match="`steps` was 7, now 9, `lora_rank` was 2, now 4"):
         run(stopped, resume=True, config=replace(CONFIG, steps=9, lora_rank=4))
+    with pytest.raises(CheckpointError, match=r"`decide_at` was None, now \[0\]"):  # of the plan
+        run(stopped, resume=True, decide_at=(0,))
 
 
 def test_a_run_is_not_overwritten_unasked(run: Any, whole: Path, stopped: Path, tmp_path: Path) -> None:

@@ -10,12 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from skipit.router import MODALITIES, Gated, Step, attach, set_gates
+from skipit.router import MODALITIES, Gated, Step, attach
 from skipit.router.config import KVPolicy, Unit
 from skipit.theory.calibrate import calibrate
 from skipit.theory.cost import CostModel
 from skipit.theory.plan import make_plan
 from skipit.train.data.sources import load_model
+from skipit.train.gating import attach_plan
 from studies.answers import Options, always, answers
 from studies.contribution import layer_contribution
 from studies.study import Study
@@ -138,9 +139,7 @@ def fastv(lab: Lab, budget: float) -> Systems:
 def theory(kv: KVPolicy, lab: Lab, budget: float) -> Systems:
     """Our plan without training."""
     model, _ = load_model("reference")
-    attach(model)
-    plan = make_plan(lab.profile, budget, kv)
-    set_gates(model, plan.weight, plan.bias)
+    attach_plan(model, make_plan(lab.profile, budget, kv))
     return {f"theory-{kv}": [_calibrated(lab, model, budget, kv)]}
 
 

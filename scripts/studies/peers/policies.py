@@ -211,10 +211,10 @@ class Watched:
         """Decide as the policy does."""
         decision = self.policy.decide(layers, hidden, call, gates)
         if self.soft and decision.probability is not None:
-            self.seen += decision.probability
+            self.seen.extend(decision.probability)
             return Decision(decision.run)
         weight = decision.straight_through()
-        self.seen += decision.run.float() if weight is None else weight
+        self.seen.extend(decision.run.float() if weight is None else weight)
         return decision
 
     def __getattr__(self, name: str) -> Any:

@@ -84,8 +84,14 @@ def _about(inspection: "Inspection") -> dict[str, str]:
         "supported": _SUPPORTED if inspection.refused is None else f"no: {inspection.refused}",
     }
     if inspection.router is not None:
-        points = ", ".join(inspection.router["operating_points"]) or "none"
-        lines["router"] = f"a gated checkpoint: K/V policy {inspection.router['kv']}, operating points: {points}"
+        from skipit.theory.plan import points_text
+
+        router = inspection.router
+        points = ", ".join(router["operating_points"]) or "none"
+        where = points_text(router["decide_at"])
+        lines["router"] = (
+            f"a gated checkpoint: K/V policy {router['kv']}, decides at {where}, operating points: {points}"
+        )
     return lines
 
 

@@ -26,6 +26,13 @@ def add_arguments(verb: Parser) -> None:
         default="decoder",
         help="of the model: its decoder, or the redundancy alone of a vision tower or text encoder",
     )
+    verb.add_argument(
+        "--decide-at",
+        type=points,
+        default=argparse.SUPPRESS,
+        metavar="0,1,2",
+        help="layers by whose states gates will decide, or `each` for itself (default 0: once, for all layers)",
+    )
     verb.add_argument("--layers", default=None, help="dotted path of the part's layers, where they are not found")
     verb.add_streaming()
     verb.add_broken()
@@ -33,6 +40,18 @@ def add_arguments(verb: Parser) -> None:
         "--save-every", type=positive_int, default=16, help="batches between saves to OUT.partial (default %(default)s)"
     )
     verb.add_flag("--resume", "go on from OUT.partial of a killed run")
+
+
+def points(text: str) -> tuple[int, ...] | None:
+    """Decision points between commas; None for `each`."""
+    from skipit.router.config import check_points
+    from skipit.router.errors import RouterConfigError
+
+    try:
+        return None if text == "each" else check_points([int(layer) for layer in text.split(",")])
+    except (ValueError, RouterConfigError) as error:
+        expected = "expected ascending layers that begin with 0, such as 0,1,2, or `each`"
+        raise argparse.ArgumentTypeError(f"got {text!r}, {expected}") from error
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -62,7 +81,7 @@ def _profile_decoder(arguments: argparse.Namespace) -> None:
         model, processor = load_model(arguments.model)
         rows = readable_rows(arguments, load_rows(arguments, arguments.samples), Collator(processor))
     with progress("profile", _count(rows, arguments)) as advance:
-        settings = chosen(arguments, "batch_size", "seed", "draws", "layers")
+        settings = chosen(arguments, "batch_size", "seed", "draws", "layers", "decide_at")
         profile = profile_model(model, processor, advance.over(rows), partial=partial, **settings)
     save_profile(profile, arguments.out, arguments.overwrite)
     partial.remove()

@@ -80,14 +80,16 @@ def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "no: `LlamaModel` has linear-attention layers" in capsys.readouterr().out
 
 
-def test_a_gated_checkpoint_says_its_router(tmp_path: Path) -> None:
+def test_a_gated_checkpoint_says_its_router(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     model = build("llava")
-    attach(model, RouterConfig(kv="evict", operating_points={"0.5": 0.1}))
+    attach(model, RouterConfig(kv="evict", operating_points={"0.5": 0.1}, decide_at=(0, 2)))
     save_gated(model, None, tmp_path / "out")
     found = inspect_model(str(tmp_path / "out"))
     assert found.refused is None
     assert found.router is not None
     assert (found.router["kv"], found.router["operating_points"]) == ("evict", {"0.5": 0.1})
+    assert main(["inspect", str(tmp_path / "out")]) == 0
+    assert "K/V policy evict, decides at layers 0, 2, operating points: 0.5" in capsys.readouterr().out
 
 
 def test_what_the_columns_mean(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

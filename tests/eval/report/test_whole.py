@@ -10,6 +10,8 @@ import pytest
 
 from skipit.eval.report.page import POLICY
 from skipit.eval.report.whole import report
+from skipit.router import RouterConfig
+from skipit.theory.plan import points_text
 
 PARTS = {"cost", "saving", "tracking", "peers", "maps", "controlled", "quadrants", "pattern", "adaptivity", "depth"}
 PARTS |= {"transfer"}
@@ -135,6 +137,7 @@ def test_how_it_was_made(values: dict[str, Any], outline: Outline) -> None:
     assert values["made"]["eval"]["hardware"] in text
     assert "scripts/study peers --seeds 0 1 2" in text
     assert "seed 0" in text
+    assert f"they decide by the states that enter {points_text(RouterConfig.decide_at)}." in text
     for name in ("eval", "checkpoint", "profile", "baselines", "transfer", "also-1", "also-2", "also-3"):
         assert f"made-{name}" in outline.ids
 

@@ -4,12 +4,14 @@ from pathlib import Path
 
 from command_line import refused, skipit
 
+from skipit.router import RouterConfig
 from skipit.theory.artefact import load_plan
 
 
 def test_plan(chain: Path) -> None:
     assert "theory gates for 60% of the FLOPs; expected to run" in (chain / "plan.out").read_text()
-    assert load_plan(chain / "plan").budget == 0.6
+    plan = load_plan(chain / "plan")
+    assert (plan.budget, plan.decide_at) == (0.6, RouterConfig.decide_at)
 
 
 def test_overwrite_replaces_what_skipit_made(chain: Path, tmp_path: Path) -> None:

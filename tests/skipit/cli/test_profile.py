@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -26,7 +27,7 @@ from transformers import (
 
 from skipit.router import InputError
 from skipit.router.folders import load_json, load_tensors
-from skipit.theory.artefact import load_backbone
+from skipit.theory.artefact import load_backbone, load_plan, load_profile
 from skipit.train.data.sources import load_data, load_model
 from skipit.train.reference.data import reference_dataset
 from studies.architecture import build_processor
@@ -62,6 +63,21 @@ def same_profile(one: Path, other: Path) -> None:
 def test_what_is_printed(chain: Path) -> None:
     assert (chain / "profile.out").read_text().startswith(f"{chain}/profile: 12 rows measured, 0 not finite.")
     assert re.fullmatch(r"profile +12/12  \d+ s\n", (chain / "profile.err").read_text())
+
+
+def test_decision_points(tmp_path: Path) -> None:
+    line = ("reference", "reference", "--samples", 2, "--draws", 1)
+    for typed, points in (("0,3", (0, 3)), ("each", None)):
+        measured(*line, "--decide-at", typed, "--out", tmp_path / typed)
+        assert load_profile(tmp_path / typed).decide_at == points
+        assert skipit("plan", tmp_path / typed, "--mode", "both", "--budget", 0.9, "--out", tmp_path / "plan").code == 0
+        assert load_plan(tmp_path / "plan").decide_at == points
+        shutil.rmtree(tmp_path / "plan")
+    for typed in ("1,2", "0,2,1", "all", ""):
+        said = refused("profile", *line, "--decide-at", typed, "--out", tmp_path / "x", code=2)
+        assert f"--decide-at: got '{typed}', expected ascending layers that begin with 0, such as 0,1,2, or" in said
+    said = refused("profile", *line, "--decide-at", "0,12", "--out", tmp_path / "x")
+    assert said.endswith("`decide_at`: got (0, 12), the model has layers 0 to 11.\n")
 
 
 class TestResume:
