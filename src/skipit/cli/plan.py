@@ -51,9 +51,11 @@ def run(arguments: argparse.Namespace) -> None:
 
 def _plan_gates(arguments: argparse.Namespace) -> None:
     from skipit.theory.artefact import load_profile, save_plan
-    from skipit.theory.plan import make_plan
+    from skipit.theory.plan import check_reachable, make_plan
 
-    plan = make_plan(load_profile(arguments.profile), arguments.budget, arguments.kv, arguments.init)
+    profile = load_profile(arguments.profile)
+    check_reachable([arguments.budget], profile.least(arguments.kv), arguments.kv, "block")
+    plan = make_plan(profile, arguments.budget, arguments.kv, arguments.init)
     save_plan(plan, arguments.out, arguments.overwrite)
     text, vision = plan.run_rate.mean(0).tolist()
     print(

@@ -49,6 +49,7 @@ def _profile_decoder(arguments: argparse.Namespace) -> None:
     from skipit.train.data.collate import Collator
     from skipit.train.data.sources import load_model, name_data
     from skipit.train.display import loading, note, progress
+    from skipit.train.export import DATA, HOW_READ
     from skipit.train.profiling import profile_model
 
     same = chosen(arguments, "split", "samples", "batch_size", "streaming", "shuffle_buffer", "layers")
@@ -64,6 +65,7 @@ def _profile_decoder(arguments: argparse.Namespace) -> None:
     with progress("profile", _count(rows, arguments)) as advance:
         settings = chosen(arguments, "batch_size", "seed", "draws", "layers")
         profile = profile_model(model, processor, advance.over(rows), partial=partial, **settings)
+    profile.about[DATA] = {"source": name_data(arguments.data), **chosen(arguments, *HOW_READ)}
     save_profile(profile, arguments.out, arguments.overwrite)
     partial.remove()
     skipped = profile.about["skipped_rows"]

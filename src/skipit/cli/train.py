@@ -146,11 +146,9 @@ def run(arguments: argparse.Namespace) -> None:
             )
         if launch.process_index == 0:
             record = load_json(out / RUN_FILE)
-            known = HeldOut(**record["held_out"])
+            told = HeldOut(**record["held_out"]).sentence().capitalize()
             for point, share in record["calibrated_shares"].items():
-                print(
-                    f"{out}: trained; at {point} executes {share:.1%} of the dense decoder's FLOPs; {known.sentence()}."
-                )
+                print(f"{out}: trained; at {point} executes {share:.1%} of the dense decoder's FLOPs. {told}.")
             print(f"Next: skipit export {out} --out DIR")
 
 
