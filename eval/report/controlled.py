@@ -159,12 +159,10 @@ def _growing_verdict(growing: Mapping[str, Any], values: Values) -> Html:
         f": {between(right, '.1f', 100)}% right at {percent(best['compute'])} of the FLOPs, against "
         f"{between(wrong, '.1f', 100)}% at {percent(worst['compute'])}. ",
     ]
-    accuracy = values["gated"]["accuracy"]
-    if accuracy > right["high"]:
-        parts.append(f"The checkpoint is above both ({percent(accuracy)} at {percent(share)}).")
+    own = proportion(values["gated"]["accuracy"], values["gated"]["rows"]).to_json()
+    told = f"{between(own, '.1f', 100)}% at {percent(share)}"
+    if own["low"] > max(right["high"], wrong["high"]):
+        parts.append(f"The checkpoint is above both ({told}).")
     else:
-        parts.append(
-            f"The checkpoint ({percent(accuracy)} at {percent(share)}) is not clearly above this, which needs no "
-            "router."
-        )
+        parts.append(f"The checkpoint ({told}) is not clearly above this, which needs no router.")
     return joined(parts)
