@@ -24,9 +24,27 @@ def controlled(values: Values) -> Part | Missing:
     units, growing = values["units"], values["growing"]
     body = [heading("Every unit left out alone"), *_units(units), heading("More and more units left out")]
     body += _growing(growing, values)
-    return Part(
-        "controlled", TITLE, [_units_verdict(units), _growing_verdict(growing, values)], body, ("eval", "profile")
-    )
+    verdicts = [*misread(values), _units_verdict(units), _growing_verdict(growing, values)]
+    return Part("controlled", TITLE, verdicts, body, ("eval", "profile"))
+
+
+def misread(values: Values) -> list[Html]:
+    """What to say where answers that are teacher-forced are not those that the model generates, skipping nothing."""
+    units = values["units"]
+    forced = proportion(units["dense_accuracy"], units["rows"])
+    generated = proportion(units.get("generated_accuracy", forced.value), units["rows"])
+    if forced.low <= generated.high and generated.low <= forced.high:
+        return []
+    return [
+        joined(
+            [
+                strong("Do not trust this part", "bad"),
+                f": without skipping, {percent(forced.value)} of its {plural(units['rows'], 'row')} are right "
+                f"teacher-forced, but {percent(generated.value)} generated. The completions of these rows are not what "
+                "the model writes: compare one with its answer, token by token.",
+            ]
+        )
+    ]
 
 
 def missing(values: Values, title: str) -> Missing:

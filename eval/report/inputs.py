@@ -110,16 +110,16 @@ def _verdict(spending: Mapping[str, Any], shown: Sequence[tuple[str, Mapping[str
     return joined(parts) if parts else joined(["Too few rows to say anything about single inputs."])
 
 
-def depth_maps(values: Values, pictures: Sequence[Image]) -> Part | None:
+def depth_maps(values: Values, pictures: Sequence[Image]) -> Part | Missing:
     """How deep each patch and word of a few rows was computed.
 
     Args:
         values: with `examples`, in the order of the pictures.
         pictures: the images that were asked about.
     """
-    examples = values.get("examples") or []
+    title, examples = "How deep each patch and word is computed", values.get("examples") or []
     if not examples:
-        return None
+        return Missing(title, values.get("no_examples") or "no example was measured.")
     body: list[Html] = []
     for example, picture in zip(examples, pictures, strict=True):
         question, reply = (shorten(example[k], LONGEST_TITLE, placeholder=" ...") for k in ("prompt", "answer"))
@@ -153,7 +153,7 @@ def depth_maps(values: Values, pictures: Sequence[Image]) -> Part | None:
             f"layers in the mean, a word {number(text, '.1f')}."
         ]
     )
-    return Part("depth", "How deep each patch and word is computed", [told], body, ("eval", "checkpoint"))
+    return Part("depth", title, [told], body, ("eval", "checkpoint"))
 
 
 def _mean_depth(examples: Sequence[Mapping[str, Any]], key: str) -> float | None:

@@ -260,6 +260,16 @@ class TestControlled:
         assert "is worse than the reverse order" in self.growing(values, 0.5, 0.9, 0.99)
         assert "is not shown to be better than the reverse order" in self.growing(values, 0.9, 0.88, 0.99)
 
+    @pytest.mark.parametrize(("forced", "generated", "trusted"), [(0.0, 1.0, False), (0.9, 1.0, True)])
+    def test_completions_that_the_model_does_not_write(
+        self, values: dict[str, Any], forced: float, generated: float, trusted: bool
+    ) -> None:
+        values["units"] |= {"dense_accuracy": forced, "generated_accuracy": generated, "rows": 48}
+        for part in (controlled.controlled(values), claims.quadrants(values)):
+            told = "Do not trust this part: without skipping, 0.0% of its 48 rows are right teacher-forced, but 100.0%"
+            assert (told in said(part)) != trusted
+            assert said(part).startswith("Do not trust") != trusted
+
     def test_a_router_that_is_not_needed(self, values: dict[str, Any]) -> None:
         assert "The checkpoint is above both" in self.growing(values, 0.9, 0.5, 0.99)
         assert "is not clearly above this, which needs no router" in self.growing(values, 0.9, 0.5, 0.92)
@@ -327,6 +337,11 @@ class TestInputs:
         levels["a"]["p"] = 0.001
         told = said(inputs.adaptivity(values))
         assert "Clearest differences between groups, of 4 looked at: question: a +2.00 [+1.00, +3.00] points" in told
+
+    def test_no_depth_map_says_why(self, values: dict[str, Any]) -> None:
+        found = inputs.depth_maps({**values, "examples": [], "no_examples": "it is not known where patches lie."}, [])
+        assert isinstance(found, Missing)
+        assert found.how == "it is not known where patches lie."
 
     def test_wrong_answers_are_called_wrong(self, values: dict[str, Any]) -> None:
         from PIL import Image
