@@ -1,10 +1,12 @@
 """`skipit plan`: gates of a profile, and what is none."""
 
+import re
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from command_line import refused, skipit
+from PIL import Image
 
 from skipit.router import find_router
 from skipit.router.checkpoint import load
@@ -28,6 +30,14 @@ def test_overwrite_replaces_what_skipit_made(chain: Path, tmp_path: Path) -> Non
     assert skipit(*line, "--overwrite", "--budget", 0.3).code == 0
     assert load_plan(tmp_path / "plan").budget == 0.3
     assert [path.name for path in tmp_path.iterdir()] == ["plan"]
+
+
+def test_a_plan_is_shown(chain: Path) -> None:
+    rates, out = load_plan(chain / "plan").run_rate, (chain / "plan.out").read_text()
+    for layer, (text, vision) in enumerate(rates.tolist()):
+        assert re.search(rf"^│ +{layer} │ +{text:.1%} │ +{vision:.1%} │$", out, re.MULTILINE)
+    with Image.open(chain / "plan" / "units.png") as picture:
+        picture.verify()
 
 
 def test_not_an_artefact(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ import pytest
 import torch
 from command_line import refused, skipit
 from datasets import Dataset, IterableDataset
+from PIL import Image
 from tiny_models import build
 from transformers import (
     BertConfig,
@@ -24,9 +25,11 @@ from transformers import (
     SiglipVisionModel,
 )
 
+from skipit.cli.units import layers_in_words
 from skipit.router import InputError
 from skipit.router.folders import load_json, load_tensors
-from skipit.theory.artefact import load_backbone
+from skipit.theory.artefact import load_backbone, load_profile
+from skipit.theory.plan import skip_set
 from skipit.train.data.sources import load_data, load_model
 from skipit.train.reference.data import reference_dataset
 from studies.architecture import build_processor
@@ -56,12 +59,28 @@ def lines(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def same_profile(one: Path, other: Path) -> None:
     assert (one / "profile.safetensors").read_bytes() == (other / "profile.safetensors").read_bytes()
     ours, theirs = (load_json(path / "profile.json") for path in (one, other))
-    assert {**ours, "made_by": None} == {**theirs, "made_by": None}
+    for values in (ours, theirs):
+        values.pop("made_by")
+        values["about"].pop("data")  # how the same rows were read
+    assert ours == theirs
 
 
 def test_what_is_printed(chain: Path) -> None:
     assert (chain / "profile.out").read_text().startswith(f"{chain}/profile: 12 rows measured, 0 not finite.")
     assert re.fullmatch(r"profile +12/12  \d+ s\n", (chain / "profile.err").read_text())
+
+
+def test_it_ends_in_a_table_a_picture_and_a_finding(chain: Path) -> None:
+    profile, out = load_profile(chain / "profile"), (chain / "profile.out").read_text()
+    for layer in range(12):
+        shown = f"{profile.damage['retain'].unit[layer, 1]:.2g}"
+        assert re.search(rf"^│ +{layer} │.* {re.escape(shown)} │", out, re.MULTILINE)
+    skips = (~skip_set(profile, 0.5)).nonzero().tolist()
+    told = re.search(r"skipping text in (.*), vision in (.*) \(retain\)\.", out).groups()
+    for at, words in enumerate(told):
+        assert words == layers_in_words([layer for layer, modality in skips if modality == at])
+    with Image.open(chain / "profile" / "units.png") as picture:
+        picture.verify()
 
 
 class TestResume:
