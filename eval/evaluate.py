@@ -236,7 +236,9 @@ def _values(bench: _Bench, result: Comparison) -> tuple[dict[str, Any], list[Any
     few = [rows[number] for number in range(min(request.controlled_samples, len(rows)))]
     if few and profile is not None:
         values |= controlled_skipping(bench.dense, bench.processor, few, profile, config.kv, keep=bench.parts.values)
-    values["examples"], pictures = depth_examples(bench.model, bench.processor, rows, request.budget)
+        values["units"]["generated_accuracy"] = float(dense.recorded.right[: len(few)].double().mean())
+    values["examples"], pictures, why = depth_examples(bench.model, bench.processor, rows, request.budget)
+    values["no_examples"] = why
     record = checkpoint_record(request.checkpoint)
     values["settings"] = {
         "checkpoint": str(request.checkpoint),

@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 
 from skipit.eval.measure.certificate import Certificate, certify_thresholds, gate_logits
-from skipit.router import InputError, find_router
+from skipit.eval.measure.runner import run_dataset
+from skipit.router import Gated, InputError, find_router
 from skipit.router.checkpoint import ROUTER_FILE, load, load_router
 from skipit.router.config import point_name
 from skipit.router.errors import CheckpointError
@@ -24,6 +25,8 @@ from skipit.train.data.rows import Rows, pictures
 from skipit.train.data.used import RECORD, Noted, also_used, fingerprints, held_out
 from skipit.train.export import check_exported
 
+NEAR = 0.01  # of the dense FLOPs, between what is asked for and what is spent
+FEW = 32  # rows that are answered to see whether any is right
 GRID_ROWS = 32  # choose the thresholds to test, and are not tested on
 
 
@@ -107,9 +110,23 @@ def certify_checkpoint(
 
 
 def budget_checkpoint(
-    folder: str | Path, rows: Any, budget: float, *, batch_size: int = 16, overwrite: bool = False
+    folder: str | Path,
+    rows: Any,
+    budget: float,
+    *,
+    batch_size: int = 16,
+    overwrite: bool = False,
+    note: Callable[[str], None] = lambda text: None,
 ) -> float:
     """Store the threshold that spends a budget on held-out rows, under the budget's own name.
+
+    Args:
+        folder: a gated checkpoint.
+        rows: held out, in the conversational vision format.
+        budget: share of the dense decoder's FLOPs to spend.
+        batch_size: rows per call.
+        overwrite: replace an operating point of this name.
+        note: called with what is wrong with the point: it spends another share, or answers nothing right.
 
     Returns:
         The share of dense FLOPs measured at it.
@@ -124,7 +141,26 @@ def budget_checkpoint(
         given = list(batches(Rows(rows, read.noting(collate.checked)), collate, batch_size))
         threshold, share = calibrate(model, given, CostModel.of(model), budget, find_router(model)[1].config.kv)
         store_point(folder, name, threshold, None, share, read.packed())
-        return share
+    if abs(share - budget) > NEAR:
+        note(
+            f"{share:.1%} is as near to {budget:.1%} as its gates come: what they execute jumps between two thresholds."
+        )
+    few = _select(rows, list(range(min(FEW, len(rows)))))
+    if not _right(model, processor, few, policy=Gated(threshold)) and (
+        dense := _right(model, processor, few, mode="dense")
+    ):
+        note(
+            f"at this point none of {len(few)} rows is answered right; without skipping {dense} are. `skipit train` to "
+            "this budget, or choose a larger one."
+        )
+    return share
+
+
+def _right(model: Any, processor: Any, rows: Any, **options: Any) -> int:
+    """How many rows are answered right."""
+    collate, kv = Collator(processor, with_completion=False), find_router(model)[1].config.kv
+    found = run_dataset(model, processor, Rows(rows), collate, CostModel.of(model), kv, **options)  # type: ignore[arg-type]
+    return int(found.recorded.right.sum())
 
 
 @contextmanager

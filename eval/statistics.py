@@ -20,6 +20,8 @@ Statistic = Callable[[Floats], Floats]
 BATCH = 500  # resamples at a time, so that memory stays small
 # Ranks are at least a half apart: a vector of ranks this short is zero but for rounding.
 ROUNDING = 1e-6
+LEVEL = 0.05  # a p-value below is called evidence
+FEWEST = 6  # rows: that all of five fall on one side has probability 2 / 2^5 by chance, more than the level
 
 
 class Figures:
@@ -82,6 +84,34 @@ class Interval(Figures):
 
 
 UNDEFINED = Interval(math.nan, math.nan, math.nan)
+
+
+def side(interval: Interval, rows: int) -> int:
+    """On which side of zero an interval over rows lies: 1 or -1; 0 if it holds zero, is none, or is of too few rows.
+
+    Example:
+        >>> side(Interval(0.3, 0.1, 0.5), 40), side(Interval(-0.3, -0.5, -0.1), 40), side(Interval(0.3, -0.1, 0.5), 40)
+        (1, -1, 0)
+    """
+    return 0 if rows < FEWEST else int(interval.low > 0) - int(interval.high < 0)
+
+
+def beyond_chance(p: Mapping[str, float | None], level: float = LEVEL) -> list[str]:
+    """Which of several tests are evidence, clearest first: the more are looked at, the clearer one must be.
+
+    Holm (1979): with probability 1 - `level` none is named where nothing but chance is at work.
+
+    Args:
+        p: by name; None where a test was not possible.
+        level: of all together.
+
+    Example:
+        >>> beyond_chance({"colour": 0.04, "shape": 0.3, "count": 0.001, "place": None})
+        ['count']
+    """
+    known = sorted((value, name) for name, value in p.items() if value is not None and not math.isnan(value))
+    first = next((at for at, (value, _) in enumerate(known) if value >= level / (len(known) - at)), len(known))
+    return [name for _, name in known[:first]]
 
 
 def row_interval(values: ArrayLike, statistic: Statistic | None = None, resampling: Resampling = USUAL) -> Interval:

@@ -186,7 +186,9 @@ class Call:
         stretch = self._stretches[layer]
         return stretch.decision.of(layer - stretch.first)
 
-    def decide(self, layer: int, hidden: Float[Tensor, "batch seq dim"], replayed: bool) -> Float[Tensor, "batch seq dim"]:
+    def decide(
+        self, layer: int, hidden: Float[Tensor, "batch seq dim"], replayed: bool
+    ) -> Float[Tensor, "batch seq dim"]:
         """Decide for the layers from here to the next decision point, unless that has been done.
 
         A decision point that the model leaves out, as Mllama does without images, is made up for by the next layer: the
@@ -214,7 +216,7 @@ class Call:
         if self.learning and not torch.is_grad_enabled() and self._learns(layers):
             raise InputError(
                 "gates get no gradient from checkpoints around decoder layers that are reentrant. Use the model's own "
-                '`gradient_checkpointing_enable()`, or checkpoints with use_reentrant=False.'
+                "`gradient_checkpointing_enable()`, or checkpoints with use_reentrant=False."
             )
         if replayed and probability is not None and probability.requires_grad:
             copy = probability.detach().requires_grad_()
@@ -230,9 +232,7 @@ class Call:
         moved = {name: getattr(self, name).to(device) for name in ("modality", "real", "prompt")}
         return replace(self, **moved, seen=None if self.seen is None else self.seen.to(device))
 
-    def pooled(
-        self, layers: range, logits: Float[Tensor, "layers batch seq"]
-    ) -> Float[Tensor, "layers batch seq"]:
+    def pooled(self, layers: range, logits: Float[Tensor, "layers batch seq"]) -> Float[Tensor, "layers batch seq"]:
         """Logits of every token replaced by their mean over the prompt's tokens of row and modality.
 
         What a prompt has decided is kept in the cache and holds for the tokens after it. A token of a modality that no

@@ -107,9 +107,7 @@ def execute_tokenwise(module: nn.Module, hidden: States, skipped: States, execut
     return _unpack(skipped, module(layout.pack(hidden)), layout)
 
 
-def dense(
-    module: nn.Module, hidden: States, store: SkipCacheLayer | None, past: int, kwargs: dict[str, Any]
-) -> Any:
+def dense(module: nn.Module, hidden: States, store: SkipCacheLayer | None, past: int, kwargs: dict[str, Any]) -> Any:
     """Run a module for every token; only keys that earlier calls evicted may be missing."""
     if store is not None and store.index is not None:
         kwargs = {**kwargs, "attention_mask": _mask_over(hidden, store, kwargs, past)}
@@ -150,7 +148,9 @@ def gathered(module: nn.Module, hidden: States, skipped: States, execution: Exec
         return dense(module, hidden, execution.store, execution.call.past, kwargs)
     call, store = execution.call, execution.store
     (batch, tokens), device = hidden.shape[:2], hidden.device
-    if execution.count == 0 and (call.kv == "evict" or (store is not None and store.owes(capture, module, hidden, kwargs))):
+    if execution.count == 0 and (
+        call.kv == "evict" or (store is not None and store.owes(capture, module, hidden, kwargs))
+    ):
         if call.kv == "evict" and store is not None:
             store.pass_over(tokens)
         return skipped
@@ -265,9 +265,7 @@ def _pack(kwargs: dict[str, Any], layout: Layout) -> dict[str, Any]:
     return packed
 
 
-def _keys_and_values(
-    module: nn.Module, hidden: States, layout: Layout | None, kwargs: dict[str, Any]
-) -> KeysAndValues:
+def _keys_and_values(module: nn.Module, hidden: States, layout: Layout | None, kwargs: dict[str, Any]) -> KeysAndValues:
     """Keys and values of all tokens, without attention or MLP; zeros at padding, where `layout` leaves some out."""
     if layout is None:
         return capture(module, hidden, {**kwargs, "attention_mask": None})

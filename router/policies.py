@@ -44,9 +44,7 @@ class LayerByLayer:
         run, probability = zip(*every, strict=True)
         return Decision(torch.stack(run), None if probability[0] is None else torch.stack(probability))
 
-    def decide_layer(
-        self, layer: int, hidden: Float[Tensor, "batch seq dim"], call: Call, gate: TokenGate
-    ) -> Decision:
+    def decide_layer(self, layer: int, hidden: Float[Tensor, "batch seq dim"], call: Call, gate: TokenGate) -> Decision:
         """Decide for one layer, from the states at its decision point."""
         raise NotImplementedError
 

@@ -43,7 +43,13 @@ class _Running:
     trace: Trace | None = None
 
     def __post_init__(self) -> None:
-        for name, kind in (("mode", Mode), ("kv", KVPolicy), ("unit", Unit), ("granularity", Granularity), ("route", Route)):
+        for name, kind in (
+            ("mode", Mode),
+            ("kv", KVPolicy),
+            ("unit", Unit),
+            ("granularity", Granularity),
+            ("route", Route),
+        ):
             if getattr(self, name) is not None:
                 check_choice(name, getattr(self, name), kind)
 

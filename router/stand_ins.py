@@ -32,9 +32,7 @@ class _Capture:
         raise _Captured(keys, values)
 
 
-def capture(
-    module: nn.Module, hidden: Float[Tensor, "batch seq dim"], kwargs: dict[str, Any]
-) -> KeysAndValues:
+def capture(module: nn.Module, hidden: Float[Tensor, "batch seq dim"], kwargs: dict[str, Any]) -> KeysAndValues:
     """The keys and values that a module is about to store, without its attention or MLP.
 
     The module itself computes them, up to the point where it would store them.

@@ -144,4 +144,3 @@ class Return(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> Any:
         gathered, ctx.copy.grad = ctx.copy.grad, None
         return gradients[0], gathered, None
-

@@ -65,7 +65,9 @@ def run(module: nn.Module, hidden: Float[Tensor, "batch seq dim"], kwargs: dict[
 
 def attention_and_mlp(layer: nn.Module) -> tuple[str, str] | None:
     """The names of a layer's attention and of its MLP; None where it is not clear which is which."""
-    attention = [name for name, child in layer.named_children() if hasattr(child, "head_dim") and hasattr(child, "config")]
+    attention = [
+        name for name, child in layer.named_children() if hasattr(child, "head_dim") and hasattr(child, "config")
+    ]
     others = [
         name
         for name, child in layer.named_children()

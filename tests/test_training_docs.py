@@ -74,7 +74,7 @@ def test_links_lead_somewhere() -> None:
 def said() -> list[str]:
     """Every text in skipit's code, what is computed within one being `...`."""
     texts = []
-    for folder in ("src/skipit", "train", "router"):
+    for folder in ("src/skipit", "train", "router", "theory"):
         for path in (Path(__file__).parents[1] / folder).rglob("*.py"):
             for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
                 if isinstance(node, ast.JoinedStr):

@@ -13,6 +13,8 @@ from .cost import Compute, CostModel, trace_compute
 from .labels import before_answer
 from .plan import check_budget
 
+LIMIT = 30.0  # of thresholds: no gate's logit lies beyond
+
 
 @torch.no_grad()
 def measured_share(
@@ -46,7 +48,7 @@ def calibrate(
     kv: KVPolicy,
     *,
     tolerance: float = 0.002,
-    steps: int = 14,
+    steps: int = 18,
     mode: Mode = "gathered",
 ) -> tuple[float, float]:
     """The threshold at which a gated model spends a budget.
@@ -69,7 +71,7 @@ def calibrate(
         The threshold and the share measured at it.
     """
     check_budget(budget)
-    low, high = -30.0, 30.0
+    low, high = -LIMIT, LIMIT
     best: tuple[float, float] | None = None
     threshold = 0.0
     for _ in range(steps):
@@ -80,6 +82,9 @@ def calibrate(
         if abs(share - budget) <= tolerance:
             break
         low, high = (threshold, high) if share > budget else (low, threshold)
-        threshold = (low + high) / 2 if max(abs(low), abs(high)) < 30 else threshold + (1.0 if share > budget else -1.0)
+        if low > -LIMIT and high < LIMIT:
+            threshold = (low + high) / 2
+        else:  # not between two that were tried yet: twice as far each time
+            threshold = max(-LIMIT, min(LIMIT, 2 * threshold + (1.0 if share > budget else -1.0)))
     assert best is not None
     return best

@@ -6,7 +6,11 @@ gives logit P(run) = (D - lambda c) / T; T -> 0 is the greedy rule by damage per
 over decades, so the gate predicts log D from the state and runs where it exceeds log(lambda c).
 """
 
+<<<<<<< HEAD
 from collections.abc import Callable, Sequence
+=======
+from collections.abc import Callable, Iterable
+>>>>>>> main
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
@@ -14,7 +18,8 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from skipit.router.config import KVPolicy
+from skipit.router.config import KVPolicy, Unit
+from skipit.router.errors import InputError
 from skipit.router.gates import TokenGate
 
 from .profile import Profile
@@ -74,6 +79,19 @@ def check_budget(budget: float) -> float:
             f"`budget`: got {budget!r}, expected a number in (0, 1]: the share of the dense decoder's FLOPs to spend."
         )
     return float(budget)
+
+
+def check_reachable(budgets: Iterable[float], least: float, kv: KVPolicy, unit: Unit) -> None:
+    """Refuse a budget that no gates can meet.
+
+    Raises:
+        InputError: it is not above the share that is spent when everything is skipped.
+    """
+    if (lowest := min(budgets)) <= least:
+        raise InputError(
+            f"`budget`: got {lowest:g}, expected more than {least:.3f}: so much is spent when every token skips every "
+            f"layer (unit {unit!r}, kv {kv!r}). A smaller share needs unit 'block' and kv 'evict'."
+        )
 
 
 def allocate(

@@ -106,6 +106,10 @@ class Profile:
         """FLOPs of a row of which every unit is skipped."""
         return self.total - float(self.unit_cost(kv).sum())
 
+    def least(self, kv: KVPolicy) -> float:
+        """Share of the dense FLOPs that is spent when every unit is skipped, with what the gates themselves cost."""
+        return (self.floor(kv) + float((self.costs.column("gate")[:, None] * self.tokens).sum())) / self.total
+
 
 def profile(
     model: nn.Module,

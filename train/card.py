@@ -20,6 +20,7 @@ from skipit.train.data.used import RECORD, HeldOut
 Kind = Literal["run", "adapter", "plan"]
 CARD, PROVENANCE_FILE, EVALUATION = "README.md", "provenance.json", "eval.json"
 ADAPTER_CONFIG, CERTIFICATES = "adapter_config.json", "certificates.json"
+UNNAMED = "-"  # the default threshold, where it is no operating point
 _SETTINGS = tuple(field.name for field in fields(RouterConfig))  # an adapter's file holds more
 # What lies between these is written anew when a checkpoint gets an operating point; the rest is the reader's.
 _START, _END = "<!-- operating points of router_config.json -->", "<!-- end of operating points -->"
@@ -45,7 +46,7 @@ def card(
         _front(record["base"], kind),
         _what(record, config, kind),
         "## Measured\n\n" + (_UNMEASURED if evaluation is None else measured_table(evaluation)),
-        "## Use\n\n" + (_USE_ADAPTER if kind == "adapter" else _USE),
+        f"## Use\n\n{_use(kind)}",
         f"## Operating points\n\n{points_table(config, shares_of(record), certificates or {})}",
         "## How it was made\n\n" + _how(record, kind),
     ]
@@ -142,7 +143,8 @@ def shares_of(record: Mapping[str, Any]) -> dict[str, float]:
 def points_table(config: RouterConfig, shares: Mapping[str, float], certificates: Mapping[str, Any]) -> str:
     """The operating points of a router as a Markdown table, between marks by which it is found again."""
     if not config.operating_points:
-        body = "None is calibrated: the gates run at their default threshold. `skipit calibrate` adds some."
+        spent = f", which executes {shares[UNNAMED]:.1%} of the dense decoder's FLOPs" if UNNAMED in shares else ""
+        body = f"None is calibrated: the gates run at their default threshold{spent}. `skipit calibrate` adds some."
     else:
         lines = [
             "| budget or name | threshold | decoder FLOPs executed, as measured |",
@@ -150,19 +152,25 @@ def points_table(config: RouterConfig, shares: Mapping[str, float], certificates
         ]
         points = config.operating_points
         if config.threshold not in points.values():
-            points = {"-": config.threshold, **points}
+            points = {UNNAMED: config.threshold, **points}
         for name, threshold in points.items():
             share = shares.get(name)
             shown = "-" if share is None else f"{share:.1%}"
             mark = " (default)" if threshold == config.threshold else ""
             lines.append(f"| {name}{mark} | {threshold:.4f} | {shown} |")
-        body = "\n".join(lines)
+        chosen = next(iter(config.operating_points))
+        call = f"model.generate(**inputs, budget={chosen if _is_number(chosen) else repr(chosen)})"
+        body = "\n".join([f"`{call}` chooses one of these for a call.", "", *lines])
         for name, proof in certificates.items():
             body += (
                 f"\n\nAt `{name}`, with confidence {proof['confidence']:.0%}, at most {proof['risk']:.0%} of new rows "
                 "like those measured are answered otherwise than by the dense model."
             )
     return f"{_START}\n{body}\n{_END}"
+
+
+def _is_number(name: str) -> bool:
+    return name.replace(".", "", 1).isdigit()
 
 
 def update_points(folder: Path, config: RouterConfig, shares: Mapping[str, float], records: Mapping[str, Any]) -> None:
@@ -244,22 +252,19 @@ _UNMEASURED = (
     "`skipit export CHECKPOINT --eval DIR --out COPY` writes them here."
 )
 
-_USE = """```python
-import skipit
 
-model, processor = skipit.load("this folder or its Hub id")  # gated; runs no code from the folder
-answer = model.generate(**inputs)  # as usual; `budget=0.5` chooses an operating point
-```
+def _use(kind: Kind) -> str:
+    what, how = _USE_ADAPTER if kind == "adapter" else _USE
+    return f"```python\nimport skipit\n\n{what}\nanswer = model.generate(**inputs)  # as usual\n```\n\n{how}"
 
-Without skipit, `AutoModelForImageTextToText.from_pretrained(..., trust_remote_code=True)` gives the gated model too,
-from the code in `skipit_router/`. Without `trust_remote_code` it gives the dense model with these weights, which runs
-every layer."""
 
-_USE_ADAPTER = """```python
-import skipit
-
-model, processor = skipit.load("this folder", base="the base, or a copy of it")  # gates and LoRA on top of the base
-answer = model.generate(**inputs)  # as usual; `budget=0.5` chooses an operating point
-```
-
-`PeftModel.from_pretrained(base, ...)` without skipit gives the LoRA alone, which runs every layer."""
+_USE = (
+    'model, processor = skipit.load("this folder or its Hub id")  # gated; runs no code from the folder',
+    "Without skipit, `AutoModelForImageTextToText.from_pretrained(..., trust_remote_code=True)` gives the gated model "
+    "too,\nfrom the code in `skipit_router/`. Without `trust_remote_code` it gives the dense model with these weights, "
+    "which runs\nevery layer.",
+)
+_USE_ADAPTER = (
+    'model, processor = skipit.load("this folder", base="the base, or a copy")  # gates and LoRA on top of the base',
+    "`PeftModel.from_pretrained(base, ...)` without skipit gives the LoRA alone, which runs every layer.",
+)

@@ -1,26 +1,39 @@
 """From runs and plans to gated checkpoints."""
 
 import shutil
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from torch import Tensor
 
+from skipit.router import find_router
 from skipit.router.attach import attach, set_gates
 from skipit.router.checkpoint import ROUTER_FILE, load_dense, load_router, save_gated
 from skipit.router.config import RouterConfig
-from skipit.router.errors import CheckpointError, short
+from skipit.router.errors import CheckpointError, InputError, short
 from skipit.router.files import CONFIG
 from skipit.router.folders import check_out, claimed, load_json, new_directory, provenance, save_json
 from skipit.theory.artefact import check_same_model, load_plan
+from skipit.theory.calibrate import calibrate
+from skipit.theory.cost import CostModel
 from skipit.theory.identity import fingerprint
+from skipit.theory.plan import Plan
 from skipit.theory.profile import Profile
-from skipit.train.data.sources import resolve_model
+from skipit.train.data.collate import Collator, batches, tried
+from skipit.train.data.rows import Broken, readable
+from skipit.train.data.sources import load_data, resolve_model
 
-from .card import ADAPTER_CONFIG, PROVENANCE_FILE, read_evaluation, write_card
+from .card import ADAPTER_CONFIG, PROVENANCE_FILE, UNNAMED, read_evaluation, write_card
 from .gating import attach_plan
 from .lora import merge_lora
 from .run_folder import ADAPTER, CONFIG_FILE, RUN_FILE
+
+DATA = "data"  # of a profile's and a plan's record: its source, and how that was read
+HOW_READ = ("split", "seed", "streaming", "shuffle_buffer", "columns")
+MEETS_A_BUDGET = ("theory", "theory-bias")  # the other gates are constant
+FEW = 32  # rows to measure a plan on
 
 
 class Run(NamedTuple):
@@ -80,8 +93,25 @@ def export(run: str | Path, out: str | Path, *, overwrite: bool = False) -> None
         _save(model, processor, out, overwrite, load_json(Path(run) / RUN_FILE))
 
 
-def export_plan(plan: str | Path, source: str, out: str | Path, *, overwrite: bool = False) -> None:
+def export_plan(
+    plan: str | Path,
+    source: str,
+    out: str | Path,
+    *,
+    overwrite: bool = False,
+    note: Callable[[str], None] = lambda text: None,
+) -> None:
     """Turn a plan into a gated checkpoint without training; `skipit calibrate` adds measured budgets to it.
+
+    What a plan expects is of states that nothing was skipped for. So its threshold is moved until the model spends the
+    plan's budget on some of the rows that were profiled, where the plan says which these were.
+
+    Args:
+        plan: made by `skipit plan`.
+        source: its model.
+        out: folder to make.
+        overwrite: replace `out`.
+        note: called with what was measured, or with why nothing was.
 
     Raises:
         CheckpointError: not a plan, of another model, or `out` exists.
@@ -91,6 +121,8 @@ def export_plan(plan: str | Path, source: str, out: str | Path, *, overwrite: bo
     with claimed(out, lambda: check_out(Path(out), overwrite)):
         model, processor = load_dense(resolve_model(source))
         attach_plan(model, gates)
+        if gates.init in MEETS_A_BUDGET:
+            record["calibrated_shares"] = _meet_budget(model, processor, gates, note)
         _save(model, processor, out, overwrite, record)
 
 
@@ -102,6 +134,27 @@ def _save(model: Any, processor: Any, out: str | Path, overwrite: bool, record: 
         write_card(folder)
 
     save_gated(model, processor, out, overwrite=overwrite, finish=finish)
+
+
+def _meet_budget(model: Any, processor: Any, plan: Plan, note: Callable[[str], None]) -> dict[str, float]:
+    """Move the default threshold to a plan's budget, on rows that were profiled; the share measured at it."""
+    read = plan.about.get(DATA) or {}
+    try:
+        collate = Collator(processor)
+        rows = load_data(read["source"], samples=FEW, **{name: read[name] for name in HOW_READ})
+        held = list(batches(readable(rows, tried(collate), Broken(FEW)), collate, FEW // 4))
+    except (KeyError, InputError) as error:
+        why = "the profile does not say which rows it measured" if isinstance(error, KeyError) else str(error)
+        note(
+            f"the gates spend what the plan expects, not what was measured: {why}. `skipit calibrate` sets a budget as "
+            "measured."
+        )
+        return {}
+    threshold, share = calibrate(model, held, CostModel.of(model), plan.budget, plan.kv)
+    router = find_router(model)[1]
+    router.config = replace(router.config, threshold=threshold)
+    note(f"executes {share:.1%} of the dense decoder's FLOPs, as measured on rows that were profiled")
+    return {UNNAMED: share}
 
 
 def is_checkpoint(folder: Path) -> bool:

@@ -20,7 +20,7 @@ from skipit.router.folders import provenance
 from skipit.theory.calibrate import calibrate
 from skipit.theory.cost import CostModel, token_flops
 from skipit.theory.labels import predicts_answer
-from skipit.theory.plan import Plan
+from skipit.theory.plan import Plan, check_reachable
 from skipit.train.data.collate import Collator, batches, tried
 from skipit.train.data.rows import Broken, Rows, RowStream, readable, training_rows
 from skipit.train.data.used import RECORD, Noted, held_out
@@ -96,19 +96,6 @@ def _least_and_dense(
     nothing = torch.zeros(len(costs.layers), *real.shape, dtype=torch.float64)
     executed, dense = token_flops(costs, nothing, real, kv, unit=unit)
     return float(executed.sum()), float(dense.sum())
-
-
-def check_reachable(budgets: Iterable[float], least: float, kv: KVPolicy, unit: Unit) -> None:
-    """Refuse a budget that no gates can meet.
-
-    Raises:
-        InputError: it is not above the share that is spent when everything is skipped.
-    """
-    if (lowest := min(budgets)) <= least:
-        raise InputError(
-            f"`budget`: got {lowest:g}, expected more than {least:.3f}: so much is spent when every token skips every "
-            f"layer (unit {unit!r}, kv {kv!r}). A smaller share needs unit 'block' and kv 'evict'."
-        )
 
 
 def check_dtype(model: nn.Module) -> None:

@@ -1,6 +1,7 @@
 """Does skipping make a model less honest about what it knows? Calibration of two models on the same rows."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from skipit.eval.measure.recorded import Recorded
 from skipit.eval.metrics.confidence import confidence_bins
-from skipit.eval.statistics import USUAL, Figures, Floats, Interval, Resampling, row_interval
+from skipit.eval.statistics import USUAL, Figures, Floats, Interval, Resampling, bootstrap, row_interval, side
 from skipit.router import InputError
 
 Kind = Literal["product", "mean"]
@@ -48,6 +49,8 @@ class ReliabilityChange(Figures):
         dense: of the dense model.
         gated: of the gated model.
         error_change: gated minus dense, with a paired interval over rows.
+        by_chance: where it would lie if the confidences of both were exactly right (consistency resampling, Bröcker and
+            Smith 2007): of few rows a less confident model has more error by chance alone.
         brier_change: the same of the Brier score.
         resampling: how the uncertainty was estimated.
     """
@@ -59,15 +62,17 @@ class ReliabilityChange(Figures):
     dense: Reliability
     gated: Reliability
     error_change: Interval
+    by_chance: tuple[float, float]
     brier_change: Interval
     resampling: Resampling
 
     @property
     def verdict(self) -> Verdict:
-        """Whether skipping changed the calibration error beyond its interval."""
-        if self.error_change.low > 0:
+        """Whether skipping changed the calibration error beyond its interval and beyond chance."""
+        where, change = side(self.error_change, self.rows), self.error_change.value
+        if where > 0 and change > self.by_chance[1]:
             return "worse"
-        return "better" if self.error_change.high < 0 else "no difference shown"
+        return "better" if where < 0 and change < self.by_chance[0] else "no difference shown"
 
 
 def compare_confidence(
@@ -108,6 +113,7 @@ def compare_confidence(
         _reliability(tables[0], bins, resampling),
         _reliability(tables[1], bins, resampling),
         change(slice(3, None), _error),
+        _by_chance(tables, bins, resampling),
         change(slice(2, 3), lambda means: means[..., 0]),
         resampling,
     )
@@ -122,6 +128,18 @@ def _columns(recorded: Recorded, kind: Kind, bins: int) -> Floats:
     gap[torch.arange(len(right)), index] = confidence - right
     table = torch.cat([right[:, None], confidence[:, None], (confidence - right).square()[:, None], gap], -1)
     return np.asarray(table.numpy(), np.float64)
+
+
+def _by_chance(tables: Sequence[Floats], bins: int, resampling: Resampling) -> tuple[float, float]:
+    rng = np.random.default_rng(resampling.seed)
+
+    def error(confidence: Floats, size: int) -> Floats:
+        bin_of = np.eye(bins)[np.minimum((confidence * bins).astype(int), bins - 1)]
+        right = rng.random((size, len(confidence))) < confidence
+        return _error((confidence - right) @ bin_of / len(confidence))
+
+    dense, gated = (table[:, 1] for table in tables)
+    return bootstrap(lambda size: error(gated, size) - error(dense, size), resampling)
 
 
 def _error(means: Floats) -> Floats:

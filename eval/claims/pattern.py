@@ -18,15 +18,14 @@ from numpy.typing import ArrayLike
 from torch import Tensor
 
 from skipit.eval.measure.recorded import STRATA, Record
-from skipit.eval.statistics import USUAL, Figures, Floats, Interval, Resampling, row_interval
+from skipit.eval.statistics import LEVEL, ROUNDING, USUAL, Figures, Floats, Interval, Resampling, row_interval
 from skipit.router import VISION, InputError
 from skipit.theory.modes import redundant_and_unattended, span_of
 from skipit.theory.profile import Profile
 from skipit.train.display import note
 
-Verdict = Literal["found", "not found"]
+Verdict = Literal["found", "not found", "not shown"]
 ENTRY, EXIT, BOTH = "late entry", "early exit", "both"
-LEVEL = 0.05
 
 
 @dataclass(frozen=True)
@@ -100,25 +99,34 @@ class Pattern(Figures):
 
     @property
     def theory(self) -> dict[str, Verdict]:
-        """By the paper's rule: a stretch is found where it has a layer and leaves one; both, where both do."""
-        return _stretches(self.entry, self.exit, len(self.qualifying))
+        """By the paper's rule: a stretch is found where it has a layer and leaves one; both, where both do.
+
+        One that is as long by chance, if as many layers lay anywhere, is not shown.
+        """
+        return _stretches(self.entry, self.exit, sum(self.qualifying), len(self.qualifying))
 
     @property
     def learned(self) -> dict[str, Verdict]:
         """By the router's skips, in the same way; a stretch must have a layer at the low end of its interval, too."""
-        first, last = (
-            0 if stretch.length.low < 1 else int(stretch.length.value)
-            for stretch in (self.learned_entry, self.learned_exit)
-        )
-        return _stretches(first, last, len(self.rates))
+        ends = (self.learned_entry.length, self.learned_exit.length)
+        first, last = (0 if length.low < 1 else int(length.value) for length in ends)
+        return _stretches(first, last, sum(rate >= self.most for rate in self.rates), len(self.rates))
 
     @property
     def outer(self) -> dict[str, Verdict]:
-        """Are the "first third" and the "last third" skipped more than the middle, beyond interval and p <= 0.05?"""
-        return {
-            name: _verdict(o.difference.value > 0 and not o.difference.low <= 0 and o.p <= LEVEL)
-            for name, o in (("first third", self.early), ("last third", self.late))
-        }
+        """Are the "first third" and the "last third" skipped more than the middle?
+
+        Beyond interval and p, and p_shift as far as so few layers allow: on smooth rates p alone is small by chance.
+        """
+        shift = max(LEVEL, 1 / len(self.rates) + ROUNDING)
+        words: dict[str, Verdict] = {}
+        for name, o in (("first third", self.early), ("last third", self.late)):
+            value, low, high = o.difference.value, o.difference.low, o.difference.high  # NaN without rows
+            if value > 0 and not low <= 0 and o.p <= LEVEL and o.p_shift <= shift:
+                words[name] = "found"
+            else:
+                words[name] = "not found" if value <= 0 and not high > 0 else "not shown"
+        return words
 
 
 def row_skip_rates(records: Sequence[Record]) -> Float[Tensor, "rows layers"]:
@@ -181,8 +189,7 @@ def find_pattern(
             return np.asarray((means[..., way] >= most).cumprod(-1).sum(-1), np.float64)
 
         interval, skipped = row_interval(by_row, length, resampling), int((mean >= most).sum())
-        n = int(interval.value)
-        return Stretch(interval, math.comb(layers - n, skipped - n) / math.comb(layers, skipped))
+        return Stretch(interval, _p_stretch(int(interval.value), skipped, layers))
 
     return Pattern(
         eps,
@@ -246,13 +253,16 @@ def _p_values(rates: Floats, part: slice, middle: slice, resampling: Resampling)
     return p, float((difference(shifted) >= observed).mean())
 
 
-def _stretches(first: int, last: int, layers: int) -> dict[str, Verdict]:
-    return {
-        ENTRY: _verdict(0 < first < layers),
-        EXIT: _verdict(0 < last < layers),
-        BOTH: _verdict(first > 0 and last > 0 and first + last < layers),
-    }
+def _p_stretch(length: int, skipped: int, layers: int) -> float:
+    """See `Stretch.p`; of stretches at both ends, with the sum of their lengths."""
+    return math.comb(layers - length, skipped - length) / math.comb(layers, skipped)
 
 
-def _verdict(shown: bool) -> Verdict:
-    return "found" if shown else "not found"
+def _stretches(first: int, last: int, skipped: int, layers: int) -> dict[str, Verdict]:
+    words: dict[str, Verdict] = {}
+    for name, lengths in ((ENTRY, (first,)), (EXIT, (last,)), (BOTH, (first, last))):
+        if not all(lengths) or sum(lengths) >= layers:
+            words[name] = "not found"
+        else:
+            words[name] = "found" if _p_stretch(sum(lengths), skipped, layers) < LEVEL else "not shown"
+    return words

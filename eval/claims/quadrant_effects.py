@@ -16,7 +16,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from skipit.eval.measure.controlled import RowEffects, row_effects
-from skipit.eval.statistics import USUAL, Figures, Floats, Interval, Resampling, row_interval, spearman
+from skipit.eval.statistics import USUAL, Figures, Floats, Interval, Resampling, row_interval, side, spearman
 from skipit.router import VISION
 from skipit.router.config import KVPolicy
 from skipit.theory.cost import CostModel
@@ -68,7 +68,7 @@ class Quadrants(Figures):
         interaction: what little attention is worth among redundant layers beyond what it is worth among the others.
         margin: redundant and unattended minus the best other quadrant (most accuracy, least KL).
         verdict: is the paper's quadrant the best? "found" where the margin's interval lies on its side of 0, "not
-            found" where another quadrant does as well or better, "undecided" between; by figure.
+            found" where it lies on the other, "undecided" between; by figure.
         note: what limits the experiment; empty if nothing does.
         resampling: how the uncertainty was estimated.
     """
@@ -94,7 +94,7 @@ class Quadrants(Figures):
         """Is each condition alone worth something? By "redundancy" and "attention", and by figure; as `verdict`."""
         effects = {"redundancy": self.redundancy_effect, "attention": self.attention_effect}
         return {
-            name: {figure: _verdict(effect[figure], better) for figure, better in BETTER.items()}
+            name: {figure: _verdict(effect[figure], better, self.rows) for figure, better in BETTER.items()}
             for name, effect in effects.items()
         }
 
@@ -205,7 +205,7 @@ def _result(
         both(lambda q: (q[..., 0] + q[..., 2] - q[..., 1] - q[..., 3]) / 2),
         both(lambda q: q[..., 0] - q[..., 1] - q[..., 2] + q[..., 3]),
         margin,
-        {name: _verdict(margin[name], better) for name, better in BETTER.items()},
+        {name: _verdict(margin[name], better, len(everything.right)) for name, better in BETTER.items()},
         _note(layers, sets, unhurt),
         resampling,
     )
@@ -215,12 +215,9 @@ def _mean(rows: Sequence[Tensor], like: RowEffects) -> Tensor:
     return torch.stack(list(rows)).mean(0) if rows else torch.full_like(like.right, torch.nan)
 
 
-def _verdict(margin: Interval, better: int) -> Verdict:
-    if math.isnan(margin.low):
-        return "undecided"
-    if min(better * margin.low, better * margin.high) > 0:
-        return "found"
-    return "not found" if better * margin.value <= 0 else "undecided"
+def _verdict(margin: Interval, better: int, rows: int) -> Verdict:
+    verdicts: tuple[Verdict, Verdict, Verdict] = ("undecided", "found", "not found")
+    return verdicts[better * side(margin, rows)]
 
 
 def _note(

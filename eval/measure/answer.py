@@ -78,11 +78,14 @@ class Reply:
         """
         from skipit.eval.plots import plot_depth_map
 
-        if self.depth is None:
+        try:
+            depth = self.depth
+        except InputError as error:
+            raise InputError(f"{error} A depth map cannot be drawn for it; leave out `--depth-map`.") from error
+        if depth is None:
             raise InputError("a dense run executes every layer for every token: it has no depth map.")
         if not self.images:
             raise InputError("a depth map needs an image, and there was none.")
-        depth = self.depth
         question, reply = (shorten(part, 90, placeholder=" ...") for part in (self.prompt, self.text))
         title = f"{question}\n\N{RIGHTWARDS ARROW} {reply}"
         plot_depth_map(path, self.seen, depth.patches.numpy(), depth.tokens, depth.token_depth, depth.layers, title)
@@ -136,12 +139,11 @@ def answer(
 
 def depth_examples(
     model: Any, processor: Any, rows: Any, budget: float | str | None, number: int = EXAMPLES
-) -> tuple[list[dict[str, Any]], list[Any]]:
+) -> tuple[list[dict[str, Any]], list[Any], str]:
     """Answers of a gated model to a few rows of different kinds, with the depth of every patch and word.
 
     Returns:
-        What the report shows of each, and the images as the processor received them; none where it is not known where
-        the patches of this processor lie.
+        What the report shows of each, the images as the processor received them, and why there is none, if there is.
     """
     examples: list[dict[str, Any]] = []
     seen: list[Any] = []
@@ -157,8 +159,8 @@ def depth_examples(
         reply = answer(model, processor, images, prompt, budget=budget)
         try:
             depth = reply.depth
-        except InputError:
-            return [], []
+        except InputError as error:  # it is not known where its patches lie
+            return examples, seen, str(error)
         wanted = right_answer(row, number_of_row)
         right = answer_scores([reply.text], [right_answers(row, number_of_row)])[0] >= RIGHT
         examples.append(
@@ -175,7 +177,7 @@ def depth_examples(
             }
         )
         seen.append(reply.seen)
-    return examples, seen
+    return examples, seen, "" if examples else "no row has an image and a question of one turn."
 
 
 def _text(prompt: Any) -> str | None:

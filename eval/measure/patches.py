@@ -213,7 +213,4 @@ def _packed(
 
 
 def _unknown(processor: Any, why: str) -> InputError:
-    return InputError(
-        f"where the image tokens of {type(processor).__name__} lie in the picture is not known: {why}. "
-        "A depth map cannot be drawn for it; leave out `--depth-map`."
-    )
+    return InputError(f"where the image tokens of {type(processor).__name__} lie in the picture is not known: {why}.")

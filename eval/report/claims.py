@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from .controlled import missing
+from .controlled import misread, missing
 from .page import Content, Html, heading, joined, paragraph, table
 from .part import NOTHING, Missing, Part, Values, between, number, p_value, percent, plural, verdict
 
@@ -16,7 +16,7 @@ def quadrants(values: Values) -> Part | Missing:
     if "quadrants" not in values:
         return missing(values, title)
     body: list[Html] = []
-    verdicts: list[Html] = []
+    verdicts = misread(values)
     for notion, experiment in values["quadrants"].items():
         verdicts.append(_verdict(notion, experiment))
         body += _quadrants(notion, experiment)

@@ -24,9 +24,27 @@ def controlled(values: Values) -> Part | Missing:
     units, growing = values["units"], values["growing"]
     body = [heading("Every unit left out alone"), *_units(units), heading("More and more units left out")]
     body += _growing(growing, values)
-    return Part(
-        "controlled", TITLE, [_units_verdict(units), _growing_verdict(growing, values)], body, ("eval", "profile")
-    )
+    verdicts = [*misread(values), _units_verdict(units), _growing_verdict(growing, values)]
+    return Part("controlled", TITLE, verdicts, body, ("eval", "profile"))
+
+
+def misread(values: Values) -> list[Html]:
+    """What to say where answers that are teacher-forced are not those that the model generates, skipping nothing."""
+    units = values["units"]
+    forced = proportion(units["dense_accuracy"], units["rows"])
+    generated = proportion(units.get("generated_accuracy", forced.value), units["rows"])
+    if forced.low <= generated.high and generated.low <= forced.high:
+        return []
+    return [
+        joined(
+            [
+                strong("Do not trust this part", "bad"),
+                f": without skipping, {percent(forced.value)} of its {plural(units['rows'], 'row')} are right "
+                f"teacher-forced, but {percent(generated.value)} generated. The completions of these rows are not what "
+                "the model writes: compare one with its answer, token by token.",
+            ]
+        )
+    ]
 
 
 def missing(values: Values, title: str) -> Missing:
@@ -159,12 +177,10 @@ def _growing_verdict(growing: Mapping[str, Any], values: Values) -> Html:
         f": {between(right, '.1f', 100)}% right at {percent(best['compute'])} of the FLOPs, against "
         f"{between(wrong, '.1f', 100)}% at {percent(worst['compute'])}. ",
     ]
-    accuracy = values["gated"]["accuracy"]
-    if accuracy > right["high"]:
-        parts.append(f"The checkpoint is above both ({percent(accuracy)} at {percent(share)}).")
+    own = proportion(values["gated"]["accuracy"], values["gated"]["rows"]).to_json()
+    told = f"{between(own, '.1f', 100)}% at {percent(share)}"
+    if own["low"] > max(right["high"], wrong["high"]):
+        parts.append(f"The checkpoint is above both ({told}).")
     else:
-        parts.append(
-            f"The checkpoint ({percent(accuracy)} at {percent(share)}) is not clearly above this, which needs no "
-            "router."
-        )
+        parts.append(f"The checkpoint ({told}) is not clearly above this, which needs no router.")
     return joined(parts)

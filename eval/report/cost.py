@@ -3,8 +3,10 @@
 from collections.abc import Mapping
 from typing import Any
 
+from skipit.eval.statistics import LEVEL, beyond_chance
+
 from .page import Html, joined, paragraph, strong, table
-from .part import LEVEL, NOTHING, Part, Values, between, number, p_value, percent, plural, points
+from .part import NOTHING, Part, Values, between, number, p_value, percent, plural, points
 
 PHASES = (("prefill", "prefill (image and prompt)"), ("decode", "decoding, one token"))
 
@@ -94,7 +96,6 @@ def _cost_verdict(values: Values) -> Html:
         words, more = strong("it costs accuracy", "bad"), ""
     else:
         words, more = strong("it is more accurate", "good"), ", which fine-tuning can do and skipping cannot"
-    worst = min(gated["difference"]["kinds"].items(), key=lambda item: item[1]["value"], default=None)
     parts: list[Html | str] = [
         f"On {plural(dense['rows'], 'row')} of {settings['data']} ({settings['split']}) the checkpoint is right in "
         f"{percent(gated['accuracy'])}, {_dense(values)} in {percent(dense['accuracy'])}: "
@@ -102,9 +103,11 @@ def _cost_verdict(values: Values) -> Html:
         words,
         f" (p = {p_value(difference['p'])}){more}. {percent(gated['same_answer'])} of the answers are the same.",
     ]
-    if worst is not None and len(gated["difference"]["kinds"]) > 1 and worst[1]["value"] < 0:
-        kind, lost = worst
-        parts.append(f" Most is lost on {kind}: {points(lost['value'])} points (p = {p_value(lost['p'])}).")
+    kinds = gated["difference"]["kinds"]
+    clear = beyond_chance({kind: of["p"] for kind, of in kinds.items()}) if len(kinds) > 1 else []
+    if lost := [kind for kind in clear if kinds[kind]["value"] < 0]:
+        told = (f"{kind} ({points(kinds[kind]['value'])} points, p = {p_value(kinds[kind]['p'])})" for kind in lost)
+        parts.append(f" Of {len(kinds)} kinds of question, a loss is shown on {', '.join(told)}.")
     if calibration := values.get("calibration"):
         parts += [" ", _calibration_words(calibration)]
     return joined(parts)

@@ -7,9 +7,10 @@ from typing import Any
 from PIL.Image import Image
 
 from skipit.eval.plots import draw_depth_map, draw_intervals
+from skipit.eval.statistics import beyond_chance
 
 from .page import Content, Html, figure, heading, joined, paragraph, strong, table
-from .part import LEVEL, Missing, Part, Values, again, between, label, number, p_value, percent, plural, points
+from .part import Missing, Part, Values, again, between, label, number, p_value, percent, plural, points
 
 LONGEST_TITLE = 70
 
@@ -86,8 +87,8 @@ def _verdict(spending: Mapping[str, Any], shown: Sequence[tuple[str, Mapping[str
     parts: list[Content] = []
     hard = [(name, a) for name, a in spending["difficulty"].items() if a["value"] is not None]
     if hard:
-        more = [(n, a) for n, a in hard if a["p"] < LEVEL and a["value"] > 0]
-        less = [(n, a) for n, a in hard if a["p"] < LEVEL and a["value"] < 0]
+        clear = beyond_chance({name: a["p"] for name, a in hard})
+        more, less = ([name for name, a in hard if name in clear and sign * a["value"] > 0] for sign in (1, -1))
         word, mood = ("more compute for hard rows is not shown", "")
         if more and not less:
             word, mood = "it spends more on harder rows", "good"
@@ -97,28 +98,28 @@ def _verdict(spending: Mapping[str, Any], shown: Sequence[tuple[str, Mapping[str
             word, mood = "mixed: more on rows that are hard by one measure, less by another", ""
         told = "; ".join(f"{name} {between(a)}, p {p_value(a['p'])}" for name, a in hard)
         parts += [strong(word[:1].upper() + word[1:], mood), f" (rank correlation of a row's excess with {told}). "]
-    tests = len(shown)
-    # As many groups are looked at, one of them is below the level by chance: each must be that much clearer.
-    clear = [(n, c) for n, c in shown if c["p"] is not None and c["p"] < LEVEL / tests]
-    if clear:
-        clear.sort(key=lambda item: -abs(item[1]["difference"]))
-        listed = "; ".join(f"{name} {between(_as(c), '+.2f', 100)} points" for name, c in clear[:3])
-        parts.append(f"Clearest differences between groups, of {tests} looked at: {listed}.")
+    found = dict(shown)
+    if groups := beyond_chance({name: c["p"] for name, c in shown}):
+        groups.sort(key=lambda name: -abs(found[name]["difference"]))
+        listed = "; ".join(f"{name} {between(_as(found[name]), '+.2f', 100)} points" for name in groups[:3])
+        parts.append(f"Clearest differences between groups, of {len(shown)} looked at: {listed}.")
     elif shown:
-        parts.append(f"None of {tests} groups of rows or kinds of token is given clearly more or less than the rest.")
+        parts.append(
+            f"None of {len(shown)} groups of rows or kinds of token is given clearly more or less than the rest."
+        )
     return joined(parts) if parts else joined(["Too few rows to say anything about single inputs."])
 
 
-def depth_maps(values: Values, pictures: Sequence[Image]) -> Part | None:
+def depth_maps(values: Values, pictures: Sequence[Image]) -> Part | Missing:
     """How deep each patch and word of a few rows was computed.
 
     Args:
         values: with `examples`, in the order of the pictures.
         pictures: the images that were asked about.
     """
-    examples = values.get("examples") or []
+    title, examples = "How deep each patch and word is computed", values.get("examples") or []
     if not examples:
-        return None
+        return Missing(title, values.get("no_examples") or "no example was measured.")
     body: list[Html] = []
     for example, picture in zip(examples, pictures, strict=True):
         question, reply = (shorten(example[k], LONGEST_TITLE, placeholder=" ...") for k in ("prompt", "answer"))
@@ -152,7 +153,7 @@ def depth_maps(values: Values, pictures: Sequence[Image]) -> Part | None:
             f"layers in the mean, a word {number(text, '.1f')}."
         ]
     )
-    return Part("depth", "How deep each patch and word is computed", [told], body, ("eval", "checkpoint"))
+    return Part("depth", title, [told], body, ("eval", "checkpoint"))
 
 
 def _mean_depth(examples: Sequence[Mapping[str, Any]], key: str) -> float | None:

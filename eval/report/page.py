@@ -89,6 +89,8 @@ def bullets(parts: Sequence[Content]) -> Html:
 def table(caption: Content, head: Sequence[Content], rows: Sequence[Sequence[Content]]) -> Html:
     """A table in a box that scrolls by itself; the first column names the rows.
 
+    Each cell knows the head of its column: a phone has no room for columns and shows cells below each other.
+
     Raises:
         ValueError: If a row is shorter or longer than the head.
 
@@ -99,9 +101,10 @@ def table(caption: Content, head: Sequence[Content], rows: Sequence[Sequence[Con
     if wrong := [row for row in rows if len(row) != len(head)]:
         raise ValueError(f"`rows` has one of {len(wrong[0])} cells, expected {len(head)} as in the head. Fill it up.")
     top = element("tr", *(element("th", cell, scope="col") for cell in head))
-    body = [
-        element("tr", element("th", row[0], scope="row"), *(element("td", cell) for cell in row[1:])) for row in rows
-    ]
+    body = []
+    for name, *cells in rows:
+        values = (element("td", cell, data_head=str(of)) for cell, of in zip(cells, head[1:], strict=True))
+        body.append(element("tr", element("th", name, scope="row"), *values))
     drawn = element("table", element("caption", caption), element("thead", top), element("tbody", *body))
     # What scrolls can be reached with the keyboard.
     return element("div", drawn, class_="scroll", tabindex="0")

@@ -9,7 +9,6 @@ from typing import Any
 
 from .page import Content, Html, code, joined, strong
 
-LEVEL = 0.05  # a p-value below is called evidence
 NOTHING = "\N{EN DASH}"
 SCOPES = {"all": "all units", "text": "text units", "vision": "vision units"}
 

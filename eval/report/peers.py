@@ -4,7 +4,10 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from scipy.stats import ttest_ind_from_stats
+
 from skipit.eval.plots import draw_pareto
+from skipit.eval.statistics import LEVEL, beyond_chance
 
 from .page import Content, Html, figure, heading, joined, paragraph, strong, table
 from .part import NOTHING, Missing, Part, Values, again, label, number, percent, plural
@@ -34,9 +37,9 @@ def peers(values: Values) -> Part | Missing:
             "Accuracy is relative to the dense model of the same sweep, a mean over seeds and random draws ± their "
             "standard deviation. Peers' schemes are re-implemented from their formulas, with the same base, rows, "
             "LoRA rank, steps and executor. A baseline is compared with ours where it spends at most "
-            f"{100 * CLOSE:.0f} points more FLOPs; it wins or loses where the difference is beyond the root of "
-            "the sum of both squared standard deviations and beyond half a point, else it is a tie. Without a "
-            "deviation there was one run.",
+            f"{100 * CLOSE:.0f} points more FLOPs; it is better or worse where the difference is beyond half a point "
+            "and Welch's test over seeds says so (p below 0.05; of all that are better together, Holm). Without a "
+            "deviation there was one run, which shows nothing.",
             class_="soft",
         )
     )
@@ -78,23 +81,35 @@ def _is_control(entry: Mapping[str, Any]) -> bool:
     return entry["system"].startswith(tuple(f"{name}:" for name in OURS))
 
 
-def compared(ours: Mapping[str, Any], other: Mapping[str, Any]) -> str:
-    """Whether a baseline "wins", "ties" or "loses" against ours, or is "not comparable" for what it spends.
+def p_difference(ours: Mapping[str, Any], other: Mapping[str, Any]) -> float | None:
+    """Welch's (1947) test of the mean accuracies of two methods over their seeds; None where one has no deviation.
 
     Example:
-        >>> ours = {"accuracy": 0.99, "spread": 0.01, "compute": 0.5}
-        >>> compared(ours, {"accuracy": 0.90, "spread": 0.02, "compute": 0.49})
-        'loses'
-        >>> compared(ours, {"accuracy": 1.0, "spread": None, "compute": 0.6})
-        'not comparable'
+        >>> ours = {"accuracy": 0.99, "spread": 0.01, "seeds": 3}
+        >>> round(p_difference(ours, {"accuracy": 0.90, "spread": 0.02, "seeds": 3}), 3)
+        0.006
+        >>> p_difference(ours, {"accuracy": 0.40, "spread": None, "seeds": 1})
     """
-    if other["compute"] > ours["compute"] + CLOSE:
-        return "not comparable"
-    reach = math.hypot(ours["spread"] or 0.0, other["spread"] or 0.0)
-    difference = other["accuracy"] - ours["accuracy"]
-    if abs(difference) <= max(reach, SMALL):
-        return "ties"
-    return "wins" if difference > 0 else "loses"
+    sides = [(of["accuracy"], of["spread"], of["seeds"]) for of in (ours, other)]
+    if any(spread is None or seeds < 2 for _, spread, seeds in sides) or not any(spread for _, spread, _ in sides):
+        return None
+    return float(ttest_ind_from_stats(*sides[0], *sides[1], equal_var=False).pvalue)
+
+
+def _compared(mine: Mapping[str, Any], others: Mapping[str, Mapping[str, Any]]) -> dict[str, list[str]]:
+    """Which baselines are better than ours, which worse, which neither as far as is shown, and which spend more."""
+    beside = {told: other for told, other in others.items() if other["compute"] <= mine["compute"] + CLOSE}
+    more = {told: other["accuracy"] - mine["accuracy"] for told, other in beside.items()}
+    p = {told: p_difference(mine, other) if abs(more[told]) > SMALL else None for told, other in beside.items()}
+    better = [told for told in beyond_chance(p) if more[told] > 0]
+    # To be above all of them ours must be above each, so that each counts by itself.
+    worse = [told for told, value in p.items() if value is not None and value < LEVEL and more[told] < 0]
+    return {
+        "better": better,
+        "alike": [told for told in beside if told not in (*better, *worse)],
+        "worse": worse,
+        "not comparable": [told for told in others if told not in beside],
+    }
 
 
 def _verdicts(entries: Sequence[Mapping[str, Any]]) -> tuple[list[Html], list[Html]]:
@@ -103,19 +118,20 @@ def _verdicts(entries: Sequence[Mapping[str, Any]]) -> tuple[list[Html], list[Ht
     lines: list[Html] = []
     ours = [e for e in entries if e["system"] in OURS and e["runs"]]
     if not ours:
-        best = _best_theory(entries)
         lacks = "The folder of baselines holds no trained router of ours (methods ours-retain, ours-evict)"
-        return [joined([f"{lacks}: whether something simpler does as well ", strong("cannot be said"), f".{best}"])], []
+        return [joined([f"{lacks}: whether something simpler does as well ", strong("cannot be said"), "."])], []
     for mine in ours:
-        results: dict[str, list[str]] = {"wins": [], "ties": [], "loses": [], "not comparable": [], "controls": []}
+        controls: list[str] = []
+        others: dict[str, Mapping[str, Any]] = {}
         for other in entries:
             if not other["runs"] or other["budget"] != mine["budget"]:
                 continue
             told = f"{other['system']} ({percent(other['accuracy'])} at {percent(other['compute'])})"
             if other["system"].startswith(f"{mine['system']}:"):
-                results["controls"].append(told.removeprefix(f"{mine['system']}: "))
+                controls.append(told.removeprefix(f"{mine['system']}: "))
             elif not other["system"].startswith((*OURS, "lora")):
-                results[compared(mine, other)].append(told)
+                others[told] = other
+        results = {**_compared(mine, others), "controls": controls}
         start = (
             f"{mine['system']}, budget {mine['budget']:g}: {percent(mine['accuracy'])} of dense accuracy at "
             f"{percent(mine['compute'])} of the FLOPs ({plural(mine['seeds'], 'seed')}). "
@@ -127,34 +143,23 @@ def _verdicts(entries: Sequence[Mapping[str, Any]]) -> tuple[list[Html], list[Ht
 
 
 _LISTS = {
-    "wins": "Better than ours",
-    "ties": "As good",
-    "loses": "Worse",
+    "better": "Better than ours",
+    "alike": "Not shown to be better or worse",
+    "worse": "Worse",
     "not comparable": "Spend more FLOPs",
     "controls": "Controls, which are the same router with its decisions moved",
 }
 
 
 def _word(results: Mapping[str, Sequence[str]]) -> list[Content]:
-    compared_with = sum(len(results[key]) for key in ("wins", "ties", "loses"))
+    compared_with = sum(len(results[key]) for key in ("better", "alike", "worse"))
     if not compared_with:
         return [strong("Nothing to compare with"), " at this budget."]
-    if results["wins"]:
-        return [strong("Yes, something simpler did better", "bad"), f": {', '.join(results['wins'])}."]
-    if results["ties"]:
-        return [strong("Something simpler did as well"), f": {', '.join(results['ties'])}."]
-    return [strong("No", "good"), f", it is above all of {plural(compared_with, 'baseline')} beyond the error bars."]
-
-
-def _best_theory(entries: Sequence[Mapping[str, Any]]) -> str:
-    measured = [e for e in entries if e["runs"]]
-    if not measured:
-        return ""
-    best = max(measured, key=lambda e: (e["accuracy"], -e["compute"]))
-    return (
-        f" Best of what was measured: {best['system']}, {percent(best['accuracy'])} of dense accuracy at "
-        f"{percent(best['compute'])} of the FLOPs."
-    )
+    if results["better"]:
+        return [strong("Yes, something simpler did better", "bad"), f": {', '.join(results['better'])}."]
+    if results["alike"]:
+        return [strong("Something simpler is not shown to be worse"), f": {', '.join(results['alike'])}."]
+    return [strong("No", "good"), f", it is above all of {plural(compared_with, 'baseline')} (each with p < {LEVEL})."]
 
 
 def _table(entries: Sequence[Mapping[str, Any]]) -> Html:

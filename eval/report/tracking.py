@@ -5,10 +5,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from skipit.eval.plots import draw_intervals
+from skipit.eval.statistics import LEVEL, ROUNDING
 
 from .groups import Group, groups, several
 from .page import Content, Html, bullets, figure, heading, joined, paragraph, strong, table
-from .part import LEVEL, NOTHING, SCOPES, Missing, Part, Values, again, between, label, number, p_value, plural
+from .part import NOTHING, SCOPES, Missing, Part, Values, again, between, label, number, p_value, plural
 
 TABLES = {"geometric": "geometric redundancy", "cross-attention": "cross-attention (VAR)", "damage": "damage of a skip"}
 GIVEN = {"depth": "depth", "depth_curve": "depth, also U-shaped", "depth_modality": "depth and modality"}
@@ -217,8 +218,8 @@ def _shown(estimate: Mapping[str, Any]) -> bool:
 def judge(known: Sequence[Mapping[str, Any]], layers: int) -> tuple[str, str]:
     """The word for correlations of one router or several, and its mood.
 
-    One router: the interval must leave out zero and p be below 0.05; p_shift decides between "yes" and "yes, but". Of
-    several routers all must agree for a plain word.
+    One router: the interval must leave out zero, p be below 0.05 and p_shift too, or as small as so few layers allow:
+    on smooth tables p alone is that small by chance. Of several routers all must agree for a plain word.
 
     Example:
         >>> judge([{"value": -0.8, "low": -0.9, "high": -0.5, "p": 0.001, "p_shift": 0.04}], 12)
@@ -229,12 +230,10 @@ def judge(known: Sequence[Mapping[str, Any]], layers: int) -> tuple[str, str]:
     shown = [e for e in known if _shown(e)]
     follows = [e for e in shown if e["value"] < 0]
     if len(follows) == len(known):
-        if 1 / (2 * layers) >= LEVEL:
-            return f"yes, as far as {layers} layers can tell", "good"
-        strict = [e for e in follows if e["p_shift"] is not None and e["p_shift"] < LEVEL]
-        if len(strict) == len(known):
-            return "yes", "good"
-        return "yes, though a shifted profile would do about as well", ""
+        least = 1 / (2 * layers)
+        if any(e["p_shift"] is None or e["p_shift"] > max(LEVEL, least + ROUNDING) for e in follows):
+            return "not shown beyond what a shifted profile gives", ""
+        return ("yes" if least < LEVEL else f"yes, as far as {layers} layers can tell"), "good"
     if len(shown) - len(follows) == len(known):
         return "no, the opposite", "bad"
     if shown and len(known) > 1:

@@ -3,12 +3,13 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from skipit.eval.statistics import beyond_chance
+
 from .page import Content, Html, joined, paragraph, strong, table
-from .part import LEVEL, NOTHING, Missing, Part, Values, again, between, p_value, percent
+from .part import NOTHING, Missing, Part, Values, again, between, p_value, percent
 
 PARTS = {"types": "Kind of question", "shifts": "Images"}
 DENSE = "dense"
-SMALL = 0.02  # a difference of this much in accuracy is called one
 
 
 def transfer(values: Values) -> Part | Missing:
@@ -21,8 +22,7 @@ def transfer(values: Values) -> Part | Missing:
     note = paragraph(
         "Routers are trained on the reference data: one on some kinds of question, one on all. New kinds are marked. "
         "Differences are paired, over the rows of all seeds, with intervals and p as above; of several kinds or "
-        "shifts, the worst must be that much clearer to be called a loss. Where only means are known, "
-        f"{100 * SMALL:.0f} points are called one.",
+        "shifts, one must be that much clearer to be called a loss. Where only means are known, nothing is.",
         class_="soft",
     )
     return Part("transfer", title, _verdict(figures, kinds), [*body, note], ("transfer",))
@@ -65,27 +65,25 @@ def _verdict(figures: Mapping[str, Any], kinds: Sequence[str]) -> list[Html]:
     some = next((s for s in _systems(types) if s != "trained on all"), None)
     new = {name: by for name, by in types.items() if name not in kinds and some in by}
     if some is not None and new:
-        words, worst = _judge({name: _difference(by, some) for name, by in new.items()})
         told = f"On kinds of question that a router was not trained on ({', '.join(new)}): "
-        out.append(joined([told, words, worst]))
+        out.append(joined([told, *_judge({name: _difference(by, some) for name, by in new.items()})]))
     system = next(iter(reversed(_systems(shifts))), None)
     changed = {name: by for name, by in shifts.items() if name != "none" and system in by}
     if system is not None and changed:
-        words, worst = _judge({name: _difference(by, system) for name, by in changed.items()})
-        out.append(joined([f"On shifted images, the router {system}: ", words, worst]))
+        judged = _judge({name: _difference(by, system) for name, by in changed.items()})
+        out.append(joined([f"On shifted images, the router {system}: ", *judged]))
     return out or [joined(["The folder of transfer holds too little to say anything."])]
 
 
 def _judge(systems: Mapping[str, Mapping[str, Any]]) -> tuple[Html, str]:
-    """Whether accuracy is lost against the untouched model on the same rows, and where most."""
-    worst = min(systems, key=lambda name: systems[name]["value"])
+    """Whether accuracy is lost against the untouched model on the same rows, and where most of what is clear."""
+    if all(one["p"] is None for one in systems.values()):
+        return strong("cannot be said"), ": the folder holds means alone, without the rows they are of."
+    lost = [name for name in beyond_chance({n: one["p"] for n, one in systems.items()}) if systems[name]["value"] < 0]
+    if not lost:
+        return strong("no loss against the untouched model is shown"), "."
+    worst = min(lost, key=lambda name: systems[name]["value"])
     most = systems[worst]
-    told = f"; at worst {between(most, '+.1f', 100)} points, on {worst}"
-    if most["p"] is None:
-        loses = most["value"] < -SMALL
-    else:
-        told += f" (p = {p_value(most['p'])})"
-        # One of many is below the level by chance: the worst of them must be that much clearer.
-        loses = any(one["value"] < 0 and one["p"] < LEVEL / len(systems) for one in systems.values())
-    words = strong("it loses accuracy", "bad") if loses else strong("no loss against the untouched model is shown")
-    return words, f"{told}."
+    return strong(
+        "it loses accuracy", "bad"
+    ), f": {between(most, '+.1f', 100)} points on {worst} (p = {p_value(most['p'])})."

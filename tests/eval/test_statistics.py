@@ -6,7 +6,17 @@ import numpy as np
 import pytest
 from scipy.stats import binomtest
 
-from skipit.eval.statistics import Interval, Resampling, paired_difference, proportion, row_interval
+from skipit.eval.statistics import (
+    FEWEST,
+    LEVEL,
+    Interval,
+    Resampling,
+    beyond_chance,
+    paired_difference,
+    proportion,
+    row_interval,
+    side,
+)
 from skipit.router import InputError
 
 RNG = np.random.default_rng(0)
@@ -90,3 +100,19 @@ def test_proportion() -> None:
     assert proportion(0.0, 16).high == pytest.approx(0.194, abs=1e-3)
     with pytest.raises(ValueError, match=r"`share` is 1\.5 of 3 rows, expected one in"):
         proportion(1.5, 3)
+
+
+@pytest.mark.parametrize("tests", [1, 3, 20])
+def test_chance_alone_is_seldom_evidence_however_much_is_looked_at(tests: int) -> None:
+    drawn = RNG.uniform(size=(2000, tests))
+    named = np.mean([bool(beyond_chance(dict(zip("abcdefghijklmnopqrst", p, strict=False)))) for p in drawn])
+    assert named == pytest.approx(LEVEL, abs=0.015)
+    assert beyond_chance({"a": 0.0001, **dict.fromkeys("bcdefg", 0.9)}) == ["a"], "and evidence is"
+
+
+def test_rows_that_agree_by_chance_have_no_side() -> None:
+    few = row_interval([1.0] * (FEWEST - 1))
+    assert few.low == few.high == 1
+    assert side(few, FEWEST - 1) == 0
+    assert side(few, FEWEST) == 1
+    assert side(Interval(0.1, math.nan, math.nan), 40) == 0

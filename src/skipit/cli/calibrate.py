@@ -50,16 +50,19 @@ def _calibrate(arguments: argparse.Namespace) -> None:
     from skipit.train.card import checkpoint_record
     from skipit.train.data.rows import Rows
     from skipit.train.data.used import held_out
-    from skipit.train.display import loading, progress
+    from skipit.train.display import loading, note, progress
 
     folder = arguments.checkpoint
     rows = readable_rows(arguments, load_rows(arguments, arguments.samples))
-    known = held_out(checkpoint_record(folder), Rows(rows))[0].sentence()
+    known = held_out(checkpoint_record(folder), Rows(rows))[0].sentence().capitalize()
     common = chosen(arguments, "batch_size", "overwrite")
     if arguments.budget is not None:
+        wrong: list[str] = []
         with loading("calibrating"):
-            share = budget_checkpoint(folder, rows, arguments.budget, **common)
-        print(f"{folder}: --budget {arguments.budget:g} executes {share:.1%} of the dense decoder's FLOPs; {known}.")
+            share = budget_checkpoint(folder, rows, arguments.budget, note=wrong.append, **common)
+        print(f"{folder}: --budget {arguments.budget:g} executes {share:.1%} of the dense decoder's FLOPs. {known}.")
+        for problem in wrong:
+            note(f"warning: {problem}")
         return
     # At most: testing stops after the first threshold that fails.
     with progress("certify", (1 + len(SKIPPED_SHARES)) * len(rows)) as advance:
@@ -73,5 +76,5 @@ def _calibrate(arguments: argparse.Namespace) -> None:
             **chosen(arguments, "name", "seed", "max_new_tokens"),
         )
     print(f"{folder}: {certificate.summary()}")
-    print(f"{known.capitalize()}.")
+    print(f"{known}.")
     print(f"Next: skipit generate {folder} --budget {arguments.name} --image FILE --prompt TEXT")

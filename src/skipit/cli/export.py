@@ -73,7 +73,8 @@ def _export(arguments: argparse.Namespace) -> str:
         size = export_adapter(source, out, overwrite=overwrite)
         return f"adapter checkpoint, {size / 1e6:.2f} MB. It needs its base: skipit.load(DIR, base=...)"
     if arguments.model is not None:
-        export_plan(source, arguments.model, out, overwrite=overwrite)
-    else:
-        export(source, out, overwrite=overwrite)
+        told: list[str] = []
+        export_plan(source, arguments.model, out, overwrite=overwrite, note=told.append)
+        return "; ".join(["gated checkpoint", *told]).rstrip(".")
+    export(source, out, overwrite=overwrite)
     return "gated checkpoint"

@@ -4,9 +4,11 @@ import argparse
 from pathlib import Path
 
 from .options import BUDGET, KV, Parser, budget, chosen, nonnegative
+from .units import show
 
 ABOUT = "turn a profile into gates"
 EXAMPLE = "skipit plan runs/profile --budget 0.5 --out runs/plan"
+RUNS = "tokens that run\nshare, as expected"
 
 
 def add_arguments(verb: Parser) -> None:
@@ -51,10 +53,13 @@ def run(arguments: argparse.Namespace) -> None:
 
 def _plan_gates(arguments: argparse.Namespace) -> None:
     from skipit.theory.artefact import load_profile, save_plan
-    from skipit.theory.plan import make_plan
+    from skipit.theory.plan import check_reachable, make_plan
 
-    plan = make_plan(load_profile(arguments.profile), arguments.budget, arguments.kv, arguments.init)
+    profile = load_profile(arguments.profile)
+    check_reachable([arguments.budget], profile.least(arguments.kv), arguments.kv, "block")
+    plan = make_plan(profile, arguments.budget, arguments.kv, arguments.init)
     save_plan(plan, arguments.out, arguments.overwrite)
+    print(show(arguments.out, {RUNS: plan.run_rate}, shares=True))
     text, vision = plan.run_rate.mean(0).tolist()
     print(
         f"{arguments.out}: {arguments.init} gates for {arguments.budget:.0%} of the FLOPs; "
@@ -70,7 +75,9 @@ def _plan_span(arguments: argparse.Namespace) -> None:
 
     profile, mode, kv = load_profile(arguments.profile), arguments.mode, arguments.kv
     span = choose_span(profile, mode, kv, limit=arguments.max_damage, **chosen(arguments, "budget", "eps", "nu"))
-    save_plan(span_plan(profile, span, mode, kv), arguments.out, arguments.overwrite)
+    plan = span_plan(profile, span, mode, kv)
+    save_plan(plan, arguments.out, arguments.overwrite)
+    print(show(arguments.out, {RUNS: plan.run_rate}, shares=True))
     layers = f"layers {span.entry} to {span.exit - 1}" if span.exit > span.entry else "none"
     print(
         f"{arguments.out}: of {len(span.run)} layers vision tokens run {layers}, about {span.compute:.1%} of the "

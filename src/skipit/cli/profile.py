@@ -4,14 +4,17 @@ import argparse
 from typing import TYPE_CHECKING, Any
 
 from .options import Parser, chosen, load_rows, partial_folder, positive_int, readable_rows
+from .units import layers_in_words, profile_tables, show
 
 if TYPE_CHECKING:
     from skipit.theory.backbone import Backbone
+    from skipit.theory.profile import Profile
 
 ABOUT = "measure a model on data"
 EXAMPLE = "skipit profile reference reference --out runs/profile"
 # Cosine distances at which proximal redundancy is shown.
 DISTANCES = (0.01, 0.1)
+HALF = 0.5  # the budget that a finding is about
 
 
 def add_arguments(verb: Parser) -> None:
@@ -68,6 +71,7 @@ def _profile_decoder(arguments: argparse.Namespace) -> None:
     from skipit.train.data.collate import Collator
     from skipit.train.data.sources import load_model, name_data
     from skipit.train.display import loading, note, progress
+    from skipit.train.export import DATA, HOW_READ
     from skipit.train.profiling import profile_model
 
     same = chosen(arguments, "split", "samples", "batch_size", "streaming", "shuffle_buffer", "layers")
@@ -83,6 +87,7 @@ def _profile_decoder(arguments: argparse.Namespace) -> None:
     with progress("profile", _count(rows, arguments)) as advance:
         settings = chosen(arguments, "batch_size", "seed", "draws", "layers", "decide_at")
         profile = profile_model(model, processor, advance.over(rows), partial=partial, **settings)
+    profile.about[DATA] = {"source": name_data(arguments.data), **chosen(arguments, *HOW_READ)}
     save_profile(profile, arguments.out, arguments.overwrite)
     partial.remove()
     skipped = profile.about["skipped_rows"]
@@ -90,7 +95,21 @@ def _profile_decoder(arguments: argparse.Namespace) -> None:
         more = f" and {skipped - 10} more" if skipped > 10 else ""
         note(f"left out, their states are not finite: row {', '.join(map(str, numbers[:10]))}{more}")
     print(f"{arguments.out}: {profile.about['rows']} rows measured, {skipped} not finite.")
+    print(show(arguments.out, profile_tables(profile)))
+    print(_finding(profile))
     print(f"Next: skipit plan {arguments.out} --out DIR")
+
+
+def _finding(profile: "Profile") -> str:
+    """What the theory would skip, as far as a profile alone can say."""
+    from skipit.router import MODALITIES
+    from skipit.theory.plan import skip_set
+
+    skips = ~skip_set(profile, HALF)
+    parts = (
+        f"{name} in {layers_in_words(skips[:, at].nonzero()[:, 0].tolist())}" for at, name in enumerate(MODALITIES)
+    )
+    return f"For {HALF:.0%} of the FLOPs least damage per FLOP is done by skipping {', '.join(parts)} (retain)."
 
 
 def _profile_part(arguments: argparse.Namespace) -> None:

@@ -1,11 +1,14 @@
 """`skipit train`: gates and LoRA fine-tuned to a budget."""
 
 import argparse
+import ast
+import re
 from collections.abc import Mapping
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .options import BUDGET, Parser, budget, load_rows, nonnegative, nonnegative_int, positive_int
+from .options import Parser, budget, load_rows, nonnegative, nonnegative_int, positive_int
 
 if TYPE_CHECKING:
     from skipit.theory.plan import Plan
@@ -17,6 +20,7 @@ EXAMPLE = "skipit train reference reference --budget 0.5 --out runs/run"
 
 def add_arguments(verb: Parser) -> None:
     """A model, rows, a plan or a profile, how training is launched, and the settings of `TrainConfig`."""
+    about = _settings()
     verb.add_model_and_data()
     verb.add_out()
     verb.add_argument("--plan", type=Path, default=None, help="folder made by `skipit plan`; default: made first")
@@ -24,18 +28,15 @@ def add_arguments(verb: Parser) -> None:
     verb.add_argument(
         "--profile-samples", type=positive_int, default=256, help="rows to measure without either (default %(default)s)"
     )
-    verb.add_argument("--budget", type=budget, default=None, help=f"{BUDGET} (default: the plan's, else 0.5)")
+    verb.add_argument("--budget", type=budget, default=None, help=_planned(about["budget"]))
     verb.add_argument(
         "--more-budgets", type=budgets, default=None, help="further ones to train the same gates for: 0.25,0.75"
     )
-    verb.add_argument("--kv", choices=("retain", "evict"), default=None, help="of skipped tokens (default: the plan's)")
+    verb.add_argument("--kv", choices=("retain", "evict"), default=None, help=_planned(about["kv"]))
     verb.add_argument(
         "--samples", type=positive_int, default=None, help="rows to train on (default: one per step and row)"
     )
     verb.add_streaming()
-    verb.add_argument(
-        "--max-broken-rows", type=nonnegative_int, default=None, help="rows that may be unreadable (default 0)"
-    )
     verb.add_argument("--calibration-data", default=None, help="held-out rows (default: another split of the data)")
     verb.add_argument("--calibration-split", default="calibration", help="of these (default %(default)s)")
     verb.add_argument("--calibration-samples", type=positive_int, default=192, help="how many (default %(default)s)")
@@ -44,34 +45,26 @@ def add_arguments(verb: Parser) -> None:
     verb.add_argument(
         "--processes", type=positive_int, default=None, help="stop unless the launcher started as many (default: any)"
     )
-    _add_settings(verb)
+    _add_settings(verb, about)
 
 
-def _add_settings(verb: Parser) -> None:
+def _add_settings(verb: Parser, about: Mapping[str, str]) -> None:
     """Settings of `TrainConfig` that neither the plan nor the data decide; None keeps their defaults."""
-    verb.add_argument(
-        "--deepspeed", default=None, help="zero1, zero2, zero3, zero2-offload, zero3-offload, or a JSON file"
-    )
-    verb.add_argument("--precision", choices=("fp32", "bf16"), default=None, help="of the arithmetic (default fp32)")
+    choices = {
+        "precision": ("fp32", "bf16"),
+        "unit": ("block", "attention", "mlp"),
+        "granularity": ("token", "sequence"),
+    }
+    for name, allowed in choices.items():
+        verb.add_argument(f"--{name}", choices=allowed, default=None, help=about[name])
     verb.add_argument(
         "--gradient-checkpointing",
         action=argparse.BooleanOptionalAction,
         default=None,
-        help="less memory, a third more time",
-    )
-    verb.add_argument(
-        "--unit",
-        choices=("block", "attention", "mlp"),
-        default=None,
-        help="what a token skips: the whole layer, or the attention or MLP inside it (default block)",
-    )
-    verb.add_argument(
-        "--granularity",
-        choices=("token", "sequence"),
-        default=None,
-        help="each token decides for itself, or a prompt's tokens of a modality together (default token)",
+        help=about["gradient_checkpointing"],
     )
     for name, kind in (
+        ("deepspeed", str),
         ("steps", positive_int),
         ("accumulation", positive_int),
         ("learning-rate", nonnegative),
@@ -82,8 +75,30 @@ def _add_settings(verb: Parser) -> None:
         ("multiplier-rate", nonnegative),
         ("damping", nonnegative),
         ("save-steps", positive_int),
+        ("max-broken-rows", nonnegative_int),
     ):
-        verb.add_argument(f"--{name}", type=kind, default=None, help="see `skipit.TrainConfig`")
+        verb.add_argument(f"--{name}", type=kind, default=None, help=about[name.replace("-", "_")])
+
+
+def _planned(about: str) -> str:
+    return about.replace("(default ", "(default: the plan's, else ")
+
+
+def _settings() -> dict[str, str]:
+    """What `TrainConfig` says of each setting, with its default; from its source, since importing it imports torch."""
+    package = find_spec("skipit.train")
+    assert package is not None
+    source = Path(str(package.origin)).with_name("config.py").read_text(encoding="utf-8")
+    of = next(node for node in ast.parse(source).body if isinstance(node, ast.ClassDef))
+    about = dict(re.findall(r"^    (\w+): (.*(?:\n {8}.*)*)", ast.get_docstring(of) or "", re.MULTILINE))
+    told = {}
+    for node in of.body:
+        if isinstance(node, ast.AnnAssign) and node.value is not None:
+            name, default = ast.unparse(node.target), ast.literal_eval(node.value)
+            default = "off" if default is False else "none" if default is None else default
+            text = " ".join(about[name].replace("`", "").replace("%", "%%").rstrip(".").split())
+            told[name] = f"{text} (default {default})"
+    return told
 
 
 def budgets(text: str) -> tuple[float, ...]:
@@ -146,11 +161,9 @@ def run(arguments: argparse.Namespace) -> None:
             )
         if launch.process_index == 0:
             record = load_json(out / RUN_FILE)
-            known = HeldOut(**record["held_out"])
+            told = HeldOut(**record["held_out"]).sentence().capitalize()
             for point, share in record["calibrated_shares"].items():
-                print(
-                    f"{out}: trained; at {point} executes {share:.1%} of the dense decoder's FLOPs; {known.sentence()}."
-                )
+                print(f"{out}: trained; at {point} executes {share:.1%} of the dense decoder's FLOPs. {told}.")
             print(f"Next: skipit export {out} --out DIR")
 
 

@@ -58,6 +58,17 @@ def test_verdicts_follow_from_the_paired_interval(dense: Recorded, gated: Record
     assert found.error_change.low <= found.error_change.value <= found.error_change.high
 
 
+def test_less_confidence_that_is_as_right_is_no_worse_calibration() -> None:
+    """An unsure model has more error by chance: the interval leaves out zero, and yet nothing is shown."""
+    unsure = torch.linspace(0.3, 0.99, ROWS, dtype=torch.float64)
+    right = torch.rand(ROWS, generator=torch.Generator().manual_seed(1)) < unsure
+    gated = Recorded(["x"] * ROWS, right, unsure.log(), torch.full((ROWS,), 2), [])
+    found = compare_confidence(recorded(0.999, 0.999), gated, resampling=FEW)
+    assert found.error_change.low > 0
+    assert found.by_chance[0] < found.error_change.value < found.by_chance[1]
+    assert found.verdict == "no difference shown"
+
+
 def test_long_answers_have_a_confidence_per_token_too() -> None:
     found = compare_confidence(recorded(0.25, 0.5), recorded(0.25, 0.5, tokens=1), "mean", resampling=FEW)
     assert found.dense.confidence.value == pytest.approx(0.5)

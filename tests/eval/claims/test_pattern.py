@@ -51,10 +51,11 @@ def rows_of(means: list[float], rows: int = 40) -> np.ndarray:
 def test_the_paper_s_rule_decides_in_the_profile() -> None:
     found = find_pattern(U_SHAPED, rows_of([0.5] * LAYERS), eps=0.2, nu=0.2, resampling=FEW)
     assert (found.entry, found.exit) == (1, 4)  # layer 1 is redundant but looked at
-    assert found.theory == {"late entry": "found", "early exit": "found", "both": "found"}
+    # Of six layers that qualify one lies first in half of all orders; four last, or these and one first, seldom.
+    assert found.theory == {"late entry": "not shown", "early exit": "found", "both": "found"}
     strict = find_pattern(U_SHAPED, [0.5] * LAYERS, eps=0.1, nu=0.0, resampling=FEW)
     assert (strict.entry, strict.exit) == (1, 0)
-    assert strict.theory == {"late entry": "found", "early exit": "not found", "both": "not found"}
+    assert strict.theory == {"late entry": "not shown", "early exit": "not found", "both": "not found"}
     anything = find_pattern(U_SHAPED, [0.5] * LAYERS, eps=2.0, nu=1.0, resampling=FEW)
     assert (anything.entry, anything.exit) == (LAYERS, LAYERS)  # where no layer is needed there is no entry
     assert set(anything.theory.values()) == {"not found"}
@@ -84,12 +85,12 @@ def test_a_real_profile_gives_the_stretches_of_the_fixed_modes() -> None:
     ("means", "early", "late"),
     [
         ([0.9] * 4 + [0.1] * 4 + [0.8] * 4, "found", "found"),
-        ([0.1] * 4 + [0.1] * 4 + [0.9] * 4, "not found", "found"),
+        ([0.1] * 4 + [0.1] * 4 + [0.9] * 4, "not shown", "found"),
         ([0.9, 0.8, 0.7, 0.6, 0.5, 0.5, 0.4, 0.4, 0.3, 0.2, 0.1, 0.0], "found", "not found"),
         ([0.1] * 4 + [0.9] * 4 + [0.1] * 4, "not found", "not found"),
         # One layer alone stands out: rows agree on it, but in a third of all orders it would lie there.
-        ([0.9] + [0.5] * 11, "not found", "not found"),
-        ([0.5] * 12, "not found", "not found"),
+        ([0.9] + [0.5] * 11, "not shown", "not shown"),
+        ([0.5] * 12, "not shown", "not shown"),
     ],
 )
 def test_thirds_decide_in_the_router(means: list[float], early: str, late: str) -> None:
@@ -109,13 +110,14 @@ def test_rows_that_disagree_decide_nothing() -> None:
     assert found.early.difference.value > 0
     assert found.early.p <= 0.05
     assert found.early.difference.low < 0
-    assert found.outer["first third"] == "not found"
+    assert found.outer["first third"] == "not shown"
 
 
 @pytest.mark.parametrize(
     ("means", "first", "last", "entry", "leaving"),
     [
-        ([0.9] * 3 + [0.1] * 5 + [0.8] * 4, 3, 4, "found", "found"),
+        ([0.9] * 3 + [0.1] * 5 + [0.8] * 4, 3, 4, "not shown", "not shown"),  # each; both are
+        ([0.9] * 4 + [0.1] * 8, 4, 0, "found", "not found"),
         # Vision leaves after two layers: the last third is skipped no more than the middle, and yet this is early exit.
         ([0.0, 0.1] + [1.0] * 10, 0, 10, "not found", "found"),
         ([0.1] * 4 + [0.9] * 4 + [0.1] * 4, 0, 0, "not found", "not found"),
@@ -126,7 +128,7 @@ def test_rows_that_disagree_decide_nothing() -> None:
 def test_stretches_decide_in_the_router(means: list[float], first: int, last: int, entry: str, leaving: str) -> None:
     found = find_pattern(U_SHAPED, rows_of(means), resampling=FEW)
     assert (found.learned_entry.length.value, found.learned_exit.length.value) == (first, last)
-    both = "found" if entry == leaving == "found" else "not found"
+    both = "found" if 0 < min(first, last) < LAYERS else "not found"
     assert found.learned == {"late entry": entry, "early exit": leaving, "both": both}
 
 
@@ -149,13 +151,13 @@ def test_a_stretch_on_which_rows_disagree_is_not_found() -> None:
 
 
 def test_rates_by_layer_have_no_interval_over_rows() -> None:
-    means = [0.9] * 4 + [0.1] * 4 + [0.9, 0.4, 0.9, 0.8]
+    means = [0.9] * 4 + [0.1] * 5 + [0.4, 0.9, 0.8]
     found = find_pattern(U_SHAPED, means, resampling=FEW)
     assert found.rows == 0
     assert math.isnan(found.early.difference.low)
     assert found.learned["late entry"] == "found"
     assert (found.learned_entry.length.value, found.learned_exit.length.value) == (4, 2)
-    assert find_pattern(U_SHAPED, means, most=0.4, resampling=FEW).learned_exit.length.value == 4
+    assert find_pattern(U_SHAPED, means, most=0.4, resampling=FEW).learned_exit.length.value == 3
     written = json.loads(json.dumps(found.to_json(), allow_nan=False))
     assert written["early"]["difference"]["low"] is None
     assert written["learned"]["late entry"] == "found"

@@ -137,7 +137,7 @@ def test_examples_are_of_different_kinds_and_have_an_image(monkeypatch: pytest.M
         {"prompt": "second", "images": [PICTURE], "answer": "x", "kind": "b"},
         {"prompt": "third", "images": [PICTURE], "answer": "x", "kind": "c"},
     ]
-    found, pictures = answering.depth_examples(None, None, rows, 0.25, number=2)
+    found, pictures, _ = answering.depth_examples(None, None, rows, 0.25, number=2)
     assert [(row["prompt"], row["answer"], row["wanted"], row["right"]) for row in found] == [
         ("first", "FIRST", "FIRST", True),
         ("second", "SECOND", "x", False),
@@ -145,3 +145,17 @@ def test_examples_are_of_different_kinds_and_have_an_image(monkeypatch: pytest.M
     assert len(pictures) == 2
     assert len(found[0]["tokens"][0]) <= 40
     assert found[0]["patches"] == [[1.0, 1.0]]
+    assert answering.depth_examples(None, None, rows[:1], 0.25)[2] == "no row has an image and a question of one turn."
+
+
+def test_where_patches_lie_nowhere_it_is_said(
+    gated: tuple[Any, Any], row: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def unknown(model: Any, processor: Any, row: Any) -> Any:
+        raise InputError("where the image tokens lie is not known: the picture is too small.")
+
+    monkeypatch.setattr(answering, "picture_views", unknown)
+    examples, _, why = answering.depth_examples(*gated, [row], 0.5)
+    assert (examples, why) == ([], "where the image tokens lie is not known: the picture is too small.")
+    with pytest.raises(InputError, match=f"{why} A depth map cannot be drawn for it; leave out `--depth-map`."):
+        answer(*gated, row["images"], question(row), max_new_tokens=1).draw(tmp_path / "depth.png")

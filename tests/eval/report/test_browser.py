@@ -24,6 +24,13 @@ def test_report(made: Path, tmp_path: Path, width: int, scheme: str) -> None:
         outside = "[...document.querySelectorAll('body *')].filter(e => !e.closest('.scroll') && "
         outside += "e.getBoundingClientRect().right > innerWidth + 1).map(e => e.outerHTML.slice(0, 80))"
         assert page.value(outside) == []
+        if width < 600:  # no cell of a table is beyond the edge of its box, and each says what it is of
+            tables = "[...document.querySelectorAll('.scroll:not(.picture)')]"
+            assert page.value(f"{tables}.length") > 10
+            cut = f"{tables}.filter(e => e.scrollWidth > e.clientWidth).map(e => e.innerText.slice(0, 80))"
+            assert page.value(cut) == []
+            shift = "getComputedStyle(document.querySelector('td[data-head=\"p_shift\"]'), '::before').content"
+            assert page.value(shift) == '"p_shift"'
         pictures = page.value("[...document.images].map(i => [i.complete, i.naturalWidth, i.naturalHeight])")
         assert len(pictures) >= 8
         assert all(complete and wide > 0 and high > 0 for complete, wide, high in pictures)

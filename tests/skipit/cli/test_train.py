@@ -11,7 +11,10 @@ import torch
 from command_line import TRAIN, refused, skipit
 from safetensors.torch import load_file
 
+from skipit.cli import train
+from skipit.cli.options import Parser
 from skipit.router.folders import load_json, save_json
+from skipit.train.config import TrainConfig
 from skipit.train.display import _TrainingBar
 from skipit.train.reference.data import reference_dataset
 
@@ -21,6 +24,23 @@ def test_train(chain: Path, recwarn: pytest.WarningsRecorder) -> None:
     assert (record["base"], record["config"]["steps"], record["config"]["budget"]) == ("reference", 4, 0.6)
     assert f"{record['calibrated_share']:.1%} of the dense decoder's FLOPs" in (chain / "train.out").read_text()
     assert re.fullmatch(r"train +4/4  \d+ s  .*\n", (chain / "train.err").read_text())
+
+
+def test_help_prints_the_defaults_that_hold() -> None:
+    verb = Parser()
+    train.add_arguments(verb)
+    helps = {action.dest: str(action.help) for action in verb._actions}
+    words = {"False": "off", "None": "none"}
+    for name, default in vars(TrainConfig()).items():
+        if name not in (
+            "more_budgets",
+            "batch_size",
+            "seed",
+            "collapse",
+            "collapse_steps",
+        ):  # argparse knows, or no option
+            shown = words.get(str(default), str(default))
+            assert helps[name].endswith((f"(default {shown})", f"(default: the plan's, else {shown})")), helps[name]
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)], ids=["Ctrl-C", "SIGTERM"])
