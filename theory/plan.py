@@ -6,11 +6,7 @@ gives logit P(run) = (D - lambda c) / T; T -> 0 is the greedy rule by damage per
 over decades, so the gate predicts log D from the state and runs where it exceeds log(lambda c).
 """
 
-<<<<<<< HEAD
-from collections.abc import Callable, Sequence
-=======
-from collections.abc import Callable, Iterable
->>>>>>> main
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 

@@ -8,11 +8,7 @@ import pytest
 from command_line import refused, skipit
 from PIL import Image
 
-<<<<<<< HEAD
-from skipit.router import RouterConfig
-from skipit.theory.artefact import load_plan
-=======
-from skipit.router import find_router
+from skipit.router import RouterConfig, find_router
 from skipit.router.checkpoint import load
 from skipit.theory.artefact import load_plan, load_profile, save_plan
 from skipit.theory.calibrate import measured_share
@@ -21,7 +17,6 @@ from skipit.train.data.collate import Collator, batches
 from skipit.train.reference.data import reference_dataset
 
 GONE = {"source": "gone.jsonl", "split": "train", "seed": 0, "streaming": False, "shuffle_buffer": 0, "columns": None}
->>>>>>> main
 
 
 def test_plan(chain: Path) -> None:

@@ -29,12 +29,8 @@ from transformers import (
 from skipit.cli.units import layers_in_words
 from skipit.router import InputError
 from skipit.router.folders import load_json, load_tensors
-<<<<<<< HEAD
 from skipit.theory.artefact import load_backbone, load_plan, load_profile
-=======
-from skipit.theory.artefact import load_backbone, load_profile
 from skipit.theory.plan import skip_set
->>>>>>> main
 from skipit.train.data.sources import load_data, load_model
 from skipit.train.reference.data import reference_dataset
 from studies.architecture import build_processor
@@ -75,7 +71,6 @@ def test_what_is_printed(chain: Path) -> None:
     assert re.fullmatch(r"profile +12/12  \d+ s\n", (chain / "profile.err").read_text())
 
 
-<<<<<<< HEAD
 def test_decision_points(tmp_path: Path) -> None:
     line = ("reference", "reference", "--samples", 2, "--draws", 1)
     for typed, points in (("0,3", (0, 3)), ("each", None)):
@@ -89,7 +84,8 @@ def test_decision_points(tmp_path: Path) -> None:
         assert f"--decide-at: got '{typed}', expected ascending layers that begin with 0, such as 0,1,2, or" in said
     said = refused("profile", *line, "--decide-at", "0,12", "--out", tmp_path / "x")
     assert said.endswith("`decide_at`: got (0, 12), the model has layers 0 to 11.\n")
-=======
+
+
 def test_it_ends_in_a_table_a_picture_and_a_finding(chain: Path) -> None:
     profile, out = load_profile(chain / "profile"), (chain / "profile.out").read_text()
     for layer in range(12):
@@ -101,7 +97,6 @@ def test_it_ends_in_a_table_a_picture_and_a_finding(chain: Path) -> None:
         assert words == layers_in_words([layer for layer, modality in skips if modality == at])
     with Image.open(chain / "profile" / "units.png") as picture:
         picture.verify()
->>>>>>> main
 
 
 class TestResume:
