@@ -36,8 +36,8 @@ def check_points(decide_at: Any) -> tuple[int, ...] | None:
     whole = all(type(point) is int for point in points)
     if not points or not whole or points[0] != 0 or list(points) != sorted(set(points)):
         raise RouterConfigError(
-            f"`decide_at`: got {short(decide_at)}, expected ascending layers that begin with 0, such as (0,) or (0, 1, 2), "
-            "or None: every layer for itself."
+            f"`decide_at`: got {short(decide_at)}, expected ascending layers that begin with 0, such as (0,) or "
+            "(0, 1, 2), or None: every layer for itself."
         )
     return points
 

@@ -85,8 +85,8 @@ class GatedLayer(Mixin, _Module):
         if self.skipit_parts is None:
             children = ", ".join(f"{name} ({type(child).__name__})" for name, child in self.named_children())
             raise UnsupportedModelError(
-                f"`unit`: got {execution.call.unit!r}, but `{type(self).__name__}` is not one attention and one MLP; it "
-                f"has {children}. Use unit='block'."
+                f"`unit`: got {execution.call.unit!r}, but `{type(self).__name__}` is not one attention and one MLP; "
+                f"it has {children}. Use unit='block'."
             )
         attention, mlp = (self._modules[name] for name in self.skipit_parts)
         assert attention is not None

@@ -68,10 +68,10 @@ def running(**options: Any) -> Iterator[None]:
     Args:
         **options: `policy` (instead of the gates), `budget` (a calibrated operating point), `mode` ("masked",
             "gathered", or "dense": as if nothing were attached), `kv` ("retain", "evict"), `unit` ("block",
-            "attention", "mlp"), `granularity` ("token", "sequence"), `route` ("packed", "whole": by which of two ways with
-            the same result gathered execution runs a layer under `retain`), `prompt` (bool [batch, seq]: where answers are
-            part of the input, as in training, the tokens that may decide for their row), `trace` (a `Trace` that
-            receives every step).
+            "attention", "mlp"), `granularity` ("token", "sequence"), `route` ("packed", "whole": by which of two ways,
+            with the same result, gathered execution runs a layer under `retain`), `prompt` (bool [batch, seq]: where
+            answers are part of the input, as in training, the tokens that may decide for their row), `trace` (a
+            `Trace` that receives every step).
 
     A thread does not see the options of the one that started it, unless `model.generate` was taken inside the block, as
     in `Thread(target=model.generate)`; a thread that was started inside a block, and would run the default by mistake,
@@ -220,7 +220,7 @@ class Router:
     def _tokens(
         model: nn.Module, kwargs: dict[str, Any], past: int
     ) -> tuple[Int[Tensor, "batch seq"], Bool[Tensor, "batch seq"], Bool[Tensor, "batch all"] | None]:
-        """The modality of the call's tokens, which of them are real, and which of all tokens so far, if that was said."""
+        """The modality of the call's tokens, which of them are real, and which of all so far, if that was said."""
         ids, embeds = kwargs.get("input_ids"), kwargs.get("inputs_embeds")
         like = ids if ids is not None else embeds
         if like is None:

@@ -45,8 +45,8 @@ def capture(module: nn.Module, hidden: Float[Tensor, "batch seq dim"], kwargs: d
     except _Captured as captured:
         return captured.keys, captured.values
     raise UnsupportedModelError(
-        f"`{type(module).__name__}` does not store its keys and values through `past_key_values.update`, so `retain` cannot have them "
-        "without the rest of it. Use kv='evict'."
+        f"`{type(module).__name__}` does not store its keys and values through `past_key_values.update`, so `retain` "
+        "cannot have them without the rest of it. Use kv='evict'."
     )
 
 

@@ -117,7 +117,7 @@ class Stretch:
 
     @cached_property
     def _places(self) -> tuple[Int[Tensor, " tokens"], Int[Tensor, " tokens"] | None]:
-        """Of every token that runs, layer after layer: its place among all tokens, and in its row among those that run."""
+        """Of every token that runs, layer after layer: its place among all, and its rank in its row."""
         chosen = self._chosen.flatten(1)
         found = torch.nonzero_static(chosen, size=sum(self._totals))
         places = found[:, 1].contiguous()
@@ -137,10 +137,12 @@ class Return(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, probability: Tensor, copy: Tensor) -> Tensor:
+        """The states as they are."""
         ctx.copy = copy
         return hidden.view_as(hidden)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Any:
+        """Their gradient as it is, and what has gathered at the copy."""
         gathered, ctx.copy.grad = ctx.copy.grad, None
         return gradients[0], gathered, None

@@ -43,10 +43,11 @@ def without(module: nn.Module, *names: str) -> nn.Module:
     read is computed for nothing.
     """
     parts: dict[str, Any] = {}
-    for name, child in module._modules.items():
-        if name in names and hasattr(child, "out_features"):
-            parts[name] = Part(child, _zeros(int(child.out_features)))
-        elif isinstance(child, nn.Module) and any(name in child._modules for name in names):
+    for name, child in module.named_children():
+        features = getattr(child, "out_features", None)
+        if name in names and isinstance(features, int):
+            parts[name] = Part(child, _zeros(features))
+        elif any(name in child._modules for name in names):
             parts[name] = without(child, *names)
     return with_parts(module, **parts) if parts else module
 
