@@ -107,7 +107,7 @@ class Layout:
     def index(self, offset: int) -> Int[Tensor, "batch width"]:
         """The sequence index of each slot, -1 where a row has no token."""
         if self.batch == 1:
-            return (self.columns + offset)[None]
+            return (self.places + offset if offset else self.places)[None]
         out = torch.full((self.batch * self.width,), -1, device=self.places.device)
         return out.index_copy_(0, self.slots, self.columns + offset).view(self.batch, self.width)
 

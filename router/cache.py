@@ -60,6 +60,8 @@ class SkipCacheLayer(DynamicLayer):
 
     Attributes:
         index: the sequence index of each slot or -1; None while slot i holds token i.
+        partial: whether tokens are missing, so that there is an index.
+        gaps: whether some slots hold none.
         seen: tokens per row that have passed, whether or not they were kept.
         decided: the gate logits that a prompt's tokens have decided by together (see `Call.pooled`), NaN where none
             were there; None where tokens decide for themselves.
@@ -69,7 +71,9 @@ class SkipCacheLayer(DynamicLayer):
     def __init__(self) -> None:
         self._owed: list[_Owed] = []
         super().__init__()
-        self.index: Int[Tensor, "batch_or_1 slots"] | None = None
+        self._index: Int[Tensor, "batch_or_1 slots"] | None = None
+        self._after = 0  # slots after those of `_index`, which hold the last tokens seen
+        self.gaps = False
         self.seen = 0
         self.decided: Float[Tensor, "batch modalities"] | None = None
         self.learned = False
@@ -95,6 +99,23 @@ class SkipCacheLayer(DynamicLayer):
     @values.setter
     def values(self, values: Any) -> None:
         self._values = values
+
+    @property
+    def partial(self) -> bool:
+        """Whether tokens are missing, so that there is an index."""
+        return self._index is not None
+
+    @property
+    def index(self) -> Int[Tensor, "batch_or_1 slots"] | None:
+        """The sequence index of each slot or -1; None while slot i holds token i."""
+        if self._index is not None and self._after:
+            last = torch.arange(self.seen - self._after, self.seen, device=self._index.device)
+            self.index = torch.cat([self._index, last.expand(len(self._index), -1)], dim=1)
+        return self._index
+
+    @index.setter
+    def index(self, index: Int[Tensor, "batch_or_1 slots"] | None) -> None:
+        self._index, self._after = index, 0
 
     def owes(
         self,
@@ -160,10 +181,11 @@ class SkipCacheLayer(DynamicLayer):
             All keys and values of the layer.
         """
         self.settle()
-        if index is not None or self.index is not None:
-            if index is None:
-                index = torch.arange(self.seen, self.seen + tokens, device=keys.device).expand(len(keys), -1)
-            self.index = torch.cat([self.slots(len(keys), keys.device), index], dim=1)
+        if index is not None:
+            self.index = index if self.seen == 0 else torch.cat([self.slots(len(keys), keys.device), index], dim=1)
+            self.gaps |= len(keys) > 1
+        elif self.partial:
+            self._after += tokens
         self.seen += tokens
         if not self.is_initialized:
             self.lazy_initialization(keys, values)
@@ -179,8 +201,7 @@ class SkipCacheLayer(DynamicLayer):
         """Count tokens that leave nothing in this layer."""
         self.settle()
         if self.index is None:
-            held = self.seen
-            self.index = torch.arange(held)[None] if held else torch.zeros(1, 0, dtype=torch.long)
+            self.index = torch.arange(self.seen)[None]
         self.seen += tokens
 
     def slots(self, batch: int, device: torch.device) -> Int[Tensor, "{batch} slots"]:
@@ -198,7 +219,7 @@ class SkipCacheLayer(DynamicLayer):
         """Forget everything."""
         self._owed = []
         super().reset()
-        self.index, self.seen, self.decided, self.learned = None, 0, None, False
+        self.index, self.gaps, self.seen, self.decided, self.learned = None, False, 0, None, False
         self._room_for_keys = self._room_for_values = None
 
     def crop(self, tokens_to_remove: int) -> None:
@@ -331,7 +352,7 @@ def check_complete(cache: Any) -> None:
     Raises:
         UnsupportedModelError: says so.
     """
-    if isinstance(cache, SkipCache) and any(layer.index is not None for layer in cache.layers):
+    if isinstance(cache, SkipCache) and any(layer.partial for layer in cache.layers):
         raise UnsupportedModelError(
             "`past_key_values`: a gated run with kv='evict' has left keys out of this cache, and a dense run "
             "needs them all. Start from an empty cache."

@@ -20,9 +20,9 @@ from functools import cached_property
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float, Shaped
+from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import tree_map
 
 from .attention import LAYOUT_KWARG, Layout, visible_keys
 from .cache import ImageCacheLayer, KeysAndValues, SkipCacheLayer
@@ -109,8 +109,11 @@ def execute_tokenwise(module: nn.Module, hidden: States, skipped: States, execut
 
 def dense(module: nn.Module, hidden: States, store: SkipCacheLayer | None, past: int, kwargs: dict[str, Any]) -> Any:
     """Run a module for every token; only keys that earlier calls evicted may be missing."""
-    if store is not None and store.index is not None:
-        kwargs = {**kwargs, "attention_mask": _mask_over(hidden, store, kwargs, past)}
+    if store is not None and store.partial:
+        # One token sees all that there are.
+        alone = hidden.shape[:2] == (1, 1) and kwargs.get("attention_mask") is None and not store.gaps
+        if not alone:
+            kwargs = {**kwargs, "attention_mask": _mask_over(hidden, store, kwargs, past)}
     return run(module, hidden, kwargs)
 
 
@@ -147,35 +150,43 @@ def gathered(module: nn.Module, hidden: States, skipped: States, execution: Exec
     if execution.everyone:
         return dense(module, hidden, execution.store, execution.call.past, kwargs)
     call, store = execution.call, execution.store
-    (batch, tokens), device = hidden.shape[:2], hidden.device
+    batch, tokens = hidden.shape[:2]
     if execution.count == 0 and (
         call.kv == "evict" or (store is not None and store.owes(capture, module, hidden, kwargs))
     ):
         if call.kv == "evict" and store is not None:
             store.pass_over(tokens)
         return skipped
-    layout = execution.layout
-    query = layout.index(call.past)
+    layout, mask = execution.layout, kwargs.get("attention_mask")
+    plain = mask is None and batch == 1 and (store is None or not store.partial)  # nothing but causal attention
     if call.kv == "retain":
         keys, values = _keys_and_values(module, hidden, execution.stretch.padded, kwargs)
-        key = torch.arange(call.past, call.past + tokens, device=device).expand(batch, -1)
         if store is not None:
             keys, values = store.append(keys, values, None, tokens)
-            key = store.slots(batch, device)
+        if execution.count == 0:
+            return skipped
         held: Any = Ready(keys, values)
+        key = _indices(store, call.past, tokens, hidden)
         module = without(module, "k_proj", "v_proj")
+        if plain:
+            layout = replace(layout, spans=execution.stretch.spans(execution.layer, call.past))
     else:
-        key = query if store is None else torch.cat([store.slots(batch, device), query], dim=1)
         held = Packed(store, layout, call.past, tokens)
-    if execution.count == 0:
-        return skipped
-    full = kwargs.get("attention_mask")
-    if call.kv == "retain" and full is None and batch == 1 and (store is None or store.index is None):
-        layout = replace(layout, spans=execution.stretch.spans(execution.layer, call.past))
-    packed = _pack(kwargs, layout) | {"past_key_values": held, LAYOUT_KWARG: layout}
-    plain = call.kv == "evict" and full is None and batch == 1 and call.past == 0
-    packed["attention_mask"] = None if plain else visible_keys(full, query, key, call.past)
+        plain = plain and call.past == 0
+        key = layout.index(call.past)
+        if call.past:
+            key = torch.cat([_indices(store, call.past, 0, hidden), key], dim=1)
+    if call.kv == "retain" or not plain:
+        mask = visible_keys(mask, layout.index(call.past), key, call.past)
+    packed = _pack(kwargs, layout) | {"past_key_values": held, LAYOUT_KWARG: layout, "attention_mask": mask}
     return _unpack(skipped, run(module, layout.pack(hidden), packed), layout)
+
+
+def _indices(store: SkipCacheLayer | None, past: int, tokens: int, hidden: States) -> Int[Tensor, "batch keys"]:
+    """The sequence index of every key that is held; without a store, of those that the call has."""
+    if store is not None:
+        return store.slots(len(hidden), hidden.device)
+    return torch.arange(past, past + tokens, device=hidden.device).expand(len(hidden), -1)
 
 
 def whole(module: nn.Module, hidden: States, execution: Execution, kwargs: dict[str, Any]) -> Any:
@@ -259,7 +270,7 @@ def _pack(kwargs: dict[str, Any], layout: Layout) -> dict[str, Any]:
     """A module's arguments for the packed tokens: positions are gathered, never renumbered."""
     packed = {k: v for k, v in kwargs.items() if k not in ("position_ids", "position_embeddings")}
     if kwargs.get("position_embeddings") is not None:
-        packed["position_embeddings"] = tree_map_only(Tensor, layout.pack, kwargs["position_embeddings"])
+        packed["position_embeddings"] = tree_map(layout.pack, kwargs["position_embeddings"])
     if kwargs.get("position_ids") is not None:
         packed["position_ids"] = layout.pack(kwargs["position_ids"][..., None])[..., 0]
     return packed

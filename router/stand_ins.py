@@ -91,4 +91,5 @@ class Marked:
     def update(self, keys: Keys, values: Values, *args: Any, **kwargs: Any) -> KeysAndValues:
         """Store them, and give all that there are."""
         index = torch.arange(self.past, self.past + self.run.shape[1], device=self.run.device)
+        self.store.gaps = True
         return self.store.append(keys, values, index.masked_fill(~self.run, -1), keys.shape[-2])
