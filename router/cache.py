@@ -69,7 +69,7 @@ class SkipCacheLayer(DynamicLayer):
     """
 
     def __init__(self) -> None:
-        self._owed: list[_Owed] = []
+        self._owed: tuple[_Owed, ...] = ()  # a copy of the layer may go its own way
         super().__init__()
         self._index: Int[Tensor, "batch_or_1 slots"] | None = None
         self._after = 0  # slots after those of `_index`, which hold the last tokens seen
@@ -136,7 +136,7 @@ class SkipCacheLayer(DynamicLayer):
         if later or "_hf_hook" in vars(module):
             return False
         kept = {name: value for name, value in kwargs.items() if name not in ("past_key_values", "attention_mask")}
-        self._owed.append(_Owed(make, ref(module), hidden, kept))
+        self._owed = (*self._owed, _Owed(make, ref(module), hidden, kept))
         self.seen += hidden.shape[1]
         return True
 
@@ -147,7 +147,7 @@ class SkipCacheLayer(DynamicLayer):
 
     @torch.no_grad()
     def _settle(self) -> None:
-        owed, self._owed = self._owed, []
+        owed, self._owed = self._owed, ()
         module = owed[0].module()
         if module is None:
             raise UnsupportedModelError("`past_key_values`: the model that this cache belongs to is gone.")
@@ -217,25 +217,26 @@ class SkipCacheLayer(DynamicLayer):
 
     def reset(self) -> None:
         """Forget everything."""
-        self._owed = []
+        self._owed = ()
         super().reset()
         self.index, self.gaps, self.seen, self.decided, self.learned = None, False, 0, None, False
         self._room_for_keys = self._room_for_values = None
 
     def crop(self, tokens_to_remove: int) -> None:
         """Forget the last `-tokens_to_remove` tokens of every row; the argument is zero or negative."""
-        self.settle()
         if tokens_to_remove > 0:
             raise ValueError(f"`tokens_to_remove`: got {tokens_to_remove}, expected zero or a negative number.")
+        self.settle()
+        index = self.index
         self.seen = max(0, self.seen + tokens_to_remove)
         if not self.is_initialized:
             return
-        if self.index is None:
+        if index is None:
             self.keys, self.values = self.keys[..., : self.seen, :], self.values[..., : self.seen, :]
             return
-        self.index = self.index.masked_fill(self.index >= self.seen, -1)
-        kept = int((self.index >= 0).any(0).nonzero().max()) + 1 if (self.index >= 0).any() else 0
-        self.index = self.index[:, :kept]
+        index = index.masked_fill(index >= self.seen, -1)
+        kept = int((index >= 0).any(0).nonzero().max()) + 1 if (index >= 0).any() else 0
+        self.index = index[:, :kept]
         self.keys, self.values = self.keys[..., :kept, :], self.values[..., :kept, :]
 
     def reorder_cache(self, beam_idx: Int[Tensor, " rows"]) -> None:

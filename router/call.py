@@ -186,7 +186,7 @@ class Call:
         stretch = self._stretches[layer]
         return stretch.decision.of(layer - stretch.first)
 
-    def decide(
+    def enter(
         self, layer: int, hidden: Float[Tensor, "batch seq dim"], replayed: bool
     ) -> Float[Tensor, "batch seq dim"]:
         """Decide for the layers from here to the next decision point, unless that has been done.
@@ -205,24 +205,28 @@ class Call:
         Raises:
             InputError: gates learn, and are run without gradients.
         """
-        if layer in self._stretches:
-            return hidden
+        if layer not in self._stretches:
+            hidden = self._decide(layer, hidden, replayed)
+        if self.step is not None:
+            stretch = self._stretches[layer]
+            self.step.decisions.setdefault(layer, stretch.recorded.of(layer - stretch.first))
+        return hidden
+
+    def _decide(
+        self, layer: int, hidden: Float[Tensor, "batch seq dim"], replayed: bool
+    ) -> Float[Tensor, "batch seq dim"]:
         layers = range(layer, next((point for point in self.points if point > layer), len(self.gates)))
         call = self if self.real.device == hidden.device else self._on(hidden.device)
-        decision = self.policy.decide(layers, hidden, call, self.gates[layers.start : layers.stop])
-        probability = decision.probability
-        if self.step is not None:
-            self.step.decisions |= {one: decision.of(place) for place, one in enumerate(layers)}
+        decision = recorded = self.policy.decide(layers, hidden, call, self.gates[layers.start : layers.stop])
         if self.learning and not torch.is_grad_enabled() and self._learns(layers):
             raise InputError(
                 "gates get no gradient from checkpoints around decoder layers that are reentrant. Use the model's own "
                 "`gradient_checkpointing_enable()`, or checkpoints with use_reentrant=False."
             )
-        if replayed and probability is not None and probability.requires_grad:
-            copy = probability.detach().requires_grad_()
-            hidden, decision = Return.apply(hidden, probability, copy), Decision(decision.run, copy)
-        stretch = Stretch(layer, decision, call.real)
-        self._stretches.update(dict.fromkeys(layers, stretch))
+        if replayed and decision.straight_through() is not None:
+            copy = decision.probability.detach().requires_grad_()  # type: ignore[union-attr]
+            hidden, decision = Return.apply(hidden, decision.probability, copy), Decision(decision.run, copy)
+        self._stretches.update(dict.fromkeys(layers, Stretch(layer, decision, call.real, recorded)))
         return hidden
 
     def _learns(self, layers: range) -> bool:

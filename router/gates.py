@@ -39,11 +39,17 @@ class TokenGate(nn.Module):
         return scores.gather(-1, modality[..., None]).squeeze(-1)
 
 
+def _plain(gate: nn.Module) -> bool:
+    """Whether nothing waits for the gate to be called, as hooks of ZeRO-3 and of offloading do."""
+    hooked = gate._forward_pre_hooks or gate._forward_hooks or "forward" in vars(gate)
+    return type(gate) is TokenGate and not hooked
+
+
 def logits_of(
     gates: Sequence[TokenGate], hidden: Float[Tensor, "batch seq dim"], modality: Int[Tensor, "batch seq"]
 ) -> Float[Tensor, "layers batch seq"]:
-    """Logits of gates that read the same states: one linear map, where nothing has to know that each gate is called."""
-    if not all(type(gate) is TokenGate and not gate._forward_pre_hooks for gate in gates):
+    """Logits of gates that read the same states: one linear map, where nothing waits for each to be called."""
+    if not all(map(_plain, gates)):
         return torch.stack([gate(hidden, modality).to(hidden.device) for gate in gates])
     device = hidden.device
     weight = torch.cat([gate.weight.to(device) for gate in gates]).float()

@@ -43,11 +43,16 @@ class GatedLayer(Mixin, _Module):
         """Decide, at a decision point, and run the layer; outside what gradient checkpointing runs a second time."""
         call = kwargs.get(KWARG)
         if isinstance(call, Call):
-            hidden_states = call.decide(self.skipit_index, hidden_states, _replayed(self))
+            hidden_states = call.enter(self.skipit_index, hidden_states, _replayed(self))
         return super().__call__(hidden_states, *args, **kwargs)
 
     def forward(self, hidden_states: Float[Tensor, "batch seq dim"], *args: Any, **kwargs: Any) -> Any:
-        """Run the layer for the tokens that the call's policy chooses; the whole layer in a dense run."""
+        """Run the layer for the tokens that the call's policy chooses; the whole layer in a dense run.
+
+        Raises:
+            InputError: there was no router.
+            UnsupportedModelError: it is not clear what the layer's attention is and what its MLP.
+        """
         kwargs = _named(own_class(type(self)), 1, args, kwargs)
         call: Call | Mode | None = kwargs.pop(KWARG, None)
         if call is None:
@@ -62,6 +67,12 @@ class GatedLayer(Mixin, _Module):
         stretch = call.stretch(self.skipit_index)
         if call.step is not None and self.skipit_attends_to_images:
             call.step.images = image_states(kwargs, len(hidden_states), store)
+        if call.unit != "block" and self.skipit_parts is None:
+            children = ", ".join(f"{name} ({type(child).__name__})" for name, child in self.named_children())
+            raise UnsupportedModelError(
+                f"`unit`: got {call.unit!r}, but `{type(self).__name__}` is not one attention and one MLP; it has "
+                f"{children}. Use unit='block'."
+            )
         if call.mode == "gathered" and not call.learning and stretch.everyone(self.skipit_index):
             return dense(self, hidden_states, store, call.past, kwargs)
         stretch = stretch.to(hidden_states.device)
@@ -77,17 +88,8 @@ class GatedLayer(Mixin, _Module):
         return output
 
     def _with_parts(self, execution: Execution) -> nn.Module:
-        """The layer with an attention or an MLP that runs for some tokens alone, and gives zeros for the others.
-
-        Raises:
-            UnsupportedModelError: it is not clear which is which.
-        """
-        if self.skipit_parts is None:
-            children = ", ".join(f"{name} ({type(child).__name__})" for name, child in self.named_children())
-            raise UnsupportedModelError(
-                f"`unit`: got {execution.call.unit!r}, but `{type(self).__name__}` is not one attention and one MLP; "
-                f"it has {children}. Use unit='block'."
-            )
+        """The layer with an attention or an MLP that runs for some tokens alone, and gives zeros for the others."""
+        assert self.skipit_parts is not None
         attention, mlp = (self._modules[name] for name in self.skipit_parts)
         assert attention is not None
         assert mlp is not None

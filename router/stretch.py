@@ -43,13 +43,16 @@ class Stretch:
         first: the first layer.
         decision: of all of them, stacked.
         real: False at padding.
+        recorded: the same for a record of the call, where replayed layers have a copy of the probabilities.
 
     Attributes:
         tokens: how many are real, over all rows.
     """
 
-    def __init__(self, first: int, decision: Decision, real: Bool[Tensor, "batch seq"]) -> None:
-        self.first, self.decision = first, decision
+    def __init__(
+        self, first: int, decision: Decision, real: Bool[Tensor, "batch seq"], recorded: Decision | None = None
+    ) -> None:
+        self.first, self.decision, self.recorded = first, decision, recorded or decision
         # The real tokens stand below the layers, as if one more were run by all of them.
         self._chosen = torch.cat([decision.run & real, real[None]])
         by_span = self._chosen

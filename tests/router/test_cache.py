@@ -154,7 +154,8 @@ def test_caches_that_cannot_be_taken_over() -> None:
 
 
 @torch.no_grad()
-def test_decoding_steps_do_not_copy_what_is_held() -> None:
+def test_decoding_steps_do_not_copy_what_is_held(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("skipit.router.cache.WORTH_A_ROOM", 0)
     layer = SkipCacheLayer()
     whole = torch.randn(2, 3, 10 + 2 * SPARE, 4)
     layer.append(whole[:, :, :10], whole[:, :, :10], None, 10)
