@@ -9,7 +9,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -35,6 +35,7 @@ from skipit.router import (
     set_gates,
 )
 from skipit.router.cache import ImageCacheLayer
+from skipit.router.call import Route
 from skipit.router.checkpoint import load, load_router, save_gated
 
 EVERY_FAMILY = pytest.mark.parametrize("family", FAMILIES)
@@ -546,22 +547,32 @@ class TestSkippedTokensAreNotComputed:
     @EVERY_FAMILY
     @EVERY_POLICY
     @EVERY_PATTERN
-    def test_counts(self, family: str, kv: str, pattern: str) -> None:
+    @pytest.mark.parametrize("route", get_args(Route))
+    def test_counts(self, family: str, kv: str, pattern: str, route: str) -> None:
         model, policy = gated(family, pattern, kv)
         batch = inputs(family, ROWS)
         trace = Trace()
-        with _counting(model) as counted, running(policy=policy, trace=trace):
+        with _counting(model) as counted, running(policy=policy, trace=trace, route=route):
             model.generate(**batch, **NEW_TOKENS)
-        prefill, *decode = trace.steps
-        expected = {"mlp": torch.zeros(LAYERS, dtype=torch.long)}
-        for step in (prefill, *decode):
-            whole = (step.run == step.real).flatten(1).all(1)  # a layer that all real tokens run takes the pads along
-            expected["mlp"] += torch.where(whole, step.real.numel(), step.run.sum((1, 2)))
-        expected["core"] = expected["mlp"]
-        # Where some skip, `retain` takes the keys and values of all tokens from the attention, and no more than that.
-        kept = torch.stack([step.real.sum() * (step.run != step.real).flatten(1).any(1) for step in trace.steps]).sum(0)
         own = torch.tensor([not layer.skipit_attends_to_images for layer in gated_layers(model)])
-        expected["attention"] = expected["mlp"] + (kept * own if kv == "retain" else 0)
+        parts = torch.tensor([layer.skipit_parts is not None for layer in gated_layers(model)])
+        expected = {name: torch.zeros(LAYERS, dtype=torch.long) for name in counted}
+        owed = torch.zeros(LAYERS, dtype=torch.long)
+        for step in trace.steps:
+            ran = step.run.sum((1, 2))
+            everyone, nobody = ran == step.real.sum(), ran == 0
+            # A layer that all real tokens run takes the pads along.
+            ran = torch.where(everyone, step.real.numel(), ran)
+            some = ~everyone & ~nobody
+            whole = some & own & parts & (kv == "retain" and route == "whole")
+            expected["mlp"] += ran
+            expected["core"] += torch.where(whole, step.real.numel(), ran)
+            expected["attention"] += torch.where(whole, step.real.numel(), ran)
+            if kv == "retain":
+                # Keys and values of those that skip come from the attention, too; where nobody runs, when somebody does.
+                expected["attention"] += torch.where(some & own & ~whole, step.real.sum(), 0)
+                expected["attention"] += torch.where(~nobody & own, owed, 0)
+                owed = torch.where(nobody, owed + step.real.numel(), 0)
         for name, tokens in counted.items():
             assert tokens.tolist() == expected[name].tolist(), name
 
