@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from skipit.router.config import KVPolicy
-from skipit.router.errors import CheckpointError
+from skipit.router.errors import CheckpointError, check_there
 from skipit.router.folders import load_json, load_tensors, new_directory, provenance, save_json, save_tensors
 
 from .backbone import MISSING, Backbone
@@ -165,6 +165,7 @@ def _naming(folder: Path) -> Iterator[None]:
 def _load(folder: Path, kind: str, keys: tuple[str, ...]) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """The values that the folder of an artefact has under these keys, and its tables."""
     path = folder / f"{kind}.json"
+    check_there(folder)
     if not path.is_file():
         raise CheckpointError(f"{folder} is not a {kind}: it has no {path.name}.")
     values = load_json(path)

@@ -16,6 +16,7 @@ from skipit.router import InputError, Step, Trace, running
 from skipit.router.config import KVPolicy
 from skipit.theory.cost import CostModel, trace_compute
 from skipit.train.data.collate import tried
+from skipit.train.data.rows import check_columns, seen_in
 
 from .recorded import Kinds, Record, Recorded, Row
 from .traced import ONE_PASS
@@ -75,7 +76,7 @@ def run_dataset(
     *,
     kinds: Kinds | None = None,
     batch_size: int = 32,
-    max_new_tokens: int = 16,
+    max_new_tokens: int = 64,
     progress: Callable[[int], None] = lambda rows: None,
     **options: Any,
 ) -> Outcome:
@@ -273,6 +274,7 @@ def answerable(collate: Collate) -> Callable[[Any], Any]:
     check = tried(collate)
 
     def both(row: Any) -> Any:
+        check_columns(row, row.where, seen_in(row), "prompt", *([] if "answer" in row else ["completion"]))
         right_answers(row, 0)
         return check(row)
 

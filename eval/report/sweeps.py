@@ -6,7 +6,7 @@ from typing import Any
 
 from skipit.eval.statistics import paired_difference
 from skipit.router import InputError
-from skipit.router.errors import CheckpointError
+from skipit.router.errors import CheckpointError, check_there
 from skipit.router.folders import load_json
 
 SUMMARY = "summary.json"
@@ -90,6 +90,7 @@ def _add_differences(folder: Path, figures: Mapping[str, Any], names: Sequence[s
 
 def _summary(folder: Path, key: str, study: str) -> tuple[Path, dict[str, Any]]:
     path, give = folder / SUMMARY, f"Give a folder that `scripts/study {study} --out DIR` made."
+    check_there(folder)
     if not path.is_file():
         raise InputError(f"{folder}: no {SUMMARY}. {give}")
     values = load_json(path)

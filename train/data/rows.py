@@ -15,7 +15,8 @@ from .pictures import find_file, read_picture
 
 FORMAT = (
     "Rows need images or videos, prompt and completion, or images or videos and messages of which the assistant has "
-    "the last (TRL's conversational vision format)."
+    "the last (TRL's conversational vision format). For text alone images are an empty list; to be evaluated a row may "
+    "have answer for completion."
 )
 
 DAMAGE = "(damage)"  # a row of this column alone stands for one that could not be read
@@ -76,6 +77,11 @@ def _renaming(missing: list[str], row: Mapping[str, Any]) -> str:
             free.remove(theirs)
             pairs.append(f"{ours}={theirs}")
     return f" If they have other names: --columns {','.join(pairs)}" if pairs else ""
+
+
+def seen_in(row: Mapping[str, Any]) -> str:
+    """The column of what is looked at, which every row has."""
+    return "videos" if "videos" in row and "images" not in row else "images"
 
 
 def pictures(row: Mapping[str, Any], where: str) -> list[Any]:
@@ -280,13 +286,13 @@ def readable(rows: Any, check: Check, broken: Broken, name: str = "row") -> Any:
     return rows.select(good) if hasattr(rows, "select") else [rows[number] for number in good]
 
 
-def opened(row: Row) -> Row:
-    """A row whose prompt and pictures can be read, as far as can be told without a model.
+def opened(row: Row, *needed: str) -> Row:
+    """A row whose prompt and pictures can be read, as far as can be told without a model, with the columns needed.
 
     Raises:
         InputError: they cannot; the message names it.
     """
-    check_columns(row, row.where, "videos" if "videos" in row and "images" not in row else "images", "prompt")
+    check_columns(row, row.where, seen_in(row), "prompt", *needed)
     turns_of(row, "prompt", "user", row.where)
     pictures(row, row.where)
     return row

@@ -53,7 +53,8 @@ def _calibrate(arguments: argparse.Namespace) -> None:
     from skipit.train.display import loading, note, progress
 
     folder = arguments.checkpoint
-    rows = readable_rows(arguments, load_rows(arguments, arguments.samples))
+    needed = () if arguments.budget is None else ("completion",)
+    rows = readable_rows(arguments, load_rows(arguments, arguments.samples), needed=needed)
     known = held_out(checkpoint_record(folder), Rows(rows))[0].sentence().capitalize()
     common = chosen(arguments, "batch_size", "overwrite")
     if arguments.budget is not None:

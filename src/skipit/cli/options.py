@@ -1,6 +1,7 @@
 """What the verbs' arguments share: a parser, types, groups, and defaults from a YAML file."""
 
 import argparse
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, NoReturn
@@ -156,13 +157,14 @@ def load_rows(arguments: argparse.Namespace, samples: int) -> Any:
     return load_data(arguments.data, arguments.split, samples, **settings)
 
 
-def readable_rows(arguments: argparse.Namespace, rows: Any, collate: Any = None) -> Any:
+def readable_rows(arguments: argparse.Namespace, rows: Any, collate: Any = None, needed: Sequence[str] = ()) -> Any:
     """Those of some rows that can be read; see `add_broken`.
 
     Args:
         arguments: with `max_broken_rows`.
         rows: of `load_rows`.
         collate: makes batches of them; None tries no more than to open them.
+        needed: columns that those that are only opened have, too.
 
     Raises:
         InputError: more than may be cannot be read.
@@ -171,7 +173,8 @@ def readable_rows(arguments: argparse.Namespace, rows: Any, collate: Any = None)
     from skipit.train.data.rows import Broken, opened, readable
     from skipit.train.display import note
 
-    return readable(rows, tried(collate) if collate else opened, Broken(arguments.max_broken_rows, note))
+    check = tried(collate) if collate else lambda row: opened(row, *needed)
+    return readable(rows, check, Broken(arguments.max_broken_rows, note))
 
 
 def set_defaults(verb: Parser, config: Path, line: list[str]) -> None:
@@ -287,7 +290,8 @@ def budget(text: str) -> float:
     except ValueError:
         value = 0.0
     if not 0 < value <= 1:
-        raise argparse.ArgumentTypeError(f"got {text!r}, expected a number in (0, 1]: the {BUDGET}")
+        percent = f"; {text} % is {value / 100:g}" if 1 < value <= 100 else ""
+        raise argparse.ArgumentTypeError(f"got {text!r}, expected a number in (0, 1]: the {BUDGET}{percent}")
     return value
 
 
