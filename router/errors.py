@@ -1,12 +1,16 @@
 """The errors skipit raises on purpose: what was wrong, what was found, what to do."""
 
 import difflib
+import re
 from pathlib import Path
 from typing import Any
 
 
 class SkipItError(Exception):
-    """Base class of every error that skipit raises on purpose."""
+    """Base class of every error that skipit raises on purpose; its message can be read, whatever it quotes."""
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*(readable(arg) if isinstance(arg, str) else arg for arg in args))
 
 
 class DecoderNotFoundError(SkipItError):
@@ -27,6 +31,16 @@ class CheckpointError(SkipItError):
 
 class InputError(SkipItError):
     """The inputs of a call do not fit the model or each other."""
+
+
+def readable(message: str) -> str:
+    """A message without the inside of words too long to read, such as data URLs; what others raise quotes these too.
+
+    Example:
+        >>> readable("cannot read data:" + 20_000 * "A")
+        'cannot read data:AAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAA...AAAAAAAAAAAAAAAAAAAA (20,005 characters)'
+    """
+    return re.sub(r"\S{250,}", lambda word: f"{word[0][:40]}...{word[0][-20:]} ({len(word[0]):,} characters)", message)
 
 
 def short(value: Any) -> str:

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from skipit.router.config import KVPolicy
-from skipit.router.errors import CheckpointError, check_there
+from skipit.router.errors import CheckpointError, check_there, short
 from skipit.router.folders import load_json, load_tensors, new_directory, provenance, save_json, save_tensors
 
 from .backbone import MISSING, Backbone
@@ -171,8 +171,8 @@ def _load(folder: Path, kind: str, keys: tuple[str, ...]) -> tuple[dict[str, Any
     values = load_json(path)
     if values.get("version") != VERSIONS[kind]:
         raise CheckpointError(
-            f"{path}: got version {values.get('version')!r}, this skipit reads {VERSIONS[kind]}: another version of "
-            f"skipit wrote it. {AGAIN[kind]}"
+            f"{path}: got version {short(values.get('version'))}, this skipit reads {VERSIONS[kind]}: another "
+            f"version of skipit wrote it. {AGAIN[kind]}"
         )
     if missing := [key for key in keys if key not in values]:
         raise CheckpointError(f"{path}: no {', '.join(missing)}; the file is incomplete.")

@@ -14,6 +14,7 @@ from skipit.eval.metrics.answers import mean_by_group
 from skipit.eval.metrics.vqa import answer_scores
 from skipit.router import InputError, Step, Trace, running
 from skipit.router.config import KVPolicy
+from skipit.router.errors import short
 from skipit.theory.cost import CostModel, trace_compute
 from skipit.train.data.collate import tried
 from skipit.train.data.rows import check_columns, seen_in
@@ -234,7 +235,7 @@ def right_answers(row: Row, number: int) -> list[str]:
         accepted = [_accepted(one) for one in (given if isinstance(given, list | tuple) else [given])]
         if not accepted or not all(accepted):
             raise InputError(
-                f"{_where(row, number)}: `answer` is {repr(row['answer'])[:200]}; expected a text or a number, or a "
+                f"{_where(row, number)}: `answer` is {short(row['answer'])}; expected a text or a number, or a "
                 'list of them, or of {"answer": text}.'
             )
         return [text for texts in accepted for text in texts]

@@ -10,6 +10,7 @@ import numpy as np
 from torch.utils.data import Dataset, IterableDataset
 
 from skipit.router import InputError
+from skipit.router.errors import short
 
 from .pictures import find_file, read_picture
 
@@ -143,7 +144,7 @@ def turns_of(row: Mapping[str, Any], column: str, role: str, where: str) -> list
         turns = []
     if not turns:
         raise InputError(
-            f"{where}: `{column}` is not a text or a list of messages with role and content: {repr(messages)[:200]}"
+            f"{where}: `{column}` is not a text or a list of messages with role and content: {short(messages)}"
         )
     return turns
 

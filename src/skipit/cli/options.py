@@ -33,7 +33,9 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Say what is wrong and where help is."""
-        self.exit(2, f"{self.prog}: {message}\nTry `{self.prog} --help`.\n")
+        from skipit.router.errors import readable
+
+        self.exit(2, f"{self.prog}: {readable(message)}\nTry `{self.prog} --help`.\n")
 
     def add_flag(self, name: str, about: str) -> None:
         """An option that is off, with its `--no-` twin, which wins over a file that turns it on."""
