@@ -218,6 +218,22 @@ def load_dense(source: str | Path, *, exact: bool = False, **options: Any) -> tu
     return model.eval(), processor
 
 
+def load_processor(source: str | Path) -> Any:
+    """The processor of a model, without its weights; what `load_dense` refuses to read is not read here either.
+
+    Raises:
+        CheckpointError: it cannot be loaded; the message says why.
+    """
+    try:
+        folder, options = _on_disk(source, {"trust_remote_code": False})
+        check_files(folder)
+        return _load_processor(folder, options)
+    except SkipItError:
+        raise
+    except Exception as error:  # as in `load_dense`
+        raise CheckpointError(f"the processor of {source} cannot be loaded: {error}") from error
+
+
 def _on_disk(source: str | Path, options: dict[str, Any]) -> tuple[Path, dict[str, Any]]:
     """The folder of a model, downloaded if it is on the Hub, and the options with which it is read there."""
     where = {name: options[name] for name in _HUB_OPTIONS if options.get(name) is not None}

@@ -13,7 +13,7 @@ from skipit.router import InputError
 from skipit.theory.labels import IGNORE
 
 from .completions import Answered, Turns, answer_tokens, answered_text, begins_anew
-from .rows import Check, Row, check_columns, films, numbered, pictures, seen_in, turns_of
+from .rows import Broken, Check, Row, check_columns, films, numbered, pictures, seen_in, turns_of
 
 
 @dataclass(frozen=True)
@@ -190,6 +190,35 @@ def tried(collate: Callable[[list[Row]], Any]) -> Check:
         return row
 
     return check
+
+
+def forgiving(collate: Callable[[list[Row]], dict[str, Tensor]], broken: Broken) -> Callable[[list[Row]], Any]:
+    """Makes batches of rows, in which the others stand twice for those that only the processor refuses.
+
+    To try every row alone before would double the time that processors take.
+
+    Args:
+        collate: makes batches.
+        broken: counts those that are refused.
+    """
+
+    def batch(rows: list[Row]) -> dict[str, Tensor]:
+        try:
+            return collate(rows)
+        except InputError:
+            good = []
+            for row in rows:
+                try:
+                    collate([row])
+                except InputError as error:
+                    broken(row.key(), error)
+                else:
+                    good.append(row)
+            if len(good) in (0, len(rows)):  # together they are refused, or there is none to stand for them
+                raise
+            return collate([good[at % len(good)] for at in range(len(rows))])
+
+    return batch
 
 
 def batches(

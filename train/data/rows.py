@@ -3,6 +3,7 @@
 import difflib
 import hashlib
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,7 @@ class Row(dict[str, Any]):
     def __init__(self, values: Mapping[str, Any], where: str) -> None:
         super().__init__(answer_apart(values))
         self.where = where
+        self.key: Callable[[], str] = partial(str, where)  # what tells it from others
 
 
 def answer_apart(row: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -251,16 +253,23 @@ class RowStream(IterableDataset[dict[str, Any]]):
 
     def __iter__(self) -> Iterator[Row]:
         for row in numbered(self.rows, self.name):
+            key = partial(_digest, row)  # a stream that is shuffled has it in another place each time
             try:
-                yield self.check(row)
+                good = self.check(row)
             except InputError as error:
-                # A stream that is shuffled has it in another place each time.
-                self.broken(hashlib.blake2b(repr(row).encode(), digest_size=16).hexdigest(), error)
+                self.broken(key(), error)
+            else:
+                good.key = key
+                yield good
 
     def set_epoch(self, epoch: int) -> None:
         """Shuffle anew where the stream can."""
         if hasattr(self.rows, "set_epoch"):
             self.rows.set_epoch(epoch)
+
+
+def _digest(row: Row) -> str:
+    return hashlib.blake2b(repr(row).encode(), digest_size=16).hexdigest()
 
 
 def training_rows(rows: Any, check: Check, broken: Broken) -> Rows | RowStream:
@@ -287,18 +296,6 @@ def readable(rows: Any, check: Check, broken: Broken, name: str = "row") -> Any:
     return rows.select(good) if hasattr(rows, "select") else [rows[number] for number in good]
 
 
-def opened(row: Row, *needed: str) -> Row:
-    """A row whose prompt and pictures can be read, as far as can be told without a model, with the columns needed.
-
-    Raises:
-        InputError: they cannot; the message names it.
-    """
-    check_columns(row, row.where, seen_in(row), "prompt", *needed)
-    turns_of(row, "prompt", "user", row.where)
-    pictures(row, row.where)
-    return row
-
-
 def numbered(rows: Any, name: str = "row") -> Iterator[Row]:
     """Rows that know their number.
 
@@ -315,5 +312,5 @@ def numbered(rows: Any, name: str = "row") -> Iterator[Row]:
             raise
         except Exception as error:
             raise InputError(f"{name} {number} cannot be read: {error}") from error
-        yield Row(row, f"{name} {number}")
+        yield row if isinstance(row, Row) else Row(row, f"{name} {number}")
         number += 1

@@ -1,7 +1,6 @@
 """What the verbs' arguments share: a parser, types, groups, and defaults from a YAML file."""
 
 import argparse
-from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, NoReturn
@@ -159,24 +158,22 @@ def load_rows(arguments: argparse.Namespace, samples: int) -> Any:
     return load_data(arguments.data, arguments.split, samples, **settings)
 
 
-def readable_rows(arguments: argparse.Namespace, rows: Any, collate: Any = None, needed: Sequence[str] = ()) -> Any:
+def readable_rows(arguments: argparse.Namespace, rows: Any, collate: Any) -> Any:
     """Those of some rows that can be read; see `add_broken`.
 
     Args:
         arguments: with `max_broken_rows`.
         rows: of `load_rows`.
-        collate: makes batches of them; None tries no more than to open them.
-        needed: columns that those that are only opened have, too.
+        collate: makes batches of them.
 
     Raises:
         InputError: more than may be cannot be read.
     """
     from skipit.train.data.collate import tried
-    from skipit.train.data.rows import Broken, opened, readable
+    from skipit.train.data.rows import Broken, readable
     from skipit.train.display import note
 
-    check = tried(collate) if collate else lambda row: opened(row, *needed)
-    return readable(rows, check, Broken(arguments.max_broken_rows, note))
+    return readable(rows, tried(collate), Broken(arguments.max_broken_rows, note))
 
 
 def set_defaults(verb: Parser, config: Path, line: list[str]) -> None:
