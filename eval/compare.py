@@ -134,6 +134,7 @@ def compare(
     profile: Profile | None,
     *,
     batch_size: int = 32,
+    max_new_tokens: int = 64,
     repeats: int = 15,
     contexts: Mapping[str, Callable[[], AbstractContextManager[Any]]] | None = None,
     kinds: Kinds | None = None,
@@ -150,6 +151,7 @@ def compare(
         rows: in the conversational vision format; optionally with `answer`, instead of the completion, and `kind`.
         profile: of the dense model; its tables are compared with the learned skips.
         batch_size: rows per call of `generate`.
+        max_new_tokens: longest answer.
         repeats: of the timing.
         contexts: what a gated model runs in, such as `lambda: running(budget=0.5)`.
         kinds: of tokens that are recorded of gated models, for `measure_spending`.
@@ -164,7 +166,8 @@ def compare(
     collate = Collator(processor, with_completion=False)
     costs = CostModel.of(dense)
     contexts = contexts or {}
-    ask = partial(run_dataset, processor=processor, rows=rows, collate=collate, costs=costs, batch_size=batch_size)
+    how = {"collate": collate, "costs": costs, "batch_size": batch_size, "max_new_tokens": max_new_tokens}
+    ask: Callable[..., Outcome] = partial(run_dataset, processor=processor, rows=rows, **how)  # type: ignore[arg-type]
     outcomes = {"dense": keep("dense", lambda: ask(dense, kv="retain", progress=progress))}
     subjects = {"dense": Subject(dense)}
     tracking = {}

@@ -25,7 +25,7 @@ from skipit.eval.report.whole import report
 from skipit.eval.statistics import paired_difference
 from skipit.router import RouterConfig, find_router
 from skipit.router.checkpoint import GATES_FILE, ROUTER_FILE
-from skipit.router.errors import CheckpointError
+from skipit.router.errors import CheckpointError, check_there
 from skipit.router.folders import load_json, new_directory, provenance, save_json
 from skipit.theory.artefact import load_profile, profile_tables
 from skipit.theory.cost import CostModel
@@ -69,6 +69,7 @@ class Request:
         controlled_samples: rows of controlled skipping; 0 leaves it out, and spending by input and calibration.
         columns: the data's own names of `images`, `prompt`, `completion` and `answer`, where they differ.
         max_broken_rows: rows that may be unreadable; they are named and left out.
+        max_new_tokens: longest answer.
     """
 
     checkpoint: Path
@@ -86,6 +87,7 @@ class Request:
     controlled_samples: int = 48
     columns: Mapping[str, str] | None = None
     max_broken_rows: int = 0
+    max_new_tokens: int = 64
 
 
 @dataclass
@@ -153,6 +155,7 @@ def evaluate(request: Request, out: Path, overwrite: bool = False, resume: bool 
             rows,
             measured,
             repeats=request.repeats,
+            max_new_tokens=request.max_new_tokens,
             kinds=asked_cells(model.config) if request.controlled_samples else None,
             keep=keep,
             progress=advance,
@@ -273,10 +276,12 @@ def _further(bench: _Bench, name: str, path: Path, dense: Outcome, kinds: Sequen
     kv = config.kv
     collate, costs = Collator(processor, with_completion=False), CostModel.of(bench.dense)
     rows: Any = bench.rows
+    longest = bench.request.max_new_tokens
     part = f"also-{len(bench.made) + 1}"
     with progress(name[:10], len(rows)) as advance:
         outcome = bench.parts.outcome(
-            part, lambda: run_dataset(model, processor, rows, collate, costs, kv, progress=advance)
+            part,
+            lambda: run_dataset(model, processor, rows, collate, costs, kv, max_new_tokens=longest, progress=advance),
         )
     router: dict[str, Any] = {
         "name": name,
@@ -299,6 +304,7 @@ def _further(bench: _Bench, name: str, path: Path, dense: Outcome, kinds: Sequen
 def _check_further(path: Path, checkpoint: Path) -> None:
     """Refuse a further router that is none, or was made from another model, before hours of work."""
     check_exported(path)
+    check_there(path)
     if not (path / ROUTER_FILE).is_file():
         raise CheckpointError(f"{path} has no {ROUTER_FILE}: it is no gated checkpoint. Make one with `skipit export`.")
     ours, theirs = checkpoint_record(checkpoint).get("model"), checkpoint_record(path).get("model")

@@ -13,7 +13,7 @@ from skipit.eval.measure.runner import run_dataset
 from skipit.router import Gated, InputError, find_router
 from skipit.router.checkpoint import ROUTER_FILE, load, load_router
 from skipit.router.config import point_name
-from skipit.router.errors import CheckpointError
+from skipit.router.errors import CheckpointError, short
 from skipit.router.folders import claimed, load_json, provenance, save_json
 from skipit.theory.calibrate import calibrate
 from skipit.theory.cost import CostModel
@@ -71,7 +71,7 @@ def certify_checkpoint(
     """
     folder = Path(folder)
     if not name or _is_number(name):
-        raise InputError(f"`name`: got {name!r}, expected a word: numbers are the names of budgets.")
+        raise InputError(f"`name`: got {short(name)}, expected a word: numbers are the names of budgets.")
     with claimed_point(folder, name, overwrite):
         _, used = held_out(checkpoint_record(folder), Rows(rows))
         independent = independent_rows(rows, seed)
@@ -176,7 +176,7 @@ def claimed_point(folder: Path, name: str, overwrite: bool) -> Iterator[None]:
         config, _ = load_router(folder)
         if name in config.operating_points and not overwrite:
             raise CheckpointError(
-                f"{folder} has an operating point {name!r} already. Choose another name, or pass --overwrite to "
+                f"{folder} has an operating point {short(name)} already. Choose another name, or pass --overwrite to "
                 "replace it."
             )
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from .attach import GATE, attach, detach, find_router, gate_state, set_gates
 from .config import RouterConfig
-from .errors import CheckpointError, SkipItError, short
+from .errors import CheckpointError, SkipItError, check_there, is_path, missing, short
 from .files import CONFIG, SETTINGS, check_files, count_values, read_headers, whole_numbers
 from .folders import load_json, load_tensors, new_directory, read_header, save_json, save_tensors
 from .standalone import add_code
@@ -40,6 +40,7 @@ def load_router(folder: Path) -> tuple[RouterConfig, dict[str, Tensor]]:
         CheckpointError: a file is missing, damaged, or has other tensors than `weight` and `bias`, or NaN in them.
         RouterConfigError: the settings are malformed.
     """
+    check_there(folder)
     if not (folder / ROUTER_FILE).is_file():
         raise CheckpointError(
             f"{folder} has no {ROUTER_FILE}: it is not a gated checkpoint. Make one with `skipit export RUN --out DIR`."
@@ -84,7 +85,8 @@ def local_folder(source: str | Path, **options: Any) -> Path:
     Raises:
         CheckpointError: neither a folder nor a repository with these files.
     """
-    if Path(source).is_dir():
+    gone = missing(source)
+    if not gone or is_path(str(source)):  # what is there and no checkpoint is refused as it is read
         return Path(source) / options.get("subfolder", "")
     from transformers.utils.hub import cached_file
 
@@ -92,9 +94,7 @@ def local_folder(source: str | Path, **options: Any) -> Path:
     try:
         files = [cached_file(str(source), name, **where) for name in (GATES_FILE, ROUTER_FILE)]
     except (OSError, ValueError) as error:
-        raise CheckpointError(
-            f"{source} is not a folder, and {ROUTER_FILE} cannot be had from the Hub: {error}"
-        ) from error
+        raise CheckpointError(f"{source}: {gone} {ROUTER_FILE} cannot be had from the Hub, either: {error}") from error
     return Path(str(files[0])).parent
 
 
@@ -208,13 +208,30 @@ def load_dense(source: str | Path, *, exact: bool = False, **options: Any) -> tu
     except SkipItError:
         raise
     except Exception as error:  # what transformers raises for a damaged folder is almost anything
+        gone = missing(source)
         raise CheckpointError(
-            f"model {str(source)!r} cannot be loaded: {type(error).__name__}: {error}\n"
+            f"model {str(source)!r} cannot be loaded: {gone}{gone and ' '}{type(error).__name__}: {error}\n"
             "Give a folder with config.json and safetensors weights, a Hub id, or `reference` for the embedded model."
         ) from error
     _check_weights(str(source), info, exact)
     check_finite(str(source), model)
     return model.eval(), processor
+
+
+def load_processor(source: str | Path) -> Any:
+    """The processor of a model, without its weights; what `load_dense` refuses to read is not read here either.
+
+    Raises:
+        CheckpointError: it cannot be loaded; the message says why.
+    """
+    try:
+        folder, options = _on_disk(source, {"trust_remote_code": False})
+        check_files(folder)
+        return _load_processor(folder, options)
+    except SkipItError:
+        raise
+    except Exception as error:  # as in `load_dense`
+        raise CheckpointError(f"the processor of {source} cannot be loaded: {error}") from error
 
 
 def _on_disk(source: str | Path, options: dict[str, Any]) -> tuple[Path, dict[str, Any]]:
@@ -225,6 +242,8 @@ def _on_disk(source: str | Path, options: dict[str, Any]) -> tuple[Path, dict[st
     rest |= {"local_files_only": True, "subfolder": below}
     if Path(source).is_dir():
         return Path(source), rest
+    if is_path(str(source)):
+        check_there(Path(source))
     from transformers.utils.hub import hf_api
 
     wanted = [f"{below}/{name}" if below else name for name in _WANTED]

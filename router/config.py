@@ -122,7 +122,7 @@ class RouterConfig:
         if not isinstance(name, str) or name not in self.operating_points:
             known = ", ".join(self.operating_points) or "none"
             raise RouterConfigError(
-                f"`budget`: got {name!r}, this router is calibrated for: {known}. "
+                f"`budget`: got {short(name)}, this router is calibrated for: {known}. "
                 "Choose one of these, or calibrate another with `skipit calibrate`."
             )
         return self.operating_points[name]

@@ -25,7 +25,7 @@ from transformers import (
 
 import skipit
 from skipit.router import CheckpointError, RouterConfig, Trace, attach, find_router, gate_state, running, set_gates
-from skipit.router.checkpoint import GATES_FILE, attach_from, load, load_dense, local_folder, save_gated
+from skipit.router.checkpoint import GATES_FILE, attach_from, load, load_dense, save_gated
 from skipit.router.standalone import CODE, code_files
 
 ROW = [[5, 6, "image", 7, 8, 9]]
@@ -190,8 +190,10 @@ def test_the_code_is_the_routers_own_and_needs_only_torch_and_transformers(tmp_p
 
 
 def test_what_is_neither_a_folder_nor_on_the_hub(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match=r"nowhere is not a folder, and router_config.json cannot be had from"):
-        local_folder(tmp_path / "nowhere")
+    with pytest.raises(CheckpointError, match=r"nowhere: no such file or folder\."):
+        load(tmp_path / "nowhere")
+    with pytest.raises(CheckpointError, match=r"no/where: no such file or folder\. router_config\.json cannot be had"):
+        load("no/where")
     with pytest.raises(CheckpointError, match=r"config\.json does not exist"):
         load_dense(tmp_path)
 

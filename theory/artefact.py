@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from skipit.router.config import KVPolicy, check_points, decision_points
-from skipit.router.errors import CheckpointError, RouterConfigError
+from skipit.router.errors import CheckpointError, RouterConfigError, check_there, short
 from skipit.router.folders import load_json, load_tensors, new_directory, provenance, save_json, save_tensors
 
 from .backbone import MISSING, Backbone
@@ -172,6 +172,7 @@ def _naming(folder: Path) -> Iterator[None]:
 def _load(folder: Path, kind: str, keys: tuple[str, ...]) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """The values that the folder of an artefact has under these keys, and its tables."""
     path = folder / f"{kind}.json"
+    check_there(folder)
     if not path.is_file():
         raise CheckpointError(f"{folder} is not a {kind}: it has no {path.name}.")
     values = load_json(path)
@@ -179,7 +180,7 @@ def _load(folder: Path, kind: str, keys: tuple[str, ...]) -> tuple[dict[str, Any
     if values.get("version") not in range(oldest, newest + 1):
         read = newest if oldest == newest else f"{oldest} to {newest}"
         raise CheckpointError(
-            f"{path}: got version {values.get('version')!r}, this skipit reads {read}: another version of "
+            f"{path}: got version {short(values.get('version'))}, this skipit reads {read}: another version of "
             f"skipit wrote it. {AGAIN[kind]}"
         )
     if values["version"] < newest:

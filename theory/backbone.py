@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor, nn
 
-from skipit.router.errors import DecoderNotFoundError, InputError
+from skipit.router.errors import DecoderNotFoundError, InputError, short
 from skipit.router.modality import MODALITIES
 
 from .identity import fingerprint
@@ -62,7 +62,7 @@ class Backbone:
             )
         known = list(vars(self.redundancy))
         if name not in known:
-            raise InputError(f"`name` is {name!r}, expected one of {', '.join(known)}.")
+            raise InputError(f"`name` is {short(name)}, expected one of {', '.join(known)}.")
         table: Tensor = getattr(self.redundancy, name)
         return table[:, MODALITIES.index(self.modality)]
 
@@ -85,7 +85,7 @@ def profile_backbone(
         InputError: no batch, or an unknown modality.
     """
     if modality not in MODALITIES:
-        raise InputError(f"`modality` is {modality!r}, expected one of {', '.join(MODALITIES)}.")
+        raise InputError(f"`modality` is {short(modality)}, expected one of {', '.join(MODALITIES)}.")
     path, stack = find_part(model, modality, layers)
     run, accepted = _entry(model, modality)
     # Imported here, because importing torchmetrics takes longer than importing torch.

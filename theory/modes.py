@@ -12,7 +12,7 @@ from jaxtyping import Bool
 from torch import Tensor
 
 from skipit.router.config import KVPolicy
-from skipit.router.errors import InputError
+from skipit.router.errors import InputError, short
 from skipit.router.modality import VISION
 
 from .bounds import combine_damages
@@ -60,7 +60,7 @@ def redundant_and_unattended(profile: Profile, eps: float, nu: float) -> Bool[Te
     """
     for name, value, high in (("eps", eps, 2), ("nu", nu, 1)):
         if not 0 <= value <= high:
-            raise InputError(f"`{name}`: got {value!r}, expected a number in [0, {high}].")
+            raise InputError(f"`{name}`: got {short(value)}, expected a number in [0, {high}].")
     _check_vision(profile)
     return (profile.geometric[:, VISION] <= eps) & (profile.attention <= nu)
 
@@ -77,7 +77,7 @@ def harmless(profile: Profile, limit: float, kv: KVPolicy = "retain") -> Bool[Te
         InputError: `limit` is negative, or the profile has no vision tokens.
     """
     if not limit >= 0:
-        raise InputError(f"`limit`: got {limit!r}, expected a damage in nats, at least 0.")
+        raise InputError(f"`limit`: got {short(limit)}, expected a damage in nats, at least 0.")
     _check_vision(profile)
     return profile.damage[kv].unit[:, VISION] <= limit
 

@@ -15,7 +15,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from skipit.router.config import KVPolicy, Unit
-from skipit.router.errors import InputError
+from skipit.router.errors import InputError, short
 from skipit.router.gates import TokenGate
 
 from .profile import Profile
@@ -72,7 +72,8 @@ def check_budget(budget: float) -> float:
     """
     if not isinstance(budget, int | float) or not 0 < budget <= 1:
         raise ValueError(
-            f"`budget`: got {budget!r}, expected a number in (0, 1]: the share of the dense decoder's FLOPs to spend."
+            f"`budget`: got {short(budget)}, expected a number in (0, 1]: the share of the dense decoder's FLOPs to "
+            "spend."
         )
     return float(budget)
 
@@ -158,7 +159,7 @@ def make_plan(
     """
     check_budget(budget)
     if init not in get_args(Init):
-        raise ValueError(f"`init`: got {init!r}, expected one of {', '.join(get_args(Init))}.")
+        raise ValueError(f"`init`: got {short(init)}, expected one of {', '.join(get_args(Init))}.")
     ridge = profile.damage[kv].ridge
     units, weight = ridge.bias.shape, torch.zeros_like(ridge.weight)
     if init in ("zero", "run"):

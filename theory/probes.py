@@ -267,7 +267,7 @@ def _classes(answer: Tensor, there: Tensor, site: str) -> tuple[Tensor, Tensor]:
         raise InputError(
             f"probes on `{site}`: of {int(there.sum())} rows with {len(tokens)} different first answer tokens, "
             f"{len(often)} of these occur {FEWEST} times or more; expected two or more, hence {2 * FEWEST} rows at "
-            "least. Measure more rows (--samples), or rows with fewer different answers."
+            "least. Measure more rows (--samples), or rows whose answers are fewer, and differ in their first token."
         )
     kept = (there & torch.isin(answer, often)).nonzero()[:, 0]
     return kept, torch.searchsorted(often, answer[kept])

@@ -10,7 +10,7 @@ from torch import nn
 from skipit.router import RouterConfig, attach
 from skipit.router import checkpoint as gated
 from skipit.router.checkpoint import ROUTER_FILE
-from skipit.router.errors import CheckpointError, InputError, RouterConfigError
+from skipit.router.errors import CheckpointError, InputError, RouterConfigError, short
 from skipit.router.files import CONFIG
 from skipit.router.folders import load_json, new_directory, provenance, save_json
 from skipit.theory.identity import fingerprint
@@ -161,7 +161,7 @@ def read_router(folder: Path) -> tuple[RouterConfig, dict[str, Any]]:
     base = values.get("base")
     names = ("model", "revision", "shapes", "fingerprint")
     if not isinstance(base, dict) or sorted(base) != sorted(names) or not isinstance(base["model"], str):
-        raise CheckpointError(f"{path}: `base`: got {base!r}, expected an object with {', '.join(names)}.")
+        raise CheckpointError(f"{path}: `base`: got {short(base)}, expected an object with {', '.join(names)}.")
     try:
         return RouterConfig.from_dict({name: value for name, value in values.items() if name not in OURS}), base
     except RouterConfigError as error:

@@ -5,6 +5,7 @@ from typing import Any, Literal, Self
 
 from skipit.router import RouterConfigError
 from skipit.router.config import Granularity, KVPolicy, Unit, check_choice
+from skipit.router.errors import short
 from skipit.theory.plan import check_budget
 
 Precision = Literal["fp32", "bf16"]
@@ -75,17 +76,17 @@ class TrainConfig:
         for name, allowed in choices.items():
             check_choice(name, getattr(self, name), allowed)
         if self.deepspeed is not None and not isinstance(self.deepspeed, str):
-            raise RouterConfigError(f"`deepspeed`: got {self.deepspeed!r}, expected a name, a file, or null.")
+            raise RouterConfigError(f"`deepspeed`: got {short(self.deepspeed)}, expected a name, a file, or null.")
         for name, default in self.__dataclass_fields__.items():
             value, kind = getattr(self, name), type(default.default)
             if kind is int:
                 least = 0 if name in ("lora_rank", "seed", "max_broken_rows") else 1
                 if not isinstance(value, int) or isinstance(value, bool) or value < least:
-                    raise RouterConfigError(f"`{name}`: got {value!r}, expected a whole number, at least {least}.")
+                    raise RouterConfigError(f"`{name}`: got {short(value)}, expected a whole number, at least {least}.")
             elif kind is float and (not isinstance(value, int | float) or not 0 <= value < float("inf")):
-                raise RouterConfigError(f"`{name}`: got {value!r}, expected a number, at least 0.")
+                raise RouterConfigError(f"`{name}`: got {short(value)}, expected a number, at least 0.")
             elif kind is bool and not isinstance(value, bool):
-                raise RouterConfigError(f"`{name}`: got {value!r}, expected true or false.")
+                raise RouterConfigError(f"`{name}`: got {short(value)}, expected true or false.")
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Self:

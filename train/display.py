@@ -134,7 +134,7 @@ class _Lines(Progress):
         """How far the one task is, in a line."""
         done, self._said = self.tasks[0], time.perf_counter()
         line = f"{what:<10} {done.completed:.0f}/{done.total:.0f}  {self._said - self._started:.0f} s"
-        console.print(f"{line}  {done.fields['figures']}".rstrip(), markup=False, highlight=False)
+        console.print(f"{line}  {done.fields['figures']}".rstrip(), markup=False, highlight=False, soft_wrap=True)
 
 
 def quiet() -> ExitStack:

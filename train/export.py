@@ -12,7 +12,7 @@ from skipit.router import find_router
 from skipit.router.attach import attach, set_gates
 from skipit.router.checkpoint import ROUTER_FILE, load_dense, load_router, save_gated
 from skipit.router.config import RouterConfig
-from skipit.router.errors import CheckpointError, InputError, short
+from skipit.router.errors import CheckpointError, InputError, check_there, short
 from skipit.router.files import CONFIG
 from skipit.router.folders import check_out, claimed, load_json, new_directory, provenance, save_json
 from skipit.theory.artefact import check_same_model, load_plan
@@ -53,6 +53,7 @@ def open_run(run: str | Path) -> Run:
         CheckpointError: not a finished run, or its base is not what it was.
     """
     run = Path(run)
+    check_there(run)
     if not (run / RUN_FILE).is_file():
         hint = " Finish it with `skipit train ... --resume`." if (run / CONFIG_FILE).is_file() else ""
         raise CheckpointError(f"{run} is not a finished run: it has no {RUN_FILE}.{hint}")

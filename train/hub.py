@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from skipit.router.errors import CheckpointError, InputError
+from skipit.router.errors import CheckpointError, InputError, short
 
 
 def check_repository(repository: str) -> None:
@@ -17,7 +17,7 @@ def check_repository(repository: str) -> None:
     try:
         validate_repo_id(repository)
     except HFValidationError as error:
-        raise InputError(f"`--push-to-hub`: got {repository!r}, expected owner/name: {error}") from error
+        raise InputError(f"`--push-to-hub`: got {short(repository)}, expected owner/name: {error}") from error
 
 
 def push(folder: str | Path, repository: str) -> str:

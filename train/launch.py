@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.distributed as dist
 
-from skipit.router.errors import SkipItError
+from skipit.router.errors import SkipItError, short
 
 from .config import TrainConfig
 
@@ -92,7 +92,7 @@ def check_report(report_to: str) -> None:
         return
     if report_to not in INTEGRATION_TO_CALLBACK:
         known = ", ".join(sorted(INTEGRATION_TO_CALLBACK))
-        raise LaunchError(f"`report_to`: got {report_to!r}, expected none, all, or one of {known}.")
+        raise LaunchError(f"`report_to`: got {short(report_to)}, expected none, all, or one of {known}.")
     if report_to not in get_available_reporting_integrations():
         raise LaunchError(f"`report_to`: {report_to} is not installed here. Install it: `pip install {report_to}`.")
 
@@ -143,7 +143,7 @@ def deepspeed_config(name: str) -> dict[str, Any]:
     shipped = sorted(path.stem for path in SHIPPED.glob("*.json"))
     path = SHIPPED / f"{name}.json" if name in shipped else Path(name)
     if not path.is_file():
-        raise LaunchError(f"`deepspeed`: got {name!r}, expected one of {', '.join(shipped)}, or a JSON file.")
+        raise LaunchError(f"`deepspeed`: got {short(name)}, expected one of {', '.join(shipped)}, or a JSON file.")
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:

@@ -7,8 +7,8 @@ from typing import Any
 
 from torch import Tensor
 
-from skipit.router import CheckpointError
 from skipit.router.checkpoint import load_dense
+from skipit.router.errors import CheckpointError, check_there, is_path
 from skipit.router.files import check_files
 from skipit.theory.backbone import Backbone, profile_backbone
 from skipit.theory.profile import Profile, profile
@@ -85,6 +85,8 @@ def load_part(source: str, part: str) -> tuple[Any, Pictures | Texts]:
     from transformers import AutoImageProcessor, AutoModel, AutoTokenizer
 
     source = resolve_model(source)
+    if is_path(source):
+        check_there(Path(source))
     if Path(source).is_dir():
         check_files(Path(source))  # what `load_dense` refuses to read must not be read below either
     try:

@@ -21,7 +21,7 @@ from skipit.theory.calibrate import calibrate
 from skipit.theory.cost import CostModel, token_flops
 from skipit.theory.labels import predicts_answer
 from skipit.theory.plan import Plan, check_reachable
-from skipit.train.data.collate import Collator, batches, tried
+from skipit.train.data.collate import Collator, batches, forgiving, tried
 from skipit.train.data.rows import Broken, Rows, RowStream, readable, training_rows
 from skipit.train.data.used import RECORD, Noted, held_out
 
@@ -170,7 +170,8 @@ def train(
         broken = Broken(config.max_broken_rows, note)
         whole = isinstance(dataset, Rows | RowStream)
         rows = dataset if whole else training_rows(dataset, collate.checked, broken)
-        sample = list(batches(islice(rows, 64), collate, config.batch_size))
+        together = forgiving(collate, rows.broken)
+        sample = list(batches(islice(rows, 64), together, config.batch_size))
         if calibration is not None:
             calibration = readable(calibration, tried(collate), rows.broken, "held-out row")
         least = least_share(sample, costs, config.kv, config.unit)
@@ -192,7 +193,7 @@ def train(
             model=peft_model,
             args=arguments,
             train_dataset=rows,
-            data_collator=collate,
+            data_collator=together,
             callbacks=callbacks,
         )
         _run(trainer, checkpoint)

@@ -14,6 +14,7 @@ from skipit.eval.measure.recorded import Recorded
 from skipit.eval.metrics.confidence import confidence_bins
 from skipit.eval.statistics import USUAL, Figures, Floats, Interval, Resampling, bootstrap, row_interval, side
 from skipit.router import InputError
+from skipit.router.errors import short
 
 Kind = Literal["product", "mean"]
 Verdict = Literal["worse", "better", "no difference shown"]
@@ -92,7 +93,7 @@ def compare_confidence(
         InputError: the two have different numbers of rows, or an unknown kind.
     """
     if kind not in ("product", "mean"):
-        raise InputError(f"`kind`: got {kind!r}, expected 'product' or 'mean'.")
+        raise InputError(f"`kind`: got {short(kind)}, expected 'product' or 'mean'.")
     if len(dense.right) != len(gated.right):
         raise InputError(
             f"`dense` and `gated`: got {len(dense.right)} and {len(gated.right)} rows, expected the same rows for "

@@ -17,6 +17,7 @@ from skipit.eval.measure.controlled import RowEffects, kl_interval, row_effects
 from skipit.eval.statistics import USUAL, Figures, Interval, Resampling, row_interval, spearman
 from skipit.router import MODALITIES, InputError
 from skipit.router.config import KVPolicy
+from skipit.router.errors import short
 from skipit.theory.cost import CostModel
 
 from .prediction import plan_without, set_damages
@@ -56,7 +57,7 @@ def unit_orders(
          'first layers first': ['vision 0', 'text 0', 'vision 1', 'text 1']}
     """
     if scope not in SCOPES:
-        raise InputError(f"`scope`: got {scope!r}, expected one of {', '.join(SCOPES)}.")
+        raise InputError(f"`scope`: got {short(scope)}, expected one of {', '.join(SCOPES)}.")
     here = damage.isfinite() & (cost > 0)
     if scope != "all":
         here[:, 1 - MODALITIES.index(scope)] = False

@@ -17,6 +17,7 @@ from scipy.stats import permutation_test, rankdata
 
 from skipit.eval.statistics import ROUNDING, USUAL, Figures, Floats, Interval, Resampling, bootstrap, correlation
 from skipit.router import MODALITIES
+from skipit.router.errors import short
 
 Scope = Literal["text", "vision", "all"]
 Given = Literal["depth", "depth_curve", "depth_modality"]
@@ -168,7 +169,7 @@ def spearman(
     """
     units = _Units.of(skip_rate, table, scope)
     if given is not None and given not in CONFOUNDERS:
-        raise ValueError(f"`given` is {given!r}, expected one of {list(CONFOUNDERS)} or None. Choose what to remove.")
+        raise ValueError(f"`given` is {short(given)}, expected one of {list(CONFOUNDERS)} or None.")
     if reason := units.missing(FEWEST_UNITS + (CONFOUNDERS[given] if given else 0)):
         return units.undefined(reason)
     everything = np.arange(units.count)
@@ -311,7 +312,7 @@ class _Units:
                 "Pass skip rates, not run rates, logits or percent."
             )
         if scope not in SCOPES:
-            raise ValueError(f"`scope` is {scope!r}, expected one of {list(SCOPES)}. Choose the units that count.")
+            raise ValueError(f"`scope` is {short(scope)}, expected one of {list(SCOPES)}. Choose the units that count.")
         columns = [0, 1] if scope == "all" else [MODALITIES.index(scope)]
         layer, modality = (part.ravel() for part in np.meshgrid(np.arange(len(rates)), columns, indexing="ij"))
         rates, values = rates[layer, modality], values[layer, modality]

@@ -10,7 +10,7 @@ from skipit.router import MODALITIES, RouterConfig, SkipItError, attach, detach
 from skipit.router.attention import SUPPORTED
 from skipit.router.checkpoint import ROUTER_FILE
 from skipit.router.decoder import find_decoder, layer_kinds
-from skipit.router.errors import CheckpointError, UnsupportedModelError
+from skipit.router.errors import CheckpointError, UnsupportedModelError, missing
 from skipit.router.files import CONFIG, check_config
 from skipit.router.modality import PLACEHOLDERS
 from skipit.theory.cost import CostModel
@@ -151,8 +151,9 @@ def _config(source: str, folder: str) -> Any:
             check_config(Path(folder) / CONFIG)
         return AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # a configuration may be wrong in any way
+        reason = " ".join(f"{missing(folder)} {error}".split())
         raise CheckpointError(
-            f"model {source!r} has no configuration that transformers can read: {' '.join(str(error).split())}\n"
+            f"model {source!r} has no configuration that transformers can read: {reason}\n"
             "Give a folder with a config.json, a Hub id, or `reference` for the embedded model."
         ) from error
 

@@ -14,8 +14,10 @@ from skipit.eval.metrics.answers import mean_by_group
 from skipit.eval.metrics.vqa import answer_scores
 from skipit.router import InputError, Step, Trace, running
 from skipit.router.config import KVPolicy
+from skipit.router.errors import short
 from skipit.theory.cost import CostModel, trace_compute
 from skipit.train.data.collate import tried
+from skipit.train.data.rows import check_columns, seen_in
 
 from .recorded import Kinds, Record, Recorded, Row
 from .traced import ONE_PASS
@@ -75,7 +77,7 @@ def run_dataset(
     *,
     kinds: Kinds | None = None,
     batch_size: int = 32,
-    max_new_tokens: int = 16,
+    max_new_tokens: int = 64,
     progress: Callable[[int], None] = lambda rows: None,
     **options: Any,
 ) -> Outcome:
@@ -233,7 +235,7 @@ def right_answers(row: Row, number: int) -> list[str]:
         accepted = [_accepted(one) for one in (given if isinstance(given, list | tuple) else [given])]
         if not accepted or not all(accepted):
             raise InputError(
-                f"{_where(row, number)}: `answer` is {repr(row['answer'])[:200]}; expected a text or a number, or a "
+                f"{_where(row, number)}: `answer` is {short(row['answer'])}; expected a text or a number, or a "
                 'list of them, or of {"answer": text}.'
             )
         return [text for texts in accepted for text in texts]
@@ -273,6 +275,7 @@ def answerable(collate: Collate) -> Callable[[Any], Any]:
     check = tried(collate)
 
     def both(row: Any) -> Any:
+        check_columns(row, row.where, seen_in(row), "prompt", *([] if "answer" in row else ["completion"]))
         right_answers(row, 0)
         return check(row)
 

@@ -11,6 +11,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from skipit.router.errors import short
+
 from .ratio import Ratio
 
 Normalizer = Callable[[str], str]
@@ -28,7 +30,7 @@ def check_paired(**lists: Sequence[object]) -> None:
     for name, values in lists.items():
         if isinstance(values, str):
             raise ValueError(
-                f"`{name}` is the string {values!r}, expected a list with one entry per question. Wrap it in [ ]."
+                f"`{name}` is the string {short(values)}, expected a list with one entry per question. Wrap it in [ ]."
             )
     if len(ours) != len(theirs):
         raise ValueError(
@@ -93,7 +95,7 @@ def exact_match_scores(
     for index, (mine, true) in enumerate(zip(predictions, references, strict=True)):
         accepted = [true] if isinstance(true, str) else true
         if not accepted or not all(isinstance(text, str) for text in accepted):
-            raise ValueError(f"`references[{index}]` is {true!r}, expected a text or a list of one or more.")
+            raise ValueError(f"`references[{index}]` is {short(true)}, expected a text or a list of one or more.")
         same.append(normalize(mine) in {normalize(text) for text in accepted})
     return torch.tensor(same, dtype=torch.float64)
 

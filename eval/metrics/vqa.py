@@ -9,6 +9,8 @@ from jaxtyping import Float
 from torch import Tensor
 from torchmetrics.functional.text import edit_distance
 
+from skipit.router.errors import short
+
 from .answers import MeanScore, check_paired, exact_match_scores
 
 HUMANS = 10  # who answer each question of VQAv2, TextVQA and VizWiz
@@ -72,8 +74,8 @@ def vqa_scores(predictions: Sequence[str], references: Sequence[Sequence[str]]) 
     for index, (prediction, humans) in enumerate(zip(predictions, references, strict=True)):
         if isinstance(humans, str) or len(humans) < 4:
             raise ValueError(
-                f"`references[{index}]` is {humans!r}, expected a list of at least 4 human answers: leaving one out, "
-                "fewer can never reach 3 agreeing humans. Use `exact_match` or `anls` for data with fewer references."
+                f"`references[{index}]` is {short(humans)}, expected a list of at least 4 human answers: leaving "
+                "one out, fewer can never reach 3 that agree. Use `exact_match` or `anls` for fewer references."
             )
         mine = normalize_vqa_answer(prediction)
         matches = [normalize_vqa_answer(human) == mine for human in humans]
@@ -185,7 +187,7 @@ def anls_scores(
     for index, (prediction, accepted) in enumerate(zip(predictions, references, strict=True)):
         if isinstance(accepted, str) or not accepted:
             raise ValueError(
-                f"`references[{index}]` is {accepted!r}, expected a list of one or more accepted answers. "
+                f"`references[{index}]` is {short(accepted)}, expected a list of one or more accepted answers. "
                 "Wrap a single one: [answer]."
             )
         distance = min(_relative_distance(prediction, reference) for reference in accepted)

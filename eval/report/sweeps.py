@@ -6,7 +6,7 @@ from typing import Any
 
 from skipit.eval.statistics import paired_difference
 from skipit.router import InputError
-from skipit.router.errors import CheckpointError
+from skipit.router.errors import CheckpointError, check_there, short
 from skipit.router.folders import load_json
 
 SUMMARY = "summary.json"
@@ -35,7 +35,9 @@ def load_baselines(folder: Path) -> dict[str, Any]:
             )
         if wrong := [key for key in needed if not _plain(key, entry[key])]:
             value = entry[wrong[0]]
-            raise CheckpointError(f"{path}: entry {number}: `{wrong[0]}`: got {value!r}, expected {_kind(wrong[0])}.")
+            raise CheckpointError(
+                f"{path}: entry {number}: `{wrong[0]}`: got {short(value)}, expected {_kind(wrong[0])}."
+            )
     return {"entries": entries, "made_by": values.get("made_by") or {}}
 
 
@@ -57,7 +59,9 @@ def load_transfer(folder: Path) -> dict[str, Any]:
                 raise CheckpointError(f"{path}: {part} {name!r} has no figures of the dense model. {again}")
             for system, outcome in systems.items():
                 if bad := [key for key in SYSTEM if not isinstance(_object(outcome).get(key), int | float)]:
-                    raise CheckpointError(f"{path}: {part} {name!r}, {system!r}: no number {bad[0]!r}. {again}")
+                    raise CheckpointError(
+                        f"{path}: {part} {short(name)}, {short(system)}: no number {short(bad[0])}. {again}"
+                    )
     _add_differences(folder, figures, values.get("cells"))
     return {"figures": figures, "kinds": kinds, "made_by": values.get("made_by") or {}}
 
@@ -90,6 +94,7 @@ def _add_differences(folder: Path, figures: Mapping[str, Any], names: Sequence[s
 
 def _summary(folder: Path, key: str, study: str) -> tuple[Path, dict[str, Any]]:
     path, give = folder / SUMMARY, f"Give a folder that `scripts/study {study} --out DIR` made."
+    check_there(folder)
     if not path.is_file():
         raise InputError(f"{folder}: no {SUMMARY}. {give}")
     values = load_json(path)

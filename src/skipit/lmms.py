@@ -13,6 +13,7 @@ from rich.progress import Progress
 from skipit.eval.measure.runner import leave_out_finished
 from skipit.eval.measure.traced import ONE_PASS
 from skipit.router import InputError, Trace, find_router, running
+from skipit.router.errors import short
 from skipit.theory.cost import CostModel, trace_compute
 from skipit.train.adapter import load
 from skipit.train.data.pictures import read_picture
@@ -64,7 +65,7 @@ class SkipIt(lmms):
         if dense and budget is not None:
             raise InputError("a dense run executes every layer for every token: leave out `budget`.")
         if not str(batch_size).isdigit() or int(batch_size) < 1:
-            raise InputError(f"`batch_size`: got {batch_size!r}, expected a whole number, at least 1.")
+            raise InputError(f"`batch_size`: got {short(batch_size)}, expected a whole number, at least 1.")
         self.accelerator = Accelerator()
         place = self.accelerator.device if device is None or self.accelerator.num_processes > 1 else device
         options = {"device_map": str(place), "dtype": dtype, **options}
@@ -162,7 +163,7 @@ def _part(part: dict[str, Any]) -> dict[str, Any]:
     if kind == "text":
         return {"type": "text", "text": part["text"]}
     if kind not in ("image", "video"):
-        raise InputError(f"a task has a part of type {kind!r}; skipit takes text, images and videos.")
+        raise InputError(f"a task has a part of type {short(kind)}; skipit takes text, images and videos.")
     return {"type": kind, kind: read_picture(part["url"]) if kind == "image" else part["url"]}
 
 

@@ -93,9 +93,8 @@ def test_a_broken_router_is_found_before_the_weights_are_loaded(folder: Path, mo
 
 
 def test_a_model_that_cannot_be_loaded(tmp_path: Path) -> None:
-    with pytest.raises(
-        CheckpointError, match=r"model '.*nowhere' cannot be loaded: (.|\n)*Give a folder with config.json"
-    ):
+    (tmp_path / "somewhere").mkdir()
+    with pytest.raises(CheckpointError, match=r"nowhere: no such file or folder\. Did you mean .*/somewhere\?"):
         load_dense(tmp_path / "nowhere")
     (tmp_path / "config.json").write_text('{"model_type": "no such family"}')
     with pytest.raises(CheckpointError, match=r"has no model\.safetensors and no model\.safetensors\.index\.json"):

@@ -522,7 +522,10 @@ class TestOnDisk:
             with pytest.raises(CheckpointError, match=f"^{re.escape(str(folder))}.*{message}"):
                 load(folder)
 
+        refused(": no such file or folder")
+        folder.mkdir()
         refused(f"is not a {kind}: it has no {kind}.json")
+        folder.rmdir()
         save()
         with pytest.raises(CheckpointError, match="pass --overwrite"):
             save()

@@ -12,8 +12,8 @@ from torch import Tensor
 from skipit.router import InputError
 from skipit.theory.labels import IGNORE
 
-from .completions import Answered, Turns, answer_tokens, answered_text
-from .rows import Check, Row, check_columns, films, numbered, pictures, turns_of
+from .completions import Answered, Turns, answer_tokens, answered_text, begins_anew
+from .rows import Broken, Check, Row, check_columns, films, numbered, pictures, seen_in, turns_of
 
 
 @dataclass(frozen=True)
@@ -44,8 +44,7 @@ class Collator:
         prompts, media = [row.prompt for row in read], [(row.images, row.videos) for row in read]
         if not self.with_completion:
             return self._process(places, prompts, media, "left")
-        if "suffix" in signature(self.processor.__call__).parameters:
-            # A prefix LM, such as PaliGemma: a prompt's tokens see each other, so it must know where the answer begins.
+        if self._prefix_lm:
             return self._process(places, prompts, media, "right", [_plain(row.reply) for row in read])
         batch = self._process(places, [row.conversation.text for row in read], media, "right")
         return {**batch, "labels": self._labels(batch, [row.conversation for row in read], places)}
@@ -61,6 +60,11 @@ class Collator:
                 raise InputError(f"{where}: the processor changes the answer's tokens, so that none can be labelled.")
             labels[number, length - tail : length] = answered.where(torch.tensor(label[-tail:]), IGNORE)
         return labels
+
+    @cached_property
+    def _prefix_lm(self) -> bool:
+        """As PaliGemma: a prompt's tokens see each other, so its processor must know where the answer begins."""
+        return "suffix" in signature(self.processor.__call__).parameters
 
     @property
     def _tokenizer(self) -> Any:
@@ -82,8 +86,7 @@ class Collator:
         return Row({**row, "images": read.images, **({"videos": read.videos} if read.videos else {})}, row.where)
 
     def _read(self, row: Mapping[str, Any], where: str) -> "_Read":
-        seen = ("videos",) if "videos" in row and "images" not in row else ("images",)
-        check_columns(row, where, *seen, "prompt", *(("completion",) if self.with_completion else ()))
+        check_columns(row, where, seen_in(row), "prompt", *(("completion",) if self.with_completion else ()))
         images, videos = pictures(row, where), films(row, where)
         turns = turns_of(row, "prompt", "user", where)
         turns = _with_placeholders(turns, {"image": len(images), "video": len(videos)}, where)
@@ -135,7 +138,9 @@ class Collator:
             given["videos"] = videos
         if suffixes is not None:
             given["suffix"] = suffixes
-        batch = self.processor(**given, padding=True, padding_side=side, add_special_tokens=False, return_tensors="pt")
+        # A prefix LM's processor writes the first token itself.
+        anew = not self._prefix_lm and begins_anew(self._tokenizer, texts[0])
+        batch = self.processor(**given, padding=True, padding_side=side, add_special_tokens=anew, return_tensors="pt")
         return {name: value for name, value in batch.items() if name != "labels" or suffixes is not None}
 
 
@@ -185,6 +190,35 @@ def tried(collate: Callable[[list[Row]], Any]) -> Check:
         return row
 
     return check
+
+
+def forgiving(collate: Callable[[list[Row]], dict[str, Tensor]], broken: Broken) -> Callable[[list[Row]], Any]:
+    """Makes batches of rows, in which the others stand twice for those that only the processor refuses.
+
+    To try every row alone before would double the time that processors take.
+
+    Args:
+        collate: makes batches.
+        broken: counts those that are refused.
+    """
+
+    def batch(rows: list[Row]) -> dict[str, Tensor]:
+        try:
+            return collate(rows)
+        except InputError:
+            good = []
+            for row in rows:
+                try:
+                    collate([row])
+                except InputError as error:
+                    broken(row.key(), error)
+                else:
+                    good.append(row)
+            if len(good) in (0, len(rows)):  # together they are refused, or there is none to stand for them
+                raise
+            return collate([good[at % len(good)] for at in range(len(rows))])
+
+    return batch
 
 
 def batches(

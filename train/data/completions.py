@@ -128,9 +128,18 @@ def answer_tokens(tokenizer: Any, row: Answered, special: frozenset[int], where:
     return ids, label
 
 
+def begins_anew(tokenizer: Any, text: str) -> bool:
+    """Whether the tokenizer is to add its special tokens: unless a chat template has begun the text with them.
+
+    So does transformers' `apply_chat_template(tokenize=True)`, of which the model's users and servers make prompts.
+    """
+    first = getattr(tokenizer, "bos_token", None)
+    return not (first and text.startswith(first))
+
+
 def _tokens(tokenizer: Any, text: str, where: str) -> tuple[list[int], Callable[[int, bool], int]]:
     """A text's tokens, and what tells the first one that reaches beyond a character, or begins at it or after it."""
-    options = {"add_special_tokens": False, "verbose": False}
+    options = {"add_special_tokens": begins_anew(tokenizer, text), "verbose": False}
     if getattr(tokenizer, "is_fast", False):
         encoded = tokenizer(text, return_offsets_mapping=True, **options)
         ids, offsets = encoded["input_ids"], encoded["offset_mapping"]

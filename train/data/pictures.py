@@ -6,7 +6,6 @@ that would make another picture of one without a word (16 bits clipped to white)
 
 import base64
 import binascii
-import difflib
 import io
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from skipit.router import InputError
+from skipit.router.errors import missing, nearest
 
 _WIDE = ("I;16", "I;16L", "I;16B", "I;16N")
 
@@ -122,7 +122,7 @@ def find_file(name: str | Path) -> Path:
     for path in tried:
         if _is_file(path):
             return path
-    there = [path for path in tried if _exists(path)]
+    there = [path for path in tried if not missing(path)]
     if there:
         raise InputError(f"{_short(str(there[0]))} is no file.")
     both = " nor ".join(_short(str(path)) for path in tried)
@@ -136,24 +136,5 @@ def _is_file(path: Path) -> bool:
         return False
 
 
-def _exists(path: Path) -> bool:
-    try:
-        return path.exists()
-    except (OSError, ValueError):
-        return False
-
-
 def _short(text: str) -> str:
     return text if len(text) <= 200 else f"{text[:80]} ... {text[-80:]} ({len(text)} characters)"
-
-
-def nearest(path: Path) -> str:
-    """What there is instead of a path that there is not: a sentence, or nothing."""
-    while not _exists(path.parent) and path.parent != path:
-        path = path.parent
-    try:
-        there = [other.name for other in path.parent.iterdir()]
-    except OSError:
-        return ""
-    found = difflib.get_close_matches(path.name, there, 1)
-    return f" Did you mean {_short(str(path.parent / found[0]))}?" if found else ""

@@ -3,6 +3,7 @@
 import difflib
 import hashlib
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +11,14 @@ import numpy as np
 from torch.utils.data import Dataset, IterableDataset
 
 from skipit.router import InputError
+from skipit.router.errors import short
 
 from .pictures import find_file, read_picture
 
 FORMAT = (
     "Rows need images or videos, prompt and completion, or images or videos and messages of which the assistant has "
-    "the last (TRL's conversational vision format)."
+    "the last (TRL's conversational vision format). For text alone images are an empty list; to be evaluated a row may "
+    "have answer for completion."
 )
 
 DAMAGE = "(damage)"  # a row of this column alone stands for one that could not be read
@@ -40,6 +43,7 @@ class Row(dict[str, Any]):
     def __init__(self, values: Mapping[str, Any], where: str) -> None:
         super().__init__(answer_apart(values))
         self.where = where
+        self.key: Callable[[], str] = partial(str, where)  # what tells it from others
 
 
 def answer_apart(row: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -76,6 +80,11 @@ def _renaming(missing: list[str], row: Mapping[str, Any]) -> str:
             free.remove(theirs)
             pairs.append(f"{ours}={theirs}")
     return f" If they have other names: --columns {','.join(pairs)}" if pairs else ""
+
+
+def seen_in(row: Mapping[str, Any]) -> str:
+    """The column of what is looked at, which every row has."""
+    return "videos" if "videos" in row and "images" not in row else "images"
 
 
 def pictures(row: Mapping[str, Any], where: str) -> list[Any]:
@@ -137,7 +146,7 @@ def turns_of(row: Mapping[str, Any], column: str, role: str, where: str) -> list
         turns = []
     if not turns:
         raise InputError(
-            f"{where}: `{column}` is not a text or a list of messages with role and content: {repr(messages)[:200]}"
+            f"{where}: `{column}` is not a text or a list of messages with role and content: {short(messages)}"
         )
     return turns
 
@@ -244,16 +253,23 @@ class RowStream(IterableDataset[dict[str, Any]]):
 
     def __iter__(self) -> Iterator[Row]:
         for row in numbered(self.rows, self.name):
+            key = partial(_digest, row)  # a stream that is shuffled has it in another place each time
             try:
-                yield self.check(row)
+                good = self.check(row)
             except InputError as error:
-                # A stream that is shuffled has it in another place each time.
-                self.broken(hashlib.blake2b(repr(row).encode(), digest_size=16).hexdigest(), error)
+                self.broken(key(), error)
+            else:
+                good.key = key
+                yield good
 
     def set_epoch(self, epoch: int) -> None:
         """Shuffle anew where the stream can."""
         if hasattr(self.rows, "set_epoch"):
             self.rows.set_epoch(epoch)
+
+
+def _digest(row: Row) -> str:
+    return hashlib.blake2b(repr(row).encode(), digest_size=16).hexdigest()
 
 
 def training_rows(rows: Any, check: Check, broken: Broken) -> Rows | RowStream:
@@ -280,18 +296,6 @@ def readable(rows: Any, check: Check, broken: Broken, name: str = "row") -> Any:
     return rows.select(good) if hasattr(rows, "select") else [rows[number] for number in good]
 
 
-def opened(row: Row) -> Row:
-    """A row whose prompt and pictures can be read, as far as can be told without a model.
-
-    Raises:
-        InputError: they cannot; the message names it.
-    """
-    check_columns(row, row.where, "videos" if "videos" in row and "images" not in row else "images", "prompt")
-    turns_of(row, "prompt", "user", row.where)
-    pictures(row, row.where)
-    return row
-
-
 def numbered(rows: Any, name: str = "row") -> Iterator[Row]:
     """Rows that know their number.
 
@@ -308,5 +312,5 @@ def numbered(rows: Any, name: str = "row") -> Iterator[Row]:
             raise
         except Exception as error:
             raise InputError(f"{name} {number} cannot be read: {error}") from error
-        yield Row(row, f"{name} {number}")
+        yield row if isinstance(row, Row) else Row(row, f"{name} {number}")
         number += 1

@@ -9,8 +9,9 @@ from typing import Any
 
 from skipit.router import InputError
 from skipit.router.checkpoint import load_dense
+from skipit.router.errors import is_path, missing
 
-from .pictures import BesideData, nearest
+from .pictures import BesideData
 from .rows import DAMAGE
 
 REFERENCE = "reference"
@@ -179,11 +180,9 @@ def _read(source: str, split: str, streaming: bool = False) -> Any:
     import datasets
 
     path = Path(source)
-    refusal, gone = f"data {source!r}, split {split!r}, cannot be read: ", ""
-    if not path.exists():
-        gone = f"no such file or folder.{nearest(path)} "
-        if path.suffix in _FILES or path.is_absolute() or source.count("/") > 1:  # no name that a Hub could have
-            raise InputError(f"{refusal}{gone}\n{_KINDS}")
+    refusal, gone = f"data {source!r}, split {split!r}, cannot be read: ", missing(path)
+    if gone and (path.suffix in _FILES or is_path(source)):
+        raise InputError(f"{refusal}{gone}\n{_KINDS}")
     if streaming and path.suffix == ".jsonl" and path.is_file():
         return datasets.IterableDataset.from_generator(_lines, gen_kwargs={"path": str(path)})
     try:
@@ -202,7 +201,7 @@ def _read(source: str, split: str, streaming: bool = False) -> Any:
             raise InputError(f"data {source!r}, split {split!r}: no rows.") from error
         if path.suffix == ".jsonl" and (bad := next((row for row in _lines(source) if DAMAGE in row), None)):
             raise InputError(f"{refusal}{bad[DAMAGE]}\n{_KINDS}") from error
-        raise InputError(f"{refusal}{gone}{type(error).__name__}: {error}\n{_KINDS}") from error
+        raise InputError(f"{refusal}{gone}{gone and ' '}{type(error).__name__}: {error}\n{_KINDS}") from error
     if not isinstance(loaded, datasets.DatasetDict):
         return loaded
     if split not in loaded:

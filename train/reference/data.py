@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from skipit.router.errors import short
+
 from .digits import SPLITS, Scans, Split, draw_grid, load_scans, render
 from .questions import KINDS, Kind, Question, ask
 
@@ -50,9 +52,9 @@ def reference_dataset(split: Split, size: int, seed: int = 0, kinds: Sequence[Ki
 
 def _check(size: int, seed: int, kinds: Sequence[str]) -> None:
     if not isinstance(size, int) or size < 1:
-        raise ValueError(f"`size`: got {size!r}, expected a whole number of rows, at least 1.")
+        raise ValueError(f"`size`: got {short(size)}, expected a whole number of rows, at least 1.")
     if not isinstance(seed, int) or seed < 0:
-        raise ValueError(f"`seed`: got {seed!r}, expected a whole number, at least 0.")
+        raise ValueError(f"`seed`: got {short(seed)}, expected a whole number, at least 0.")
     if isinstance(kinds, str) or not kinds or (unknown := [kind for kind in kinds if kind not in KINDS]):
         got = repr(kinds) if isinstance(kinds, str) or not kinds else f"unknown {', '.join(map(repr, unknown))}"
         raise ValueError(f"`kinds`: got {got}, expected a list of one or more of {', '.join(KINDS)}.")

@@ -46,14 +46,17 @@ def run(arguments: argparse.Namespace) -> None:
 
 def _calibrate(arguments: argparse.Namespace) -> None:
     from skipit.eval.operating_points import budget_checkpoint, certify_checkpoint
+    from skipit.router.checkpoint import load_processor
     from skipit.theory.risk import SKIPPED_SHARES
     from skipit.train.card import checkpoint_record
+    from skipit.train.data.collate import Collator
     from skipit.train.data.rows import Rows
     from skipit.train.data.used import held_out
     from skipit.train.display import loading, note, progress
 
     folder = arguments.checkpoint
-    rows = readable_rows(arguments, load_rows(arguments, arguments.samples))
+    collate = Collator(load_processor(folder), with_completion=arguments.budget is not None)
+    rows = readable_rows(arguments, load_rows(arguments, arguments.samples), collate)
     known = held_out(checkpoint_record(folder), Rows(rows))[0].sentence().capitalize()
     common = chosen(arguments, "batch_size", "overwrite")
     if arguments.budget is not None:

@@ -18,6 +18,7 @@ def add_arguments(verb: Parser) -> None:
     verb.add_samples(300)
     verb.add_seed("of the data")
     verb.add_broken()
+    verb.add_max_new_tokens()
     verb.add_argument(
         "--base",
         default=None,

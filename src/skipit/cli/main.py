@@ -105,14 +105,14 @@ def build_parser() -> Parser:
 def _run(arguments: argparse.Namespace) -> int:
     try:
         with _stopped_by_signals():
-            from skipit.router.errors import SkipItError
+            from skipit.router.errors import SkipItError, readable
             from skipit.train.display import quiet
 
             try:
                 with quiet(), claim(arguments):
                     VERBS[arguments.verb].run(arguments)
             except (SkipItError, OSError) as error:
-                print(f"skipit: {error}", file=sys.stderr)
+                print(f"skipit: {readable(str(error))}", file=sys.stderr)
                 return 1
     except KeyboardInterrupt as stop:
         if _can_resume(arguments):

@@ -32,7 +32,9 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Say what is wrong and where help is."""
-        self.exit(2, f"{self.prog}: {message}\nTry `{self.prog} --help`.\n")
+        from skipit.router.errors import readable
+
+        self.exit(2, f"{self.prog}: {readable(message)}\nTry `{self.prog} --help`.\n")
 
     def add_flag(self, name: str, about: str) -> None:
         """An option that is off, with its `--no-` twin, which wins over a file that turns it on."""
@@ -156,22 +158,22 @@ def load_rows(arguments: argparse.Namespace, samples: int) -> Any:
     return load_data(arguments.data, arguments.split, samples, **settings)
 
 
-def readable_rows(arguments: argparse.Namespace, rows: Any, collate: Any = None) -> Any:
+def readable_rows(arguments: argparse.Namespace, rows: Any, collate: Any) -> Any:
     """Those of some rows that can be read; see `add_broken`.
 
     Args:
         arguments: with `max_broken_rows`.
         rows: of `load_rows`.
-        collate: makes batches of them; None tries no more than to open them.
+        collate: makes batches of them.
 
     Raises:
         InputError: more than may be cannot be read.
     """
     from skipit.train.data.collate import tried
-    from skipit.train.data.rows import Broken, opened, readable
+    from skipit.train.data.rows import Broken, readable
     from skipit.train.display import note
 
-    return readable(rows, tried(collate) if collate else opened, Broken(arguments.max_broken_rows, note))
+    return readable(rows, tried(collate), Broken(arguments.max_broken_rows, note))
 
 
 def set_defaults(verb: Parser, config: Path, line: list[str]) -> None:
@@ -287,7 +289,8 @@ def budget(text: str) -> float:
     except ValueError:
         value = 0.0
     if not 0 < value <= 1:
-        raise argparse.ArgumentTypeError(f"got {text!r}, expected a number in (0, 1]: the {BUDGET}")
+        percent = f"; {text} % is {value / 100:g}" if 1 < value <= 100 else ""
+        raise argparse.ArgumentTypeError(f"got {text!r}, expected a number in (0, 1]: the {BUDGET}{percent}")
     return value
 
 

@@ -279,7 +279,7 @@ class TestPart:
         assert "row 0: no column images; found: prompt" in said
         said = refused("profile", "reference", lines, *line, "--layers", "model.tower")
         assert "no layers at `layers='model.tower'`" in said
-        assert "cannot be loaded" in refused("profile", tmp_path / "none", lines, *line)
+        assert f"{tmp_path}/none: no such file or folder." in refused("profile", tmp_path / "none", lines, *line)
         said = refused("profile", "reference", lines, "--part", "text", "--out", tmp_path / "x")
         assert "not exactly one stack of layers" in said
 

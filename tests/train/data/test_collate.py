@@ -9,8 +9,8 @@ from PIL import Image
 from torch import Tensor
 
 from skipit.router import InputError
-from skipit.train.data.collate import Collator, batches
-from skipit.train.data.rows import Rows
+from skipit.train.data.collate import Collator, batches, forgiving
+from skipit.train.data.rows import Broken, Row, Rows
 from skipit.train.reference.data import reference_dataset
 from studies.architecture import IMAGE_TOKENS, build_processor
 
@@ -227,3 +227,30 @@ def test_rows_that_cannot_be_decoded() -> None:
         data[2]
     with pytest.raises(InputError, match="row 1 cannot be read: truncated"):
         list(batches(Broken(), Collator(build_processor()), 4))
+
+
+def test_others_stand_for_rows_that_only_the_processor_refuses() -> None:
+    seen: list[list[str]] = []
+
+    def collate(rows: list[Row]) -> dict[str, torch.Tensor]:
+        seen.append([row.where for row in rows])
+        if bad := next((row.where for row in rows if row["bad"]), None):
+            raise InputError(f"{bad}: the processor cannot take it")
+        return {"input_ids": torch.tensor([[int(row.where[-1])] for row in rows])}
+
+    told: list[str] = []
+    broken = Broken(1, told.append)
+    rows = [Row({"bad": number == 1}, f"row {number}") for number in range(4)]
+    together = forgiving(collate, broken)
+    assert together(rows)["input_ids"].flatten().tolist() == [0, 2, 3, 0]
+    assert together(rows)["input_ids"].shape == (4, 1), "met again it is not counted again"
+    assert told == ["skipped: row 1: the processor cannot take it"]
+    del seen[:]
+    together(rows[2:])
+    assert seen == [["row 2", "row 3"]], "what is whole is processed once"
+    with pytest.raises(InputError, match="row 1: the processor cannot take it"):
+        together(rows[1:2])
+    with pytest.raises(InputError, match="more than 1 rows cannot be read"):
+        together([Row({"bad": True}, "row 9"), *rows])
+    with pytest.raises(InputError, match="row 1: the processor cannot take it"):
+        forgiving(collate, Broken())(rows)

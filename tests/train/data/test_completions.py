@@ -7,7 +7,7 @@ import pytest
 import torch
 from families import FAMILIES, processor
 from families.family import picture
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import CLIPImageProcessor, LlavaProcessor, PreTrainedTokenizerFast
 
 from skipit.router import InputError
@@ -236,3 +236,19 @@ def test_a_processor_that_writes_more() -> None:
 
     with pytest.raises(InputError, match="row 0 of the batch: the processor changes the answer's tokens"):
         Collator(Adds(processor("llava")))([row()])
+
+
+@pytest.mark.parametrize("template_begins", [True, False])
+def test_a_text_begins_as_transformers_own_prompts_do(template_begins: bool) -> None:
+    """Once: by the chat template, or else by a tokenizer that begins every text, as LLaVA-1.5's does."""
+    made = with_template("llava", "{{ bos_token }}", "{{ bos_token }}" if template_begins else "")
+    made.tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        "<s> $A", special_tokens=[("<s>", 1)]
+    )
+    content = [{"type": "image", "image": picture(0, 0)}, {"type": "text", "text": "t5 t6"}]
+    how = {"add_generation_prompt": True, "tokenize": True, "return_dict": True, "return_tensors": "pt"}
+    theirs = made.apply_chat_template([say("user", content)], **how)["input_ids"]
+    assert theirs[0, 0] == 1 != theirs[0, 1]
+    assert torch.equal(Collator(made, with_completion=False)([row()])["input_ids"], theirs)
+    assert torch.equal(Collator(made)([row()])["input_ids"][:, : theirs.shape[1]], theirs)
+    assert labelled(made, row()) == ["t7 t8 </s>"]

@@ -165,7 +165,7 @@ def test_columns_by_other_names_are_guessed(check: Check, columns: tuple[str, ..
     (row,) = numbered([dict.fromkeys(columns, "1")])
     with pytest.raises(InputError, match=r"^row 0: no column .*; found: .*vision format") as found:
         check(row)
-    assert str(found.value).endswith(f" If they have other names: --columns {hint}" if hint else "format).")
+    assert str(found.value).endswith(f" If they have other names: --columns {hint}" if hint else "for completion.")
 
 
 @pytest.fixture(scope="module")
