@@ -13,7 +13,7 @@ One hidden state's way through a gated layer, in the order to read it:
 7. `attention.py`: packed tokens become rows again for attention alone.
 8. `cache.py`: where keys and values stay, with the index of the token each belongs to.
 
-Beside it stand `modality.py` (the two kinds of tokens), `projections.py` (what nobody reads is not computed),
+Beside it stand `modality.py` (the two kinds of tokens), `views.py` (a layer with other parts inside),
 `eviction.py` (how gates learn what their eviction costs others) and `subclass.py` (how a live module gets all this).
 """
 

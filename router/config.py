@@ -158,7 +158,8 @@ class RouterConfig:
             raise RouterConfigError(
                 f"router config: unknown keys {', '.join(unknown)}; known keys: {', '.join(sorted(known))}."
             )
-        if values.get("format_version") == 1:
+        version = values.get("format_version")
+        if type(version) is int and version == 1:
             values = {"decide_at": None, **values, "format_version": FORMAT_VERSION}
         return cls(**values)
 

@@ -569,7 +569,7 @@ class TestSkippedTokensAreNotComputed:
             expected["core"] += torch.where(whole, step.real.numel(), ran)
             expected["attention"] += torch.where(whole, step.real.numel(), ran)
             if kv == "retain":
-                # Keys and values of those that skip come from the attention, too; where nobody runs, when somebody does.
+                # Keys and values of those that skip come from it, too; where nobody runs, as soon as somebody does.
                 expected["attention"] += torch.where(some & own & ~whole, step.real.sum(), 0)
                 expected["attention"] += torch.where(~nobody & own, owed, 0)
                 owed = torch.where(nobody, owed + step.real.numel(), 0)

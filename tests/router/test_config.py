@@ -2,12 +2,15 @@
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+from tiny_models import build
 
-from skipit.router import RouterConfig, RouterConfigError
+from skipit.router import RouterConfig, RouterConfigError, attach
+from skipit.router.config import decision_points
 
 FULL = RouterConfig(kv="evict", layers="model.layers", threshold=-0.25, operating_points={"0.5": -0.25, "0.25": 1.5})
 
@@ -25,7 +28,7 @@ def test_round_trip(config: RouterConfig, tmp_path: Path) -> None:
         (
             {"kvs": "retain", "budgets": 1},
             "router config: unknown keys budgets, kvs; "
-            "known keys: format_version, granularity, kv, layers, operating_points, threshold, unit.",
+            "known keys: decide_at, format_version, granularity, kv, layers, operating_points, threshold, unit.",
         ),
         ({"kv": "drop"}, "`kv`: got 'drop', expected one of retain, evict."),
         ({"layers": 3}, "`layers`: got 3, expected a dotted path or null."),
@@ -35,9 +38,17 @@ def test_round_trip(config: RouterConfig, tmp_path: Path) -> None:
         ({"operating_points": {"0.5": float("inf")}}, "threshold '0.5': got inf, expected a finite number."),
         ({"operating_points": [0.5]}, "`operating_points`: got [0.5], expected a mapping."),
         (
-            {"format_version": 2},
-            "`format_version`: got 2, this skipit reads 1. "
+            {"format_version": 3},
+            "`format_version`: got 3, this skipit reads 1 to 2. "
             "Load the checkpoint with the skipit version that wrote it, or a newer one.",
+        ),
+        *(
+            (
+                {"decide_at": points},
+                f"`decide_at`: got {points!r}, expected ascending layers that begin with 0, such as (0,) or (0, 1, 2), or "
+                "None: every layer for itself.",
+            )
+            for points in ([], [1], [0, 2, 1], [0, 0], [0, True], "0", 0)
         ),
         (["retain"], "router config: got list, expected a JSON object."),
     ],
@@ -85,3 +96,18 @@ def test_one_more_operating_point() -> None:
     assert FULL.with_point("certified", 2.0, default=True).threshold == 2.0
     with pytest.raises(RouterConfigError, match=r"threshold '0\.75': got nan, expected a finite number"):
         FULL.with_point(0.75, float("nan"))
+
+
+def test_settings_of_before_there_were_decision_points() -> None:
+    old = {name: value for name, value in FULL.to_dict().items() if name != "decide_at"} | {"format_version": 1}
+    assert RouterConfig.from_dict(old) == replace(FULL, decide_at=None)
+    assert RouterConfig().decide_at == (0,)
+
+
+def test_points_of_a_model() -> None:
+    assert decision_points(None, 3) == (0, 1, 2)
+    assert decision_points((0, 2), 3) == (0, 2)
+    with pytest.raises(RouterConfigError, match=r"^`decide_at`: got \(0, 3\), the model has layers 0 to 2.$"):
+        decision_points((0, 3), 3)
+    with pytest.raises(RouterConfigError, match=r"`decide_at`: got \(0, 4\), the model has layers 0 to 3"):
+        attach(build("llava"), RouterConfig(decide_at=(0, 4)))

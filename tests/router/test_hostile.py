@@ -187,7 +187,10 @@ def test_a_configuration_that_asks_for_too_much(plain: Path, changes: dict[str, 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"format_version": 2}, "`format_version`: got 2, this skipit reads 1. Load the checkpoint with the skipit"),
+        (
+            {"format_version": 3},
+            "`format_version`: got 3, this skipit reads 1 to 2. Load the checkpoint with the skipit",
+        ),
         ({"format_version": True}, "`format_version`: got True"),
         ({"code": "evil"}, "unknown keys code"),
         ({"threshold": 10**400}, "threshold 'threshold': got 1000"),

@@ -11,8 +11,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from skipit.router import FixedUnits, attach, detach, running
-from skipit.router.projections import KeyValueProjection, QueryProjection, only, unwrap_projections, wrap_projections
-from skipit.router.subclass import mix_in, take_out
+from skipit.router.views import without
 
 NOTHING = FixedUnits(torch.zeros(4, 2, dtype=torch.bool))
 
@@ -42,63 +41,24 @@ def test_no_query_is_projected_for_tokens_that_skip(family: str) -> None:
     assert executed == [0] * 4
 
 
-def test_only_within_the_block() -> None:
-    layer = nn.ModuleDict({"q_proj": nn.Linear(3, 5), "k_proj": nn.Linear(3, 5)})
-    x = torch.randn(2, 3)
-    expected = layer["q_proj"](x)
-    wrap_projections(layer)
-    assert isinstance(layer["q_proj"], QueryProjection)
-    assert isinstance(layer["k_proj"], KeyValueProjection)
-    assert torch.equal(layer["q_proj"](x), expected)
-    keys = layer["k_proj"](x)
-    with only("queries"):
-        assert torch.equal(layer["q_proj"](x), expected)
-        assert not layer["k_proj"](x).any()
-        with only("everything"):
-            assert torch.equal(layer["k_proj"](x), keys)
-    with only("keys and values"):
-        assert torch.equal(layer["q_proj"](x), torch.zeros(2, 5))
-        with only("keys and values"):
-            pass
-        assert not layer["q_proj"](x).any()
-    with pytest.raises(KeyError), only("keys and values"):
-        raise KeyError
-    assert torch.equal(layer["q_proj"](x), expected)
-    unwrap_projections(layer)
-    assert type(layer["q_proj"]) is nn.Linear
-    assert torch.equal(layer["q_proj"](x), expected)
-
-
-def test_other_layouts_are_left_alone() -> None:
-    layer = nn.ModuleDict({"qkv": nn.Linear(2, 2), "q_proj": nn.Identity()})
-    types = [type(module) for module in layer.modules()]
-    wrap_projections(layer)
-    assert [type(module) for module in layer.modules()] == types
-
-
-def test_subclasses_of_linear_keep_their_class() -> None:
+def test_a_view_has_other_parts_and_changes_nothing() -> None:
     class Quantized(nn.Linear):
         pass
 
-    layer = nn.ModuleDict({"q_proj": Quantized(2, 2)})
-    wrap_projections(layer)
-    assert isinstance(layer["q_proj"], Quantized)
-    assert type(layer["q_proj"]).__name__ == "Quantized"
-    unwrap_projections(layer)
-    assert type(layer["q_proj"]) is Quantized
-
-
-@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda module: pickle.loads(pickle.dumps(module))])
-def test_copies(duplicate: Any) -> None:
-    module = nn.Linear(3, 2)
-    mix_in(module, QueryProjection)
-    twin = duplicate(module)
-    assert type(twin) is type(module)
-    assert torch.equal(twin.weight, module.weight)
-    assert twin.weight is not module.weight
-    take_out(twin)
-    assert type(twin) is nn.Linear
-    assert isinstance(module, QueryProjection)
+    attention = nn.ModuleDict({"q_proj": Quantized(3, 5), "k_proj": nn.Linear(3, 5), "v_proj": nn.Identity()})
+    layer = nn.ModuleDict({"self_attn": attention, "mlp": nn.Linear(3, 5)})
+    before, x = dict(layer.named_modules()), torch.randn(2, 3)
+    for module in (layer, attention):
+        view = without(module, "q_proj", "v_proj")
+        inside = view["self_attn"] if module is layer else view
+        assert type(view) is type(module)
+        assert torch.equal(inside["q_proj"](x), torch.zeros(2, 5))
+        assert inside["q_proj"].weight is attention["q_proj"].weight  # everything else is the module's
+        assert torch.equal(inside["k_proj"](x), attention["k_proj"](x))
+        assert inside["v_proj"] is attention["v_proj"]  # a layout of its own is left alone
+    assert dict(layer.named_modules()) == before
+    assert attention["q_proj"](x).any()
+    assert without(layer["mlp"], "q_proj") is layer["mlp"]
 
 
 def test_layers_of_a_gated_model_can_be_pickled() -> None:
@@ -109,7 +69,6 @@ def test_layers_of_a_gated_model_can_be_pickled() -> None:
         model.model.language_model = pickle.loads(pickle.dumps(model.model.language_model))
         assert torch.equal(model(**batch).logits, expected)
     detach(model)
-    assert not any(isinstance(module, QueryProjection) for module in model.modules())
 
 
 def test_lora_around_the_query_projection() -> None:
