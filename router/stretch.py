@@ -139,13 +139,18 @@ class Return(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, probability: Tensor, copy: Tensor) -> Tensor:
+    def forward(
+        ctx: Any,
+        hidden: Float[Tensor, "batch seq dim"],
+        probability: Float[Tensor, "layers batch seq"],
+        copy: Float[Tensor, "layers batch seq"],
+    ) -> Float[Tensor, "batch seq dim"]:
         """The states as they are."""
         ctx.copy = copy
         return hidden.view_as(hidden)
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> Any:
+    def backward(ctx: Any, *gradients: Float[Tensor, "batch seq dim"]) -> Any:
         """Their gradient as it is, and what has gathered at the copy."""
         gathered, ctx.copy.grad = ctx.copy.grad, None
         return gradients[0], gathered, None

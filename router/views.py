@@ -10,7 +10,6 @@ from typing import Any
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from .gates import TokenGate
 from .subclass import Mixin, own_class
 
 
@@ -65,13 +64,9 @@ def run(module: nn.Module, hidden: Float[Tensor, "batch seq dim"], kwargs: dict[
 
 
 def attention_and_mlp(layer: nn.Module) -> tuple[str, str] | None:
-    """The names of a layer's attention and of its MLP; None where it is not clear which is which."""
-    attention = [
-        name for name, child in layer.named_children() if hasattr(child, "head_dim") and hasattr(child, "config")
-    ]
-    others = [
-        name
-        for name, child in layer.named_children()
-        if name not in attention and not isinstance(child, TokenGate) and any(p.dim() > 1 for p in child.parameters())
-    ]
+    """The names of an untouched layer's attention and of its MLP; None where it is not clear which is which."""
+    children = dict(layer.named_children())
+    attention = [name for name, child in children.items() if hasattr(child, "head_dim") and hasattr(child, "config")]
+    maps = [name for name, child in children.items() if any(p.dim() > 1 for p in child.parameters())]
+    others = [name for name in maps if name not in attention]
     return (attention[0], others[0]) if len(attention) == len(others) == 1 else None

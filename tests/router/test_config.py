@@ -45,8 +45,8 @@ def test_round_trip(config: RouterConfig, tmp_path: Path) -> None:
         *(
             (
                 {"decide_at": points},
-                f"`decide_at`: got {points!r}, expected ascending layers that begin with 0, such as (0,) or (0, 1, 2), or "
-                "None: every layer for itself.",
+                f"`decide_at`: got {points!r}, expected ascending layers that begin with 0, such as (0,) or (0, 1, 2), "
+                "or None: every layer for itself.",
             )
             for points in ([], [1], [0, 2, 1], [0, 0], [0, True], "0", 0)
         ),
