@@ -1,6 +1,7 @@
 """Keys and values of skipped tokens cost their projections and nothing else, and that only when somebody reads."""
 
 import pickle
+
 import pytest
 import torch
 from tiny_models import FAMILIES, ROWS, build, inputs
