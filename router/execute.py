@@ -34,6 +34,9 @@ from .stretch import Decision, Stretch
 from .views import run, without
 
 States = Float[Tensor, "batch seq dim"]
+# FLOPs of query and output projections that packing a layer's queries must save to be worth its extra kernels, some 45.
+# On a CPU as measured (docs/benchmarks.md); on a GPU 45 launches of 5 us against 400 TFLOP/s, an estimate.
+PACKING_PAYS = {"cpu": 5e7, "cuda": 1e11}
 
 
 @dataclass(frozen=True)
@@ -227,18 +230,22 @@ def gathered_over_images(
     return _unpack(skipped, run(module, layout.pack(hidden), packed), layout)
 
 
-def route(packs_mlp: bool, execution: Execution) -> Route:
+def route(packs_mlp: bool, hidden: States, execution: Execution) -> Route:
     """By which of the ways that give the same a layer runs.
 
     Args:
         packs_mlp: whether the layer's MLP can be packed by itself.
+        hidden: what enters the layer.
         execution: of the layer.
     """
     call = execution.call
     some = call.mode == "gathered" and call.kv == "retain" and 0 < execution.count < execution.stretch.tokens
     if not some or not packs_mlp or execution.of_images:
         return "packed"
-    return call.route or "whole"
+    if call.route is not None:
+        return call.route
+    saved = (execution.stretch.tokens - execution.count) * 4 * hidden.shape[-1] ** 2
+    return "packed" if saved > PACKING_PAYS.get(hidden.device.type, PACKING_PAYS["cuda"]) else "whole"
 
 
 def states_of(output: Any) -> States:

@@ -79,7 +79,7 @@ class GatedLayer(Mixin, _Module):
         execution = Execution(self.skipit_index, stretch, call, store, self.skipit_attends_to_images)
         if call.unit != "block":
             output = run(self._with_parts(execution), hidden_states, kwargs)
-        elif route(self.skipit_parts is not None, execution) == "whole":
+        elif route(self.skipit_parts is not None, hidden_states, execution) == "whole":
             output = whole(self._with_parts(execution), hidden_states, execution, kwargs)
         else:
             output = execute(self, hidden_states, hidden_states, execution, kwargs)
