@@ -25,8 +25,9 @@ from skipit.eval.report.whole import report
 from skipit.eval.statistics import paired_difference
 from skipit.router import RouterConfig, find_router
 from skipit.router.checkpoint import GATES_FILE, ROUTER_FILE
-from skipit.router.errors import CheckpointError, check_there
+from skipit.router.errors import CheckpointError
 from skipit.router.folders import load_json, new_directory, provenance, save_json
+from skipit.router.paths import check_there
 from skipit.theory.artefact import load_profile, profile_tables
 from skipit.theory.cost import CostModel
 from skipit.theory.identity import fingerprint

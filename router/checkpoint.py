@@ -1,6 +1,7 @@
 """A gated checkpoint: a normal Hugging Face folder with the gates, their settings and their code beside the weights."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from itertools import chain
 from pathlib import Path
 from threading import Lock
 from typing import Any
@@ -10,9 +11,10 @@ from torch import Tensor, nn
 
 from .attach import GATE, attach, detach, find_router, gate_state, set_gates
 from .config import RouterConfig
-from .errors import CheckpointError, SkipItError, check_there, is_path, missing, short
+from .errors import CheckpointError, SkipItError, short
 from .files import CONFIG, SETTINGS, check_files, count_values, read_headers, whole_numbers
 from .folders import load_json, load_tensors, new_directory, read_header, save_json, save_tensors
+from .paths import check_there, is_path, missing
 from .standalone import add_code
 
 ROUTER_FILE = "router_config.json"
@@ -337,7 +339,7 @@ def check_finite(source: str, model: Any) -> None:
         CheckpointError: names the first weight.
     """
     weights = {name for name, _ in model.named_parameters()}
-    for name, tensor in model.state_dict().items():
+    for name, tensor in chain(model.state_dict().items(), _offloaded(model)):
         if tensor.is_meta or not tensor.is_floating_point() or tensor.numel() == 0:
             continue
         values = tensor if tensor.element_size() > 1 else tensor.float()  # of 8 bits, torch knows no minimum
@@ -345,3 +347,12 @@ def check_finite(source: str, model: Any) -> None:
         # A mask that is stored may hold infinities.
         if bool(least.isnan()) or (name in weights and bool(least.isinf() | most.isinf())):
             raise CheckpointError(f"model {source!r}: `{name}` has values that are not finite: the file is damaged.")
+
+
+def _offloaded(model: Any) -> Iterator[tuple[str, Tensor]]:
+    """The weights that accelerate keeps elsewhere, one at a time."""
+    for prefix, module in model.named_modules():
+        elsewhere = getattr(getattr(module, "_hf_hook", None), "weights_map", None)
+        for name, parameter in module.named_parameters(recurse=False):
+            if parameter.is_meta and elsewhere is not None:
+                yield f"{prefix}.{name}", elsewhere[name]

@@ -1,8 +1,6 @@
 """The errors skipit raises on purpose: what was wrong, what was found, what to do."""
 
-import difflib
 import re
-from pathlib import Path
 from typing import Any
 
 
@@ -50,42 +48,3 @@ def short(value: Any) -> str:
     except (ValueError, RecursionError):  # an integer of more digits than Python prints, or a list of itself
         return f"a value of type {type(value).__name__} that cannot be printed"
     return text if len(text) <= 80 else text[:77] + "..."
-
-
-def missing(path: str | Path) -> str:
-    """What is said of a path where nothing is, with the nearest name that there is; of another nothing."""
-    return "" if _exists(path := Path(path)) else f"no such file or folder.{nearest(path)}"
-
-
-def check_there(path: Path) -> None:
-    """Refuse a path where nothing is.
-
-    Raises:
-        CheckpointError: names it, and the nearest name that there is.
-    """
-    if gone := missing(path):
-        raise CheckpointError(f"{path}: {gone}")
-
-
-def nearest(path: Path) -> str:
-    """What there is instead of a path that there is not: a sentence, or nothing."""
-    while not _exists(path.parent) and path.parent != path:
-        path = path.parent
-    try:
-        there = [other.name for other in path.parent.iterdir()]
-    except OSError:
-        return ""
-    found = difflib.get_close_matches(path.name, there, 1)
-    return f" Did you mean {path.parent / found[0]}?" if found else ""
-
-
-def is_path(name: str) -> bool:
-    """Whether a name can be that of a file or folder alone, and of nothing on the Hub."""
-    return name.startswith((".", "/", "~")) or name.count("/") > 1
-
-
-def _exists(path: Path) -> bool:
-    try:
-        return path.exists()
-    except (OSError, ValueError):  # a name that is too long, or holds a null
-        return False

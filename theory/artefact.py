@@ -9,8 +9,9 @@ from typing import Any
 from torch import Tensor
 
 from skipit.router.config import KVPolicy, check_points, decision_points
-from skipit.router.errors import CheckpointError, RouterConfigError, check_there, short
+from skipit.router.errors import CheckpointError, RouterConfigError, short
 from skipit.router.folders import load_json, load_tensors, new_directory, provenance, save_json, save_tensors
+from skipit.router.paths import check_there
 
 from .backbone import MISSING, Backbone
 from .contents import check_plan, check_profile

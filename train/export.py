@@ -12,9 +12,10 @@ from skipit.router import find_router
 from skipit.router.attach import attach, set_gates
 from skipit.router.checkpoint import ROUTER_FILE, load_dense, load_router, save_gated
 from skipit.router.config import RouterConfig
-from skipit.router.errors import CheckpointError, InputError, check_there, short
+from skipit.router.errors import CheckpointError, InputError, short
 from skipit.router.files import CONFIG
 from skipit.router.folders import check_out, claimed, load_json, new_directory, provenance, save_json
+from skipit.router.paths import check_there
 from skipit.theory.artefact import check_same_model, load_plan
 from skipit.theory.calibrate import calibrate
 from skipit.theory.cost import CostModel

@@ -8,8 +8,9 @@ from typing import Any
 from torch import Tensor
 
 from skipit.router.checkpoint import load_dense
-from skipit.router.errors import CheckpointError, check_there, is_path
+from skipit.router.errors import CheckpointError
 from skipit.router.files import check_files
+from skipit.router.paths import check_there, is_path
 from skipit.theory.backbone import Backbone, profile_backbone
 from skipit.theory.profile import Profile, profile
 from skipit.train.data.collate import Collator, batches

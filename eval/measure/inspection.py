@@ -10,9 +10,10 @@ from skipit.router import MODALITIES, RouterConfig, SkipItError, attach, detach
 from skipit.router.attention import SUPPORTED
 from skipit.router.checkpoint import ROUTER_FILE
 from skipit.router.decoder import find_decoder, layer_kinds
-from skipit.router.errors import CheckpointError, UnsupportedModelError, missing
+from skipit.router.errors import CheckpointError, UnsupportedModelError
 from skipit.router.files import CONFIG, check_config
 from skipit.router.modality import PLACEHOLDERS
+from skipit.router.paths import missing
 from skipit.theory.cost import CostModel
 from skipit.train.data.sources import resolve_model
 

@@ -176,7 +176,11 @@ def _calibration(calibration: Values) -> list[Html]:
 
 def _calibration_words(calibration: Values) -> Html:
     words = {"worse": ("worse calibrated", "bad"), "better": ("better calibrated", "good")}.get(calibration["verdict"])
-    change = f"the expected calibration error changes by {between(calibration['error_change'], '+.3f')}."
+    change = f"the expected calibration error changes by {between(calibration['error_change'], '+.3f')}"
+    if by_chance := calibration.get("by_chance"):
+        low, high = (number(end, "+.3f") for end in by_chance)
+        change += f"; models that are right as often as they say would differ by {low} to {high}"
+    change += "."
     if words is None:
         return joined(["No change of its calibration is shown: ", change])
     return joined(["It is ", strong(*words), f": {change}"])

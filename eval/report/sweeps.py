@@ -6,8 +6,9 @@ from typing import Any
 
 from skipit.eval.statistics import paired_difference
 from skipit.router import InputError
-from skipit.router.errors import CheckpointError, check_there, short
+from skipit.router.errors import CheckpointError, short
 from skipit.router.folders import load_json
+from skipit.router.paths import check_there
 
 SUMMARY = "summary.json"
 # What an entry of a sweep of baselines must hold; the rest only if something was measured.

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from tiny_models import build, inputs
 
 from skipit.router import CheckpointError, RouterConfig, RouterConfigError, attach, find_router, gate_state, set_gates
@@ -177,6 +178,12 @@ def test_layers_that_are_offloaded(where: str, tmp_path: Path) -> None:
         assert torch.equal(loaded(**batch).logits, wanted)
         save_gated(loaded, found, tmp_path / "two")
         assert torch.equal(load(tmp_path / "two")[0](**batch).logits, wanted)
+    path, damaged = tmp_path / "one" / "model.safetensors", "model.language_model.layers.3.mlp.up_proj.weight"
+    weights = load_file(path)
+    weights[next(name for name in weights if name.endswith("layers.3.mlp.up_proj.weight"))][0, 0] = torch.nan
+    save_file(weights, path, {"format": "pt"})
+    with pytest.raises(CheckpointError, match=f"`{damaged}` has values that are not finite"):
+        load(tmp_path / "one", device_map=on_disk, offload_folder=str(tmp_path / "offload"))
 
 
 def test_offloaded_after_the_gates_were_attached(tmp_path: Path) -> None:

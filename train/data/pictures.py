@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from skipit.router import InputError
-from skipit.router.errors import missing, nearest
+from skipit.router.paths import missing, nearest
 
 _WIDE = ("I;16", "I;16L", "I;16B", "I;16N")
 

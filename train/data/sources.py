@@ -9,7 +9,7 @@ from typing import Any
 
 from skipit.router import InputError
 from skipit.router.checkpoint import load_dense
-from skipit.router.errors import is_path, missing
+from skipit.router.paths import is_path, missing
 
 from .pictures import BesideData
 from .rows import DAMAGE

@@ -87,7 +87,8 @@ class TestCost:
         ],
     )
     def test_calibration(self, values: dict[str, Any], verdict: str, words: str) -> None:
-        values["calibration"]["verdict"] = verdict
+        values["calibration"] |= {"verdict": verdict, "by_chance": [-0.001, 0.02]}
+        assert "would differ by \N{MINUS SIGN}0.001 to +0.020." in said(cost(values))
         assert words in said(cost(values))
         values.pop("calibration")
         assert "calibrat" not in said(cost(values))

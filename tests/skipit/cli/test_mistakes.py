@@ -161,3 +161,16 @@ def test_several_pictures(chain: Path, data: Path, tmp_path: Path) -> None:
     assert json.loads((tmp_path / "x" / "eval.json").read_text())["gated"]["accuracy"] == 1
     said = refused("profile", "reference", changed(data, "mixed", images=["1.png"] * 2, prompt=QUESTION), "--out", "x")
     assert "row 0: its prompt has 1 image parts, its `images` 2. Each image needs one part" in said
+
+
+def test_rows_that_were_trained_on_are_not_called_held_out(chain: Path, data: Path, tmp_path: Path) -> None:
+    rows, run, checkpoint = data / "rows.jsonl", tmp_path / "run", tmp_path / "checkpoint"
+    plan = ("--plan", chain / "plan", *TRAIN)
+    said = skipit("train", "reference", rows, "--calibration-data", rows, *plan, "--out", run)
+    assert "Not held out: 8 of 8 rows were trained on." in said.out, said.err
+    assert skipit("export", run, "--out", checkpoint).code == 0
+    said = skipit("eval", checkpoint, rows, *EVAL[:-1], 0, "--out", tmp_path / "eval")
+    assert said.out.startswith("8 rows\n"), said.err
+    assert "\nNot held out: 8 of 8 rows were trained on, 8 of 8 rows were calibrated with.\n" in said.out
+    said = skipit("calibrate", checkpoint, rows, "--budget", 0.7)
+    assert "Not held out: 8 of 8 rows were trained on" in said.out, said.err
