@@ -134,6 +134,19 @@ def test_shapes_and_only_shapes_are_checked_while_tests_run() -> None:
     with pytest.raises(TypeCheckError, match="x"):
         count_rows(torch.zeros(3, 4))
 
+    @check_shapes
+    def first(x: Float[Tensor, "rows dim"], dim: int) -> Float[Tensor, "dim"]:
+        return x[0, :dim]
+
+    @check_shapes
+    def some(x: Float[Tensor, "rows dim"], dim: int) -> Float[Tensor, "{dim}"]:
+        return x[0, :2]
+
+    assert len(first(torch.zeros(3, 4), 4)) == len(some(torch.zeros(3, 4), 2)) * 2
+    for function in (first, some):
+        with pytest.raises(TypeCheckError, match="return"):
+            function(torch.zeros(3, 4), 3)
+
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
