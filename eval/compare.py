@@ -86,6 +86,7 @@ class Comparison:
         times = [self.latency[name] for name in self.outcomes]
         lines.append(("prefill, ms (speed-up)", [f"{t.prefill_ms:.2f} ({t.prefill_speed_up:.2f}x)" for t in times]))
         lines.append(("decode step, ms (speed-up)", [f"{t.decode_ms:.2f} ({t.decode_speed_up:.2f}x)" for t in times]))
+        lines.append(("  ideal speed-up", [f"{t.decode_ideal:.2f}x" for t in times]))
         return lines
 
     def _agreement(self) -> list[tuple[str, list[str]]]:
@@ -113,6 +114,7 @@ class Comparison:
         first = next(iter(self.outcomes.values()))
         notes += [f"Accuracy: {first.scored_by}."] if first.scored_by != "exact match" else []
         notes += [f"ms: medians of {repeats} interleaved repeats of one row. Speed-up: over dense, pair by pair."]
+        notes += ["Ideal: all layers over those that a decoding step of this row enters."]
         if self.tracking:
             notes += [
                 "Rank corr.: Spearman over (layer, modality) units; negative: redundant units are skipped more.",

@@ -15,6 +15,7 @@ from scipy.stats import binom
 from torch import Tensor
 
 from skipit.eval.metrics.compute import speed_up
+from skipit.router import Trace, running
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,7 @@ class Latency:
         repeats: measurements.
         prefill_interval: of the prefill's speed-up, 95 %; None with too few repeats.
         decode_interval: of the decoding step's.
+        decode_ideal: layers over the layers that a decoding step enters: its speed-up if only layers took time.
     """
 
     prefill_ms: float
@@ -38,6 +40,7 @@ class Latency:
     repeats: int
     prefill_interval: tuple[float, float] | None = None
     decode_interval: tuple[float, float] | None = None
+    decode_ideal: float = 1.0
 
     def to_json(self) -> dict[str, Any]:
         """All fields."""
@@ -90,9 +93,18 @@ def time_models(
             repeats,
             median_interval(ratios(prefill, name)),
             median_interval(ratios(decode, name)),
+            _decode_ideal(subjects[name], inputs, decode_steps),
         )
         for name in subjects
     }
+
+
+def _decode_ideal(subject: Subject, inputs: dict[str, Tensor], steps: int) -> float:
+    trace = Trace()
+    with subject.context(), running(trace=trace):
+        run_once(subject.model, inputs, steps)
+    ran = [step.run.any(-1).any(-1) for step in trace.steps[1 : steps + 1]]  # nothing is traced in a dense model
+    return 1.0 if not ran else float(torch.stack(ran).numel() / torch.stack(ran).sum().clamp(min=1))
 
 
 def median_interval(values: Sequence[float], confidence: float = 0.95) -> tuple[float, float] | None:
