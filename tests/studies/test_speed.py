@@ -68,7 +68,7 @@ def test_even_share(by_row: bool) -> None:
     call = type("Call", (), {"position": position})()
     assert isinstance(Call, type)
     runs = torch.stack(
-        [bench.EvenShare(0.3, by_row).decide(i, torch.zeros(batch, seq, 1), call, None).run for i in range(12)]  # type: ignore[arg-type]
+        [bench.EvenShare(0.3, by_row).decide_layer(i, torch.zeros(batch, seq, 1), call, None).run for i in range(12)]  # type: ignore[arg-type]
     )
     assert runs.float().mean() == pytest.approx(0.3, abs=0.05)
     assert (runs.float().mean((1, 2)) - 0.3).abs().max() < 0.1
