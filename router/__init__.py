@@ -14,7 +14,8 @@ One hidden state's way through a gated layer, in the order to read it:
 8. `cache.py`: where keys and values stay, with the index of the token each belongs to.
 
 Beside it stand `modality.py` (the two kinds of tokens), `views.py` (a layer with other parts inside),
-`eviction.py` (how gates learn what their eviction costs others) and `subclass.py` (how a live module gets all this).
+`measured.py` (which of two ways to run one is faster here), `eviction.py` (how gates learn what their eviction costs
+others) and `subclass.py` (how a live module gets all this).
 """
 
 from .attach import attach, detach, find_router, gate_state, gated_layers, set_gates

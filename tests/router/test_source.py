@@ -18,6 +18,7 @@ BESIDE = {
     "strict_json": "how settings are read; no tensor",
     "modality": "`MODALITIES`, the names of the two; tokens are told apart before any layer",
     "subclass": "how a class is put before another; no tensor",
+    "measured": "from when on one of two ways to run a layer is the faster one here; no tensor",
     "views": "how a layer's own code runs with another part inside; which part, is said on the way",
     "eviction": "the derivative for gates that learn under `evict`; its values are those of the mask",
 }
