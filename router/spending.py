@@ -7,6 +7,7 @@ costs follows from the order in which they are let run: so the share is met befo
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
@@ -35,7 +36,9 @@ def row_thresholds(
 ) -> Float[Tensor, " batch"]:
     """The threshold of every row above which its prompt spends at most a share of the dense decoder's FLOPs.
 
-    It is the first logit that no longer fits, so of equal ones all run or none. Gates and what is always made count.
+    It lies below the last logit that fits and not below the first that does not: of equal ones all run or none. A token
+    that comes later and is like one of the prompt's is then decided like it, whatever rounding does. Gates and what is
+    always made count.
 
     Args:
         logits: of the gates of all layers.
@@ -64,7 +67,10 @@ def row_thresholds(
     spent = one_more.transpose(0, 1).flatten(1).gather(1, order).cumsum(-1)
     everything = spent[:, -1]
     fit = (spent <= (everything + share * dense - dense - gates)[:, None]).sum(-1, keepdim=True)
-    return by_row.gather(1, fit.clamp(max=layers * length - 1)).squeeze(-1)
+    around = F.pad(F.pad(by_row, (1, 0), value=torch.inf), (0, 1), value=-torch.inf)
+    last, refused = around.gather(1, fit).squeeze(-1), around.gather(1, fit + 1).squeeze(-1)
+    between = (last + refused) / 2
+    return torch.where(between < last, between, refused)
 
 
 def _per_token(cost: LayerCost, kv: KVPolicy, unit: Unit) -> float:
