@@ -48,7 +48,7 @@ class BudgetedModel(Mixin, _Model):
         Raises:
             RouterConfigError: not a calibrated budget, or with "input" no number in (0, 1].
         """
-        given = {"budget": budget, "budget_per": budget_per}
+        given: dict[str, Any] = {"budget": budget, "budget_per": budget_per}
         given = {name: getattr(generation_config, name, None) if it is None else it for name, it in given.items()}
         options = replace(current(), **{name: it for name, it in given.items() if it is not None})
         prompt = next((given for given in (inputs, *map(kwargs.get, _PROMPTS)) if given is not None), None)

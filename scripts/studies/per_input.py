@@ -69,9 +69,26 @@ def table(cells: Sequence[dict[str, Any]]) -> str:
             found = [cell["after"][steps][per] for cell in same]
             accuracy = statistics.mean(one["accuracy"] for one in found)
             shares, whole = ([share for one in found for share in one[part]] for part in ("prompt", "whole"))
-            spread = (statistics.mean(shares), statistics.pstdev(shares), min(shares), max(shares), statistics.mean(whole))
+            spread = (
+                statistics.mean(shares),
+                statistics.pstdev(shares),
+                min(shares),
+                max(shares),
+                statistics.mean(whole),
+            )
             rows.append([kv, f"{budget:.0%}", steps, per, f"{accuracy:.1%}", *(f"{value:.2%}" for value in spread)])
-    head = ["keys and values", "budget", "steps", "per", "right", "prompt: mean", "sd", "least", "most", "with answer: mean"]
+    head = [
+        "keys and values",
+        "budget",
+        "steps",
+        "per",
+        "right",
+        "prompt: mean",
+        "sd",
+        "least",
+        "most",
+        "with answer: mean",
+    ]
     return markdown(head, rows, text=(0, 3))
 
 
