@@ -7,7 +7,8 @@ One hidden state's way through a gated layer, in the order to read it:
 2. `layer.py`: the states enter a layer, which has itself, or a part, executed; at a decision point, the call's policy
    is asked first, and what it says of the layers up to the next point is kept in `stretch.py`.
 3. `gates.py`: a linear score per token.
-4. `policies.py`: the score against a threshold, or a fixed table: which tokens run.
+4. `policies.py`: the score against a threshold, or a fixed table: which tokens run. A threshold of each row's own, at
+   which its prompt spends a budget, is found in `spending.py`, by what `costs.py` reads off the layers.
 5. `execute.py`: masked, gathered or dense; the layer's own `forward` is called here.
 6. `stand_ins.py`: what that `forward` meets in the cache's place.
 7. `attention.py`: packed tokens become rows again for attention alone.
