@@ -11,7 +11,6 @@ from typing import Any
 
 from torch import nn
 
-from .decoder import image_layers
 from .errors import UnsupportedModelError
 from .modality import MODALITIES
 
@@ -42,17 +41,17 @@ class LayerCost:
     image: float = 0.0
 
 
-def layer_costs(layers: Iterable[nn.Module], config: Any) -> tuple[LayerCost, ...]:
+def layer_costs(layers: Iterable[nn.Module], width: int, of_images: frozenset[int]) -> tuple[LayerCost, ...]:
     """The cost of every decoder layer, in order.
 
     Args:
         layers: of the decoder, with or without gates; the meta device is enough.
-        config: the decoder's.
+        width: of its states.
+        of_images: the layers whose keys and values come from images.
 
     Raises:
         UnsupportedModelError: a layer has no attention whose heads can be read off.
     """
-    width, of_images = int(config.hidden_size), image_layers(config)
     return tuple(_layer_cost(layer, width, index in of_images) for index, layer in enumerate(layers))
 
 

@@ -84,8 +84,9 @@ def running(**options: Any) -> Iterator[None]:
 
     Args:
         **options: `policy` (instead of the gates), `budget` (a calibrated operating point), `budget_per` ("data",
-            "input": each row's prompt spends the budget, any number in (0, 1], exactly), `mode` ("masked", "gathered", or "dense": as if nothing were attached), `kv` ("retain", "evict"), `unit` ("block",
-            "attention", "mlp"), `granularity` ("token", "sequence"), `route` ("packed", "whole": by which of two ways,
+            "input": each row's prompt spends the budget, any number in (0, 1], exactly), `mode` ("masked", "gathered",
+            or "dense": as if nothing were attached), `kv` ("retain", "evict"), `unit` ("block", "attention", "mlp"),
+            `granularity` ("token", "sequence"), `route` ("packed", "whole": by which of two ways,
             with the same result, gathered execution runs a layer under `retain`), `prompt` (bool [batch, seq]: where
             answers are part of the input, as in training, the tokens that may decide for their row), `trace` (a
             `Trace` that receives every step).
@@ -240,7 +241,7 @@ class Router:
 
     @cached_property
     def _costs(self) -> tuple[LayerCost, ...]:
-        return layer_costs(self.layers, self.attention_configs[0])
+        return layer_costs(self.layers, self.attention_configs[0].hidden_size, self.image_layers)
 
     def _cache(self, model: nn.Module, kwargs: dict[str, Any]) -> SkipCache | None:
         cache = kwargs.get("past_key_values")

@@ -381,7 +381,7 @@ class TestBudgetsPerInput:
             cache = model(**batch).past_key_values
         mask = torch.nn.functional.pad(batch["attention_mask"], (0, 1), value=1)
         one = {"input_ids": torch.full((len(ROWS), 1), 9), "attention_mask": mask, "past_key_values": cache}
-        with pytest.raises(InputError, match="`past_key_values`: .* was run with budget_per='data'"):
+        with pytest.raises(InputError, match=r"`past_key_values`: .* was run with budget_per='data'"):
             logits(model, one, budget_per="input", budget=0.8)
         with pytest.raises(UnsupportedModelError, match="`budget_per`: 'input' has no price for layers"):
             logits(gated("mllama"), inputs("mllama", ROWS), budget_per="input", budget=0.8)

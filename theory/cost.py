@@ -18,7 +18,7 @@ from skipit.router import MODALITIES, Step
 from skipit.router.call import NO_IMAGES, ImageStates
 from skipit.router.config import KVPolicy, Unit
 from skipit.router.costs import LayerCost, layer_costs
-from skipit.router.decoder import find_decoder
+from skipit.router.decoder import find_decoder, image_layers
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class CostModel:
             UnsupportedModelError: a layer has no attention whose heads can be read off.
         """
         _, decoder, found = find_decoder(model, layers)
-        return cls(layer_costs(found, decoder.config))
+        return cls(layer_costs(found, int(decoder.config.hidden_size), image_layers(decoder.config)))  # type: ignore[union-attr, arg-type]
 
     def to_json(self) -> list[dict[str, Any]]:
         """Plain values, for an artefact."""

@@ -1,9 +1,9 @@
 """What does it change that every input spends the budget, and not the data in the mean? scripts/study per-input.
 
 Gates of a plan, untrained and after a training, answer the same test rows twice: with one threshold, calibrated on
-other rows' prompts (`data`), and with one per row, found from the prompt's own logits (`input`). Accuracy, and the FLOPs
-that each prompt executed, and each with its answer, as shares of the dense decoder's. One JSON file per cell; finished
-ones are not measured again.
+other rows' prompts (`data`), and with one per row, found from the prompt's own logits (`input`). Accuracy, and the
+FLOPs that each prompt executed, and each with its answer, as shares of the dense decoder's. One JSON file per cell;
+finished ones are not measured again.
 """
 
 import statistics

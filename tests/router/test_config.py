@@ -28,7 +28,8 @@ def test_round_trip(config: RouterConfig, tmp_path: Path) -> None:
         (
             {"kvs": "retain", "budgets": 1},
             "router config: unknown keys budgets, kvs; "
-            "known keys: budget_per, decide_at, format_version, granularity, kv, layers, operating_points, threshold, unit.",
+            "known keys: budget_per, decide_at, format_version, granularity, kv, layers, operating_points, threshold, "
+            "unit.",
         ),
         ({"kv": "drop"}, "`kv`: got 'drop', expected one of retain, evict."),
         ({"budget_per": "row"}, "`budget_per`: got 'row', expected one of data, input."),

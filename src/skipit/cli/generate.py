@@ -21,7 +21,7 @@ def add_arguments(verb: Parser) -> None:
         "--budget-per",
         choices=("data", "input"),
         default=None,
-        help="input: this prompt spends --budget, any number in (0, 1], exactly (default: as the checkpoint says, data)",
+        help="input: this prompt spends --budget, any number in (0, 1], exactly (default: what the checkpoint says)",
     )
     verb.add_max_new_tokens()
     verb.add_argument("--depth-map", type=picture, default=None, help="PNG or SVG of the layers run per patch and word")
