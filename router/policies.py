@@ -79,7 +79,9 @@ class GatedPerInput:
         return row_thresholds(logits, call.prompt, call.position + 1, self.costs, call.kv, call.unit, self.share)
 
 
-def _above(logits: Float[Tensor, "layers batch seq"], threshold: float | Tensor, call: Call) -> Decision:
+def _above(
+    logits: Float[Tensor, "layers batch seq"], threshold: float | Float[Tensor, "batch 1"], call: Call
+) -> Decision:
     wanted = call.step is not None or logits.requires_grad  # for a trace, or to learn
     return Decision(logits > threshold, torch.sigmoid(logits - threshold) if wanted else None)
 

@@ -1,4 +1,4 @@
-"""What does it change that every input spends the budget, and not the data in the mean? scripts/study per-input.
+"""Does it matter whether each input spends the budget, or the data in the mean: scripts/study per-input.
 
 Gates of a plan, untrained and after a training, answer the same test rows twice: with one threshold, calibrated on
 other rows' prompts (`data`), and with one per row, found from the prompt's own logits (`input`). Accuracy, and the
