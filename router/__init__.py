@@ -7,14 +7,16 @@ One hidden state's way through a gated layer, in the order to read it:
 2. `layer.py`: the states enter a layer, which has itself, or a part, executed; at a decision point, the call's policy
    is asked first, and what it says of the layers up to the next point is kept in `stretch.py`.
 3. `gates.py`: a linear score per token.
-4. `policies.py`: the score against a threshold, or a fixed table: which tokens run.
+4. `policies.py`: the score against a threshold, or a fixed table: which tokens run. A threshold of each row's own, at
+   which its prompt spends a budget, is found in `spending.py`, by what `costs.py` reads off the layers.
 5. `execute.py`: masked, gathered or dense; the layer's own `forward` is called here.
 6. `stand_ins.py`: what that `forward` meets in the cache's place.
 7. `attention.py`: packed tokens become rows again for attention alone.
 8. `cache.py`: where keys and values stay, with the index of the token each belongs to.
 
 Beside it stand `modality.py` (the two kinds of tokens), `views.py` (a layer with other parts inside),
-`eviction.py` (how gates learn what their eviction costs others) and `subclass.py` (how a live module gets all this).
+`measured.py` (which of two ways to run one is faster here), `eviction.py` (how gates learn what their eviction costs
+others) and `subclass.py` (how a live module gets all this).
 """
 
 from .attach import attach, detach, find_router, gate_state, gated_layers, set_gates

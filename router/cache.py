@@ -65,6 +65,7 @@ class SkipCacheLayer(DynamicLayer):
         seen: tokens per row that have passed, whether or not they were kept.
         decided: the gate logits that a prompt's tokens have decided by together (see `Call.pooled`), NaN where none
             were there; None where tokens decide for themselves.
+        threshold: of each row, as its prompt has found it (see `GatedPerInput`), in the first layer; or None.
         learned: whether a gate that learns has marked some of them as absent.
     """
 
@@ -76,6 +77,7 @@ class SkipCacheLayer(DynamicLayer):
         self.gaps = False
         self.seen = 0
         self.decided: Float[Tensor, "batch modalities"] | None = None
+        self.threshold: Float[Tensor, " batch"] | None = None
         self.learned = False
         self._room_for_keys: _Room | None = None
         self._room_for_values: _Room | None = None
@@ -220,6 +222,7 @@ class SkipCacheLayer(DynamicLayer):
         self._owed = ()
         super().reset()
         self.index, self.gaps, self.seen, self.decided, self.learned = None, False, 0, None, False
+        self.threshold = None
         self._room_for_keys = self._room_for_values = None
 
     def crop(self, tokens_to_remove: int) -> None:
@@ -253,6 +256,8 @@ class SkipCacheLayer(DynamicLayer):
             self.index = self.index.repeat_interleave(repeats, dim=0)
         if self.decided is not None:
             self.decided = self.decided.repeat_interleave(repeats, dim=0)
+        if self.threshold is not None:
+            self.threshold = self.threshold.repeat_interleave(repeats, dim=0)
 
     def batch_select_indices(self, indices: Int[Tensor, " rows"]) -> None:
         """Keep only the rows `indices`."""
@@ -264,6 +269,8 @@ class SkipCacheLayer(DynamicLayer):
             self.index = self.index[indices.to(self.index.device)]
         if self.decided is not None:
             self.decided = self.decided[indices.to(self.decided.device)]
+        if self.threshold is not None:
+            self.threshold = self.threshold[indices.to(self.threshold.device)]
 
 
 class ImageCacheLayer(SkipCacheLayer):

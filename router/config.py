@@ -11,6 +11,7 @@ from .strict_json import read_json
 KVPolicy = Literal["retain", "evict"]
 Unit = Literal["block", "attention", "mlp"]
 Granularity = Literal["token", "sequence"]
+BudgetPer = Literal["data", "input"]
 FORMAT_VERSION = 2  # 1 had no decision points: every layer decided for itself
 
 
@@ -55,6 +56,20 @@ def decision_points(decide_at: tuple[int, ...] | None, layers: int) -> tuple[int
     return decide_at
 
 
+def check_per_input(decide_at: tuple[int, ...] | None, granularity: Granularity) -> None:
+    """Refuse settings under which a prompt's logits are not all known before its tokens run, one by one.
+
+    Raises:
+        RouterConfigError: says which.
+    """
+    got = f"granularity={granularity!r}" if decide_at == (0,) else f"decide_at={decide_at}"
+    if decide_at != (0,) or granularity != "token":
+        raise RouterConfigError(
+            f"`budget_per`: 'input' spends a budget by the logits of all layers and tokens at once, got {got}. "
+            "Use decide_at=(0,) and granularity='token', or budget_per='data'."
+        )
+
+
 def point_name(budget: float | str) -> str:
     """The name of an operating point: a budget's number as one writes it, any other name as it is."""
     return f"{budget:g}" if isinstance(budget, int | float) else budget
@@ -72,6 +87,8 @@ class RouterConfig:
             by the mean of their logits, for themselves and for all tokens that are generated.
         decide_at: the decision points, layers in ascending order that begin with 0. At each, all gates of the layers up
             to the next one read the state that enters it, and decide at once. None: every layer's gate reads its own.
+        budget_per: what spends a budget. `data`: such inputs as it was calibrated on, in the mean, by one threshold;
+            `input`: the prompt of each, by a threshold of its own, found from its logits: any number in (0, 1] will do.
         layers: dotted path of the decoder layers, such as "model.language_model.layers"; None finds them.
         threshold: a token runs a layer when its gate logit exceeds this; the default operating point.
         operating_points: named thresholds, such as {"0.5": -0.3} for half of the dense compute.
@@ -82,6 +99,7 @@ class RouterConfig:
     unit: Unit = "block"
     granularity: Granularity = "token"
     decide_at: tuple[int, ...] | None = (0,)
+    budget_per: BudgetPer = "data"
     layers: str | None = None
     threshold: float = 0.0
     operating_points: dict[str, float] = field(default_factory=dict)
@@ -93,9 +111,12 @@ class RouterConfig:
                 f"`format_version`: got {short(self.format_version)}, this skipit reads 1 to {FORMAT_VERSION}. "
                 "Load the checkpoint with the skipit version that wrote it, or a newer one."
             )
-        for name, kind in (("kv", KVPolicy), ("unit", Unit), ("granularity", Granularity)):
+        choices = {"kv": KVPolicy, "unit": Unit, "granularity": Granularity, "budget_per": BudgetPer}
+        for name, kind in choices.items():
             check_choice(name, getattr(self, name), kind)
         object.__setattr__(self, "decide_at", check_points(self.decide_at))
+        if self.budget_per == "input":
+            check_per_input(self.decide_at, self.granularity)
         if self.layers is not None and not isinstance(self.layers, str):
             raise RouterConfigError(f"`layers`: got {short(self.layers)}, expected a dotted path or null.")
         if not isinstance(self.operating_points, dict):
@@ -126,6 +147,22 @@ class RouterConfig:
                 "Choose one of these, or calibrate another with `skipit calibrate`."
             )
         return self.operating_points[name]
+
+    def share_at(self, budget: float | str | None) -> float:
+        """The share of FLOPs that a prompt spends where budgets are per input; None is the default operating point's.
+
+        Raises:
+            RouterConfigError: not a number in (0, 1].
+        """
+        if budget is None:
+            default = (name for name, value in self.operating_points.items() if value == self.threshold)
+            budget = next((float(name) for name in default if name.replace(".", "", 1).isdigit()), None)
+        if isinstance(budget, bool) or not isinstance(budget, int | float) or not 0 < budget <= 1:
+            raise RouterConfigError(
+                f"`budget`: got {short(budget)}, but with budget_per='input' each prompt spends a share of its FLOPs. "
+                "Give a number in (0, 1]."
+            )
+        return float(budget)
 
     def at(self, budget: float | str | None) -> Self:
         """These settings with a named operating point as the default one.

@@ -29,14 +29,12 @@ from .cache import ImageCacheLayer, KeysAndValues, SkipCacheLayer
 from .call import Call, Route
 from .errors import UnsupportedModelError
 from .eviction import KEY_WEIGHT_KWARG, KeyWeights
+from .measured import packing_pays
 from .stand_ins import HeldImages, Marked, Packed, Ready, capture
 from .stretch import Decision, Stretch
 from .views import run, without
 
 States = Float[Tensor, "batch seq dim"]
-# FLOPs of query and output projections that packing a layer's queries must save to be worth its extra kernels, some 45.
-# On a CPU as measured (docs/benchmarks.md); on a GPU 45 launches of 5 us against 400 TFLOP/s, an estimate.
-PACKING_PAYS = {"cpu": 5e7, "cuda": 1e11}
 
 
 @dataclass(frozen=True)
@@ -245,7 +243,7 @@ def route(packs_mlp: bool, hidden: States, execution: Execution) -> Route:
     if call.route is not None:
         return call.route
     saved = (execution.stretch.tokens - execution.count) * 4 * hidden.shape[-1] ** 2
-    return "packed" if saved > PACKING_PAYS.get(hidden.device.type, PACKING_PAYS["cuda"]) else "whole"
+    return "packed" if saved > packing_pays(hidden.device, hidden.dtype, hidden.shape[-1]) else "whole"
 
 
 def states_of(output: Any) -> States:

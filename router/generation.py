@@ -1,4 +1,4 @@
-"""The `generate` of a gated model: transformers' own, with one setting more, `budget`."""
+"""The `generate` of a gated model: transformers' own, with two settings more, `budget` and `budget_per`."""
 
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 from transformers import GenerationMixin
 
+from .config import BudgetPer
 from .running import OptionsOfAccess, current, within
 from .subclass import Mixin, mix_in, take_out
 
@@ -28,23 +29,28 @@ class BudgetedModel(Mixin, _Model):
         generation_config: Any = None,
         *args: Any,
         budget: float | str | None = None,
+        budget_per: BudgetPer | None = None,
         **kwargs: Any,
     ) -> Any:
         """`generate` at an operating point, for this call alone.
 
         Args:
             inputs: as transformers has it.
-            generation_config: the same; may have an attribute `budget`, which is how a request to a server names one.
+            generation_config: the same; may have attributes `budget` and `budget_per`, which is how a request to a
+                server names them.
             *args: as transformers has them.
             budget: a calibrated operating point, by its number or its name. None is that of `generation_config`, or
                 else what `running` says, or else the default one.
+            budget_per: "data", or "input": each row's prompt spends the budget, any number in (0, 1], exactly. None is
+                found as for `budget`.
             **kwargs: as transformers has them.
 
         Raises:
-            RouterConfigError: not a calibrated budget.
+            RouterConfigError: not a calibrated budget, or with "input" no number in (0, 1].
         """
-        chosen = budget if budget is not None else getattr(generation_config, "budget", None)
-        options = current() if chosen is None else replace(current(), budget=chosen)
+        given: dict[str, Any] = {"budget": budget, "budget_per": budget_per}
+        given = {name: getattr(generation_config, name, None) if it is None else it for name, it in given.items()}
+        options = replace(current(), **{name: it for name, it in given.items() if it is not None})
         prompt = next((given for given in (inputs, *map(kwargs.get, _PROMPTS)) if given is not None), None)
         asked = (kwargs, {} if generation_config is None else vars(generation_config), vars(self.generation_config))
         guidance = next((one["guidance_scale"] for one in asked if one.get("guidance_scale") is not None), 1)

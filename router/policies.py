@@ -12,7 +12,10 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from .call import Call
+from .costs import LayerCost
+from .errors import InputError
 from .gates import TokenGate, logits_of
+from .spending import least_share, row_thresholds
 from .stretch import Decision
 
 
@@ -29,8 +32,58 @@ class Gated:
         logits = logits_of(gates, hidden, call.modality)
         if call.granularity == "sequence":
             logits = call.pooled(layers, logits)
-        wanted = call.step is not None or logits.requires_grad  # for a trace, or to learn
-        return Decision(logits > self.threshold, torch.sigmoid(logits - self.threshold) if wanted else None)
+        return _above(logits, self.threshold, call)
+
+
+@dataclass(frozen=True)
+class GatedPerInput:
+    """The learned gates, with a threshold for each row: its prompt spends a share of the dense decoder's FLOPs.
+
+    Tokens after the prompt run where their logits exceed the threshold of their row, which is kept in the cache.
+    """
+
+    share: float
+    costs: tuple[LayerCost, ...]
+
+    def decide(
+        self, layers: range, hidden: Float[Tensor, "batch seq dim"], call: Call, gates: Sequence[TokenGate]
+    ) -> Decision:
+        """Run where a gate's logit exceeds the row's threshold.
+
+        Raises:
+            InputError: so little can no prompt spend, or no prompt has.
+        """
+        logits = logits_of(gates, hidden, call.modality)
+        store = None if call.cache is None else call.cache.layers[0]
+        if store is not None and call.past > 0:
+            if store.threshold is None:
+                raise InputError(
+                    "`past_key_values`: budget_per='input' goes on with the threshold that the prompt has found, but "
+                    "the prompt in this cache was run with budget_per='data'. Start from an empty cache."
+                )
+            threshold = store.threshold.to(logits.device)
+        else:
+            threshold = self._found(logits.detach(), call)
+            if store is not None:
+                store.threshold = threshold
+        return _above(logits, threshold[:, None], call)
+
+    def _found(self, logits: Float[Tensor, "layers batch seq"], call: Call) -> Float[Tensor, " batch"]:
+        # Rows without padding, which are the longest; a shorter one that cannot spend so little runs nothing.
+        least = least_share(self.costs, logits.shape[-1], call.kv, call.unit)
+        if self.share <= least:
+            raise InputError(
+                f"`budget`: got {self.share:g}, expected more than {least:.3f}: so much of its FLOPs does a prompt of "
+                f"{logits.shape[-1]} tokens spend when it skips every layer (unit {call.unit!r}, kv {call.kv!r})."
+            )
+        return row_thresholds(logits, call.prompt, call.position + 1, self.costs, call.kv, call.unit, self.share)
+
+
+def _above(
+    logits: Float[Tensor, "layers batch seq"], threshold: float | Float[Tensor, "batch 1"], call: Call
+) -> Decision:
+    wanted = call.step is not None or logits.requires_grad  # for a trace, or to learn
+    return Decision(logits > threshold, torch.sigmoid(logits - threshold) if wanted else None)
 
 
 class LayerByLayer:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
-from functools import update_wrapper, wraps
+from functools import cached_property, update_wrapper, wraps
 from types import MethodType
 from typing import Any
 from weakref import WeakSet
@@ -22,16 +22,27 @@ from torch import Tensor, nn
 from .attention import use_packed
 from .cache import SkipCache, check_complete, take_over
 from .call import DENSE, KWARG, Call, Mode, Policy, Route, Step, Trace
-from .config import Granularity, KVPolicy, RouterConfig, Unit, check_choice, decision_points
-from .errors import InputError, UnsupportedModelError
+from .config import (
+    BudgetPer,
+    Granularity,
+    KVPolicy,
+    RouterConfig,
+    Unit,
+    check_choice,
+    check_per_input,
+    decision_points,
+)
+from .costs import LayerCost, layer_costs
+from .errors import InputError, RouterConfigError, UnsupportedModelError
 from .modality import token_modality
-from .policies import Gated
+from .policies import Gated, GatedPerInput
 
 
 @dataclass(frozen=True)
 class _Running:
     policy: Policy | None = None
     budget: float | str | None = None
+    budget_per: BudgetPer | None = None
     mode: Mode | None = None
     kv: KVPolicy | None = None
     unit: Unit | None = None
@@ -49,9 +60,15 @@ class _Running:
             ("unit", Unit),
             ("granularity", Granularity),
             ("route", Route),
+            ("budget_per", BudgetPer),
         ):
             if getattr(self, name) is not None:
                 check_choice(name, getattr(self, name), kind)
+        if self.budget_per == "input" and self.policy is not None:
+            raise RouterConfigError(
+                f"`budget_per`: 'input' finds thresholds from the logits of the gates, got policy "
+                f"`{type(self.policy).__name__}` in their place. Leave out `policy`, or use budget_per='data'."
+            )
 
 
 _NOTHING_SET = _Running()
@@ -66,9 +83,10 @@ def running(**options: Any) -> Iterator[None]:
     """Run gated models differently within a `with` block; options not named keep their outer value.
 
     Args:
-        **options: `policy` (instead of the gates), `budget` (a calibrated operating point), `mode` ("masked",
-            "gathered", or "dense": as if nothing were attached), `kv` ("retain", "evict"), `unit` ("block",
-            "attention", "mlp"), `granularity` ("token", "sequence"), `route` ("packed", "whole": by which of two ways,
+        **options: `policy` (instead of the gates), `budget` (a calibrated operating point), `budget_per` ("data",
+            "input": each row's prompt spends the budget, any number in (0, 1], exactly), `mode` ("masked", "gathered",
+            or "dense": as if nothing were attached), `kv` ("retain", "evict"), `unit` ("block", "attention", "mlp"),
+            `granularity` ("token", "sequence"), `route` ("packed", "whole": by which of two ways,
             with the same result, gathered execution runs a layer under `retain`), `prompt` (bool [batch, seq]: where
             answers are part of the input, as in training, the tokens that may decide for their row), `trace` (a
             `Trace` that receives every step).
@@ -186,7 +204,10 @@ class Router:
         if options.trace is not None:
             step = Step(modality, real, past, kv, unit, layers=self.num_layers)
             options.trace.steps.append(step)
-        policy = options.policy or Gated(self.config.threshold_at(options.budget))
+        policy = options.policy or self._gated(options, granularity)
+        by_prompt = ("granularity", "sequence", "token") if granularity == "sequence" else None
+        if isinstance(policy, GatedPerInput):
+            by_prompt = ("budget_per", "input", "data")
         call = Call(
             policy=policy,
             points=decision_points(getattr(policy, "decide_at", self.config.decide_at), self.num_layers),
@@ -198,7 +219,7 @@ class Router:
             route=options.route,
             modality=modality,
             real=real,
-            prompt=_deciding(real, past, options, kwargs) if granularity == "sequence" else real,
+            prompt=_deciding(real, past, options, kwargs, *by_prompt) if by_prompt else real,
             seen=seen,
             past=past,
             cache=cache,
@@ -206,6 +227,21 @@ class Router:
             learning=torch.is_grad_enabled(),
         )
         return (), {**kwargs, KWARG: call}
+
+    def _gated(self, options: _Running, granularity: Granularity) -> Gated | GatedPerInput:
+        if (options.budget_per or self.config.budget_per) == "data":
+            return Gated(self.config.threshold_at(options.budget))
+        check_per_input(self.config.decide_at, granularity)
+        if self.image_layers:
+            raise UnsupportedModelError(
+                f"`budget_per`: 'input' has no price for layers {sorted(self.image_layers)}, which attend to images "
+                "that are not among the tokens. Use budget_per='data'."
+            )
+        return GatedPerInput(self.config.share_at(options.budget), self._costs)
+
+    @cached_property
+    def _costs(self) -> tuple[LayerCost, ...]:
+        return layer_costs(self.layers, self.attention_configs[0].hidden_size, self.image_layers)
 
     def _cache(self, model: nn.Module, kwargs: dict[str, Any]) -> SkipCache | None:
         cache = kwargs.get("past_key_values")
@@ -251,11 +287,26 @@ def _check_adapters(layers: Iterable[nn.Module]) -> None:
 
 
 def _deciding(
-    real: Bool[Tensor, "batch seq"], past: int, options: _Running, kwargs: dict[str, Any]
+    real: Bool[Tensor, "batch seq"],
+    past: int,
+    options: _Running,
+    kwargs: dict[str, Any],
+    setting: str,
+    value: str,
+    other: str,
 ) -> Bool[Tensor, "batch seq"]:
     """The tokens that decide for their row: those of its prompt, which have to come together.
 
     Outside `generate` the first call has the prompt, and a single token after it is a generated one.
+
+    Args:
+        real: False at padding.
+        past: tokens per row already in the cache.
+        options: that hold.
+        kwargs: of the model.
+        setting: by which prompts decide, for the message.
+        value: that it has.
+        other: that it would have to have.
 
     Raises:
         InputError: this call has a piece of a prompt alone, or answers in it that nothing tells from the prompt.
@@ -272,13 +323,14 @@ def _deciding(
         piece = past > 0 and length > 1
         if kwargs.get("labels") is not None:
             raise InputError(
-                "`granularity`: 'sequence' decides by the prompt, and there are `labels`, so answers are in the input. "
-                "Say what the prompt is: `with running(prompt=labels == -100)`, or use granularity='token'."
+                f"`{setting}`: {value!r} decides by the prompt, and there are `labels`, so answers are in the input. "
+                f"Say what the prompt is: `with running(prompt=labels == -100)`, or use {setting}={other!r}."
             )
     if piece:
         raise InputError(
-            f"`granularity`: 'sequence' decides by the whole prompt, got {length} tokens of one after {past} cached. "
-            "Give it in one call, without `prefill_chunk_size`, cached prefix or guidance, or use granularity='token'."
+            f"`{setting}`: {value!r} decides by the whole prompt, got {length} tokens of one after {past} cached. "
+            "Give it in one call, without `prefill_chunk_size`, cached prefix or guidance, or use "
+            f"{setting}={other!r}."
         )
     return deciding
 

@@ -35,6 +35,11 @@ ONE_FAMILY_FAST = pytest.mark.parametrize(
     "family", [FAMILIES[0], *(pytest.param(family, marks=pytest.mark.slow) for family in FAMILIES[1:])]
 )
 EVERY_POLICY = pytest.mark.parametrize("kv", ["retain", "evict"])
+# Settings by which a prompt decides as a whole; the threshold of the second's default point is of no matter.
+BY_PROMPT: list[dict[str, Any]] = [
+    {"granularity": "sequence"},
+    {"budget_per": "input", "operating_points": {"0.8": 0.0}},
+]
 ROW = [5, "image", 6, 7, 6, 7]
 STEPS = 6
 NEW = {"max_new_tokens": STEPS, "min_new_tokens": STEPS, "do_sample": False}
@@ -433,27 +438,32 @@ class TestTraining:
             loss(model(**last, past_key_values=cache).logits).backward()
             assert agree(gradients(model), wanted)
 
-    def test_labels_do_not_decide(self, kv: str) -> None:
-        model, batch = gated("llava", kv, granularity="sequence").train(), training_batch("llava")
+    @pytest.mark.parametrize("settings", BY_PROMPT, ids=min)
+    def test_labels_do_not_decide(self, kv: str, settings: dict[str, Any]) -> None:
+        model, batch = gated("llava", kv, **settings).train(), training_batch("llava")
         with pytest.raises(InputError, match=r"running\(prompt=labels == -100\)"):
             model(**batch)
 
 
 @ONE_FAMILY_FAST
 @EVERY_POLICY
-def test_sequences_are_decided_by_whole_prompts_or_refused(family: str, kv: str) -> None:
-    model, batch = gated(family, kv, granularity="sequence"), inputs(family, [ROW])
+@pytest.mark.parametrize("settings", BY_PROMPT, ids=min)
+def test_what_prompts_decide_is_decided_by_whole_ones_or_refused(
+    family: str, kv: str, settings: dict[str, Any]
+) -> None:
+    model, batch = gated(family, kv, **settings), inputs(family, [ROW])
+    name, value = next(iter(settings.items()))
     plain = generate(model, family, batch)
     for caller in (own_cache, streamer_thread, prompt_lookup, assistant, own_cache_of_generate):
         assert torch.equal(caller(model, family, batch), plain), caller.__name__
         with running(mode="masked"):
             assert torch.equal(caller(model, family, batch), plain), caller.__name__
     assert torch.equal(generate(model, family, batch, use_cache=False), plain)
-    with pytest.raises(InputError, match="`granularity`: 'sequence' decides by the whole prompt"):
+    with pytest.raises(InputError, match=f"`{name}`: '{value}' decides by the whole prompt"):
         chunked_prefill(model, family, batch)
     other = torch.full((1, 30), 9)  # a longer prompt than the row's
     for guidance in ({}, {"negative_prompt_ids": other}):
-        with pytest.raises(InputError, match=r"`granularity`.*or guidance"):
+        with pytest.raises(InputError, match=f"`{name}`.*or guidance"):
             generate(model, family, batch, guidance_scale=2.0, **guidance)
     cache = DynamicCache()
     tokens = decode(model, batch, cache, batch["input_ids"], 1)

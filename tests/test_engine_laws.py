@@ -1,20 +1,22 @@
-"""Laws of what else the engine can do: skip the attention or the MLP alone, decide by sequence, hand out what ran.
+"""Laws of what else the engine can do: skip the attention or the MLP alone, decide by sequence, spend per input.
 
 The laws of `test_laws.py` are about whole layers and tokens that decide for themselves; these are the same ones for
 every unit and granularity.
 """
 
+import copy
 from typing import Any
 
 import pytest
 import torch
 from families import LAYERS, ROWS, WIDTH, attention_of, build, inputs
-from tiny_models import PATTERNS, logits, same
+from tiny_models import FAMILIES, PATTERNS, logits, same
 from torch import Tensor, nn
 
 from skipit.router import (
     Decision,
     FixedUnits,
+    Gated,
     InputError,
     LayerByLayer,
     RouterConfig,
@@ -24,11 +26,15 @@ from skipit.router import (
     UnsupportedModelError,
     attach,
     detach,
+    gated_layers,
     running,
     set_gates,
 )
+from skipit.router.gates import logits_of
+from skipit.theory.cost import CostModel, token_flops
 
 EVERY_FAMILY = pytest.mark.parametrize("family", ["llava", "qwen2.5-vl", "gemma3", "mllama"])
+EVERY_INPUT_FAMILY = pytest.mark.parametrize("family", FAMILIES)
 EVERY_POLICY = pytest.mark.parametrize("kv", ["retain", "evict"])
 EVERY_UNIT = pytest.mark.parametrize("unit", ["block", "attention", "mlp"])
 EVERY_PART = pytest.mark.parametrize("unit", ["attention", "mlp"])
@@ -216,6 +222,181 @@ class TestSequences:
         model, batch = gated("llava", granularity="sequence").train(), inputs("llava", ROWS, "right")
         model(**batch, use_cache=False).logits.square().mean().backward()
         assert all(p.grad.abs().sum() > 0 for n, p in model.named_parameters() if "layer_gate.weight" in n)
+
+
+class TestBudgetsPerInput:
+    """With `budget_per="input"` each prompt spends the budget, to one token-layer, and what is generated follows."""
+
+    @EVERY_INPUT_FAMILY
+    @EVERY_POLICY
+    @EVERY_UNIT
+    @pytest.mark.parametrize("padding", ["left", "right"])
+    def test_the_budget_is_spent(self, family: str, kv: Any, unit: Any, padding: str) -> None:
+        model, batch = gated(family, kv=kv, unit=unit), inputs(family, ROWS, padding)
+        trace, costs, top = Trace(), CostModel.of(model), 0
+        for budget in (0.75, 0.85, 1.0):
+            with running(budget_per="input", budget=budget, trace=trace), torch.no_grad():
+                entered = model(**batch, output_hidden_states=True).hidden_states[0]
+            step = trace.steps.pop()
+            scores = logits_of([layer.layer_gate for layer in gated_layers(model)], entered, step.modality)
+            for row in range(len(ROWS)):
+                run, real, score = step.run[:, [row]], step.real[[row]], scores[:, [row]]
+                assert score[run].min() > score[~run & real].max()  # in the order of the logits
+                assert share(costs, run, real, kv, unit) <= budget
+                one_more = run | (score == score[~run & real].max())
+                assert share(costs, one_more & real, real, kv, unit) > budget
+                top += int((one_more & ~run & real).sum() == 1)
+        assert top  # some of these are one token-layer more, and no two that are alike
+
+    @EVERY_INPUT_FAMILY
+    @EVERY_POLICY
+    @EVERY_UNIT
+    def test_what_is_generated_follows_its_row(self, family: str, kv: str, unit: str) -> None:
+        model, batch = gated(family, kv=kv, unit=unit), inputs(family, ROWS)
+        found = []
+        for how in ({}, {"mode": "masked"}, {"use_cache": False}):
+            trace = Trace()
+            with running(budget_per="input", budget=0.8, trace=trace, mode=how.pop("mode", None)):
+                found.append(model.generate(**batch, **NEW_TOKENS, **how))
+        assert torch.equal(found[0], found[1])
+        assert torch.equal(found[0], found[2])
+        length = batch["input_ids"].shape[1]
+        for row, tokens in enumerate(found[0]):
+            alone = model.generate(**inputs(family, ROWS[row : row + 1]), **NEW_TOKENS, budget=0.8, budget_per="input")
+            assert torch.equal(alone[0, -5:], tokens[length:])
+
+    def test_rows_have_thresholds_of_their_own(self) -> None:
+        model, batch = gated("llava"), inputs("llava", ROWS)
+        cache, traces = SkipCache(LAYERS), (Trace(), Trace())
+        with running(budget_per="input", budget=0.8), torch.no_grad():
+            model(**batch, past_key_values=cache)
+            thresholds = cache.layers[0].threshold
+            assert thresholds is not None
+            assert len(set(thresholds.tolist())) == len(ROWS)
+            turned, order = copy.deepcopy(cache), torch.tensor([1, 2, 0])
+            turned.batch_select_indices(order)
+            ids = torch.full((len(ROWS), 1), 9)
+            for kept, trace, rows in ((cache, traces[0], slice(None)), (turned, traces[1], order)):
+                mask = torch.cat([batch["attention_mask"], torch.ones_like(ids)], dim=1)[rows]
+                with running(trace=trace):
+                    model(input_ids=ids, attention_mask=mask, past_key_values=kept)
+        run = traces[0].steps[0].run
+        assert torch.equal(traces[1].steps[0].run, run[:, order])
+        assert (run != run[:, :1]).any()  # the same token, by other thresholds
+
+    @EVERY_POLICY
+    def test_beams_and_samples_take_their_thresholds_along(self, kv: str) -> None:
+        model, batch = gated("llava", kv=kv, budget_per="input"), inputs("llava", ROWS)
+        for how in ({"num_beams": 3, "do_sample": False}, {"do_sample": True, "num_return_sequences": 2}):
+            outputs = []
+            for mode, cached in (("gathered", True), ("masked", True), ("gathered", False)):
+                torch.manual_seed(0)
+                with running(mode=mode):
+                    settings = {"max_new_tokens": 4, "use_cache": cached, "budget": 0.8, **how}
+                    outputs.append(model.generate(**batch, **settings))
+            assert torch.equal(outputs[0], outputs[1])
+            assert torch.equal(outputs[0], outputs[2])
+
+    @EVERY_POLICY
+    def test_answers_in_the_input_do_not_spend(self, kv: str) -> None:
+        model, batch = gated("llava", kv=kv, budget_per="input"), inputs("llava", ROWS)
+        options = {**NEW_TOKENS, "return_dict_in_generate": True, "output_logits": True}
+        generated = model.generate(**batch, **options, budget=0.8)
+        length = batch["input_ids"].shape[1]
+        whole = batch | {"input_ids": generated.sequences[:, :-1]}
+        whole["attention_mask"] = torch.nn.functional.pad(batch["attention_mask"], (0, 4), value=1)
+        prompt = torch.zeros_like(whole["input_ids"], dtype=torch.bool)
+        prompt[:, :length] = True
+        for mode in ("masked", "gathered"):
+            got = logits(model, whole, prompt=prompt, mode=mode, budget=0.8)
+            for step, expected in enumerate(generated.logits):
+                assert same(got[:, length - 1 + step], expected)
+
+    def test_the_gates_learn(self) -> None:
+        model, batch = gated("llava", budget_per="input").train(), inputs("llava", ROWS, "right")
+        with running(budget=0.8):
+            model(**batch, use_cache=False).logits.square().mean().backward()
+        assert all(p.grad.abs().sum() > 0 for n, p in model.named_parameters() if "layer_gate.weight" in n)
+
+    def test_the_default_budget_is_that_of_the_default_point(self) -> None:
+        model, batch = (
+            gated("llava", budget_per="input", operating_points={"0.8": 0.0, "0.5": 1.0}),
+            inputs("llava", ROWS),
+        )
+        wanted = model.generate(**batch, **NEW_TOKENS, budget=0.8)
+        assert torch.equal(model.generate(**batch, **NEW_TOKENS), wanted)
+        trace = Trace()
+        with running(trace=trace):
+            model.generate(**batch, **NEW_TOKENS, budget_per="data")
+        assert torch.equal(trace.steps[0].run, _run_at(model, batch, budget_per="data", budget="0.8"))
+
+    @pytest.mark.parametrize("budget", [None, "0.8", "certified", True, 0, 1.5, float("nan")])
+    def test_no_budget(self, budget: Any) -> None:
+        model, batch = gated("llava", operating_points={"certified": 0.0}), inputs("llava", ROWS)
+        message = r"`budget`: got .*budget_per='input' each prompt spends a share .* Give a number in \(0, 1\]"
+        with pytest.raises(RouterConfigError, match=message):
+            logits(model, batch, budget_per="input", budget=budget)
+
+    @EVERY_UNIT
+    @EVERY_POLICY
+    def test_less_than_can_be(self, kv: Any, unit: Any) -> None:
+        model, batch = gated("llava", kv=kv, unit=unit), inputs("llava", ROWS[:1])
+        nothing = FixedUnits(torch.zeros(LAYERS, 2, dtype=torch.bool))
+        run, real = _run_at(model, batch, policy=nothing), batch["attention_mask"].bool()
+        least = share(CostModel.of(model), run, real, kv, unit)
+        message = (
+            rf"`budget`: got 0.001, expected more than {least:.3f}: .* prompt of {real.sum()} tokens .* \(unit '{unit}'"
+        )
+        with pytest.raises(InputError, match=message):
+            logits(model, batch, budget_per="input", budget=0.001)
+        assert not _run_at(model, batch, budget_per="input", budget=least + 1e-6).any()
+
+    @pytest.mark.parametrize(
+        ("settings", "message"),
+        [
+            ({"decide_at": None}, "at once, got decide_at=None. Use"),
+            ({"decide_at": (0, 2)}, r"at once, got decide_at=\(0, 2\). Use"),
+            ({"granularity": "sequence"}, "got granularity='sequence'. Use decide_at="),
+        ],
+    )
+    def test_settings_that_it_does_not_go_with(self, settings: dict[str, Any], message: str) -> None:
+        with pytest.raises(RouterConfigError, match=message):
+            RouterConfig(budget_per="input", **settings)
+        with pytest.raises(RouterConfigError, match=message):
+            logits(gated("llava", **settings), inputs("llava", ROWS), budget_per="input", budget=0.8)
+
+    def test_calls_that_it_does_not_go_with(self) -> None:
+        model, batch = gated("llava"), inputs("llava", ROWS)
+        for policy in (FixedUnits(torch.ones(LAYERS, 2, dtype=torch.bool)), Gated(0.0)):
+            with (
+                pytest.raises(
+                    RouterConfigError, match=f"`budget_per`: .* got policy `{type(policy).__name__}` in their"
+                ),
+                running(policy=policy),
+            ):
+                model.generate(**batch, **NEW_TOKENS, budget=0.8, budget_per="input")
+        with pytest.raises(RouterConfigError, match="`budget_per`: got 'row', expected one of data, input"):
+            model.generate(**batch, **NEW_TOKENS, budget_per="row")
+        with torch.no_grad():
+            cache = model(**batch).past_key_values
+        mask = torch.nn.functional.pad(batch["attention_mask"], (0, 1), value=1)
+        one = {"input_ids": torch.full((len(ROWS), 1), 9), "attention_mask": mask, "past_key_values": cache}
+        with pytest.raises(InputError, match=r"`past_key_values`: .* was run with budget_per='data'"):
+            logits(model, one, budget_per="input", budget=0.8)
+        with pytest.raises(UnsupportedModelError, match="`budget_per`: 'input' has no price for layers"):
+            logits(gated("mllama"), inputs("mllama", ROWS), budget_per="input", budget=0.8)
+
+
+def share(costs: CostModel, run: Tensor, real: Tensor, kv: Any, unit: Any) -> float:
+    """Executed share of the dense decoder's FLOPs in one pass."""
+    executed, dense = token_flops(costs, run.double(), real, kv, unit=unit)
+    return float(executed.sum() / dense.sum())
+
+
+def _run_at(model: Any, batch: dict[str, Tensor], **options: Any) -> Tensor:
+    trace = Trace()
+    logits(model, batch, trace=trace, **options)
+    return trace.steps[0].run
 
 
 class TestWhatIsHandedOut:

@@ -143,7 +143,7 @@ def test_where_skipit_is_installed_it_reaches_the_trusted_model(
     with running(mode="dense"):
         assert generate(model, tmp_path / "out") == dense
     # One that reads another format is left alone.
-    monkeypatch.setattr("skipit.router.config.FORMAT_VERSION", 2)
+    monkeypatch.setattr("skipit.router.config.FORMAT_VERSION", 3)
     copied = AutoModelForImageTextToText.from_pretrained(tmp_path / "out", trust_remote_code=True)
     expected = generate(gated, tmp_path / "out")["tokens"]
     with running(mode="dense"):

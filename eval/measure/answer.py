@@ -9,6 +9,7 @@ from typing import Any
 
 from skipit.eval.metrics.vqa import answer_scores
 from skipit.router import InputError, running
+from skipit.router.config import BudgetPer
 from skipit.train.data.collate import Collator
 from skipit.train.data.pictures import read_picture
 from skipit.train.data.rows import Row, pictures
@@ -98,6 +99,7 @@ def answer(
     prompt: str,
     *,
     budget: float | str | None = None,
+    budget_per: BudgetPer | None = None,
     dense: bool = False,
     max_new_tokens: int = 64,
 ) -> Reply:
@@ -109,6 +111,7 @@ def answer(
         images: pictures, in the order of the conversation.
         prompt: the question.
         budget: a calibrated operating point, by its number or its name; None is the default one.
+        budget_per: as of `model.generate`.
         dense: run every layer for every token.
         max_new_tokens: longest answer.
 
@@ -125,7 +128,7 @@ def answer(
         with running(mode="dense"):
             ids, trace = model.generate(**settings), None
     else:
-        ids, trace = generate(model, return_trace=True, budget=budget, **settings)
+        ids, trace = generate(model, return_trace=True, budget=budget, budget_per=budget_per, **settings)
     reply = processor.decode(ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
     if trace is None:
         return Reply(prompt, reply, None, images)

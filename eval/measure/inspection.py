@@ -104,8 +104,8 @@ def inspect_model(source: str, layers: str | None = None) -> Inspection:
     router_file = Path(folder) / ROUTER_FILE
     router = RouterConfig.from_file(router_file) if router_file.is_file() else None
     layers = layers or (router.layers if router else None)
-    config = _config(source, folder)
-    model = _on_meta(source, config)
+    model = without_weights(source, folder)
+    config: Any = model.config
     path, decoder, decoder_layers = find_decoder(model, layers)
     refused = _refused(model, layers)
     try:
@@ -142,6 +142,20 @@ def inspect_model(source: str, layers: str | None = None) -> Inspection:
         refused,
         None if router is None else router.to_dict(),
     )
+
+
+def without_weights(source: str, folder: str) -> Any:
+    """A model on the meta device.
+
+    Args:
+        source: what the user called it.
+        folder: `resolve_model` of that.
+
+    Raises:
+        CheckpointError: there is no configuration, or transformers does not know it.
+        UnsupportedModelError: it is not a vision-language model, or transformers cannot build it.
+    """
+    return _on_meta(source, _config(source, folder))
 
 
 def _config(source: str, folder: str) -> Any:

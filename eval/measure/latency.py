@@ -1,7 +1,6 @@
 """Wall-clock time of prefill and decoding, several models in turn in one run, and the hardware it was measured on."""
 
 import os
-import platform
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -16,6 +15,7 @@ from torch import Tensor
 
 from skipit.eval.metrics.compute import speed_up
 from skipit.router import Trace, running
+from skipit.router.measured import processor
 
 
 @dataclass(frozen=True)
@@ -152,14 +152,5 @@ def _now(device: torch.device) -> float:
 def hardware(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
     """In words: the GPU, if one is there, the processor, and how many threads PyTorch uses."""
     parts = [torch.cuda.get_device_name()] if torch.cuda.is_available() else []
-    parts.append(f"{_processor(cpuinfo)}, {os.cpu_count()} cores, PyTorch threads: {torch.get_num_threads()}")
+    parts.append(f"{processor(cpuinfo)}, {os.cpu_count()} cores, PyTorch threads: {torch.get_num_threads()}")
     return ", ".join(parts)
-
-
-def _processor(cpuinfo: Path) -> str:
-    try:
-        lines = cpuinfo.read_text(encoding="utf-8").splitlines()
-    except OSError:  # not Linux
-        lines = []
-    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return next(names, "") or platform.processor() or platform.machine()

@@ -74,7 +74,6 @@ def generate(model: Any, *, return_trace: bool = False, budget: float | str | No
             token more than once; or of a dense run, which records nothing.
     """
     _, router = find_router(model)
-    router.config.threshold_at(budget)
     beams = kwargs.get("num_beams") or getattr(kwargs.get("generation_config"), "num_beams", None)
     if return_trace and (beams or model.generation_config.num_beams or 1) > 1:
         raise InputError(

@@ -88,10 +88,14 @@ def test_any_history(history: list[list[list[bool]]], data: st.DataObject) -> No
 def test_rows_are_repeated_and_chosen() -> None:
     layer = SkipCacheLayer()
     fill(layer, torch.tensor([[0, 2], [1, -1]]), 3)
+    layer.threshold = torch.tensor([0.5, 1.5])
     layer.batch_repeat_interleave(2)
     assert held(layer, 4) == [[0, 2], [0, 2], [1], [1]]
     layer.batch_select_indices(torch.tensor([3, 0]))
     assert held(layer, 2) == [[1], [0, 2]]
+    assert layer.threshold.tolist() == [1.5, 0.5]
+    layer.reset()
+    assert layer.threshold is None
     # A layer all rows of which are alike keeps one row of index.
     layer = SkipCacheLayer()
     layer.pass_over(2)

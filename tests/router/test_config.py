@@ -15,7 +15,7 @@ from skipit.router.config import decision_points
 FULL = RouterConfig(kv="evict", layers="model.layers", threshold=-0.25, operating_points={"0.5": -0.25, "0.25": 1.5})
 
 
-@pytest.mark.parametrize("config", [RouterConfig(), FULL])
+@pytest.mark.parametrize("config", [RouterConfig(), FULL, RouterConfig(budget_per="input")])
 def test_round_trip(config: RouterConfig, tmp_path: Path) -> None:
     file = tmp_path / "router_config.json"
     file.write_text(json.dumps(config.to_dict()))
@@ -28,9 +28,11 @@ def test_round_trip(config: RouterConfig, tmp_path: Path) -> None:
         (
             {"kvs": "retain", "budgets": 1},
             "router config: unknown keys budgets, kvs; "
-            "known keys: decide_at, format_version, granularity, kv, layers, operating_points, threshold, unit.",
+            "known keys: budget_per, decide_at, format_version, granularity, kv, layers, operating_points, threshold, "
+            "unit.",
         ),
         ({"kv": "drop"}, "`kv`: got 'drop', expected one of retain, evict."),
+        ({"budget_per": "row"}, "`budget_per`: got 'row', expected one of data, input."),
         ({"layers": 3}, "`layers`: got 3, expected a dotted path or null."),
         ({"threshold": "low"}, "threshold 'threshold': got 'low', expected a finite number."),
         ({"threshold": True}, "threshold 'threshold': got True, expected a finite number."),
@@ -85,6 +87,21 @@ def test_thresholds_by_budget() -> None:
         FULL.threshold_at(0.3)
     with pytest.raises(RouterConfigError, match="is calibrated for: none"):
         RouterConfig().threshold_at("0.5")
+
+
+def test_shares_of_inputs() -> None:
+    assert FULL.share_at(0.3) == 0.3  # calibrated or not
+    assert FULL.share_at(None) == 0.5
+    assert FULL.at(0.25).share_at(None) == 0.25
+    certified = RouterConfig(threshold=2.0, operating_points={"certified": 2.0})
+    for config, budget, said in (
+        (certified, None, "None"),
+        (FULL, "0.5", "'0.5'"),
+        (FULL, 0.0, "0.0"),
+        (FULL, True, "T"),
+    ):
+        with pytest.raises(RouterConfigError, match=f"`budget`: got {said}.*Give a number in"):
+            config.share_at(budget)
 
 
 def test_one_more_operating_point() -> None:

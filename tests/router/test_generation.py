@@ -61,6 +61,24 @@ def test_what_is_said_closest_to_the_call_counts() -> None:
         assert torch.equal(skipit.generate(model, **inputs("llava", ROWS), **NEW), none[0])
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_budget_per_input_is_running_around_it(family: str) -> None:
+    model = gated(family)
+    half = ran(model, family, budget=0.5)
+    with running(budget=0.8, budget_per="input"):
+        wanted = ran(model, family)
+        assert same(ran(model, family, budget=0.5, budget_per="data"), half)
+    assert wanted[1] != ran(model, family)[1]
+    assert same(ran(model, family, budget=0.8, budget_per="input"), wanted)
+    settings = GenerationConfig(**NEW, budget=0.8, budget_per="input")
+    assert same(ran(model, family, generation_config=settings), wanted)
+    tokens, trace = skipit.generate(
+        model, **inputs(family, ROWS), **NEW, budget=0.8, budget_per="input", return_trace=True
+    )
+    assert torch.equal(tokens, wanted[0])
+    assert int(trace.run.sum()) == sum(wanted[1])
+
+
 class TakingTurns:
     """A streamer that lets another generation make a step after each of this one's."""
 

@@ -18,12 +18,15 @@ BESIDE = {
     "strict_json": "how settings are read; no tensor",
     "modality": "`MODALITIES`, the names of the two; tokens are told apart before any layer",
     "subclass": "how a class is put before another; no tensor",
+    "measured": "from when on one of two ways to run a layer is the faster one here; no tensor",
     "views": "how a layer's own code runs with another part inside; which part, is said on the way",
+    "spending": "the threshold of each row at which its prompt spends a budget; `policies` compares with it",
+    "costs": "FLOPs of the layers, read off their modules; no tensor",
     "eviction": "the derivative for gates that learn under `evict`; its values are those of the mask",
 }
 ENGINE = (
     *("attention", "cache", "call", "eviction", "execute", "gates", "generation"),
-    *("layer", "modality", "policies", "running", "stand_ins", "stretch", "views"),
+    *("layer", "modality", "policies", "running", "spending", "stand_ins", "stretch", "views"),
 )
 
 

@@ -17,6 +17,12 @@ def add_arguments(verb: Parser) -> None:
     verb.add_argument("--image", type=Path, action="append", required=True, help="image file; repeat for several")
     verb.add_argument("--prompt", required=True, help="the question")
     verb.add_operating_point()
+    verb.add_argument(
+        "--budget-per",
+        choices=("data", "input"),
+        default=None,
+        help="input: this prompt spends --budget, any number in (0, 1], exactly (default: what the checkpoint says)",
+    )
     verb.add_max_new_tokens()
     verb.add_argument("--depth-map", type=picture, default=None, help="PNG or SVG of the layers run per patch and word")
     verb.add_flag("--dense", "run every layer")
@@ -39,12 +45,14 @@ def run(arguments: argparse.Namespace) -> None:
     from skipit.train.adapter import load
     from skipit.train.display import loading
 
-    if arguments.dense and (arguments.depth_map or arguments.budget):
-        raise InputError("a dense run executes every layer for every token: leave out --depth-map and --budget.")
+    if arguments.dense and (arguments.depth_map or arguments.budget or arguments.budget_per):
+        raise InputError(
+            "a dense run executes every layer for every token: leave out --depth-map, --budget and --budget-per."
+        )
     images = open_images(arguments.image)
     with loading("loading"):
         model, processor = load(arguments.checkpoint, arguments.base)
-    settings = chosen(arguments, "budget", "dense", "max_new_tokens")
+    settings = chosen(arguments, "budget", "budget_per", "dense", "max_new_tokens")
     reply = answer(model, processor, images, arguments.prompt, **settings)
     print(reply.text)
     if reply.compute is not None:

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
-from . import calibrate, demo, export, generate, inspect, plan, probe, profile, theory, train
+from . import bench, calibrate, demo, export, generate, inspect, plan, probe, profile, theory, train
 from . import eval as evaluation
 from .options import Parser, claim, partial_folder, set_defaults
 
@@ -42,6 +42,7 @@ VERBS: dict[str, Verb] = {
     "calibrate": calibrate,
     "generate": generate,
     "eval": evaluation,
+    "bench": bench,
     "demo": demo,
 }
 

@@ -23,6 +23,18 @@ def test_generate(chain: Path, tmp_path: Path) -> None:
     assert (dense.code, dense.err) == (0, "")
 
 
+def test_a_budget_of_this_prompt(chain: Path) -> None:
+    ask = ("generate", chain / "checkpoint", "--image", chain / "grid.png", "--prompt", "read the top row .")
+    half, most = (skipit(*ask, "--budget-per", "input", "--budget", budget) for budget in (0.5, 0.9))  # not calibrated
+    assert (half.code, most.code) == (0, 0), half.err + most.err
+    shares = [float(re.match(r"\((\d+\.\d)% of", said.err)[1]) for said in (half, most)]  # type: ignore[index]
+    assert 49 < shares[0] < 65  # that of the prompt, and of what was generated
+    assert 89 < shares[1] < 100
+    default = skipit(*ask, "--budget-per", "input")  # 0.6 is the default point
+    assert default == skipit(*ask, "--budget-per", "input", "--budget", 0.6)
+    assert "expected more than 0." in refused(*ask, "--budget-per", "input", "--budget", 0.01)
+
+
 @pytest.mark.parametrize("verb", ["generate", "eval"])
 def test_not_a_checkpoint(chain: Path, tmp_path: Path, verb: str) -> None:
     rest = {"generate": ("--image", chain / "grid.png", "--prompt", "?"), "eval": ("reference", "--out", "x")}[verb]
@@ -42,7 +54,7 @@ def test_no_such_operating_point(chain: Path) -> None:
     assert "`budget`: got '0.3', this router is calibrated for: 0.6." in refused(*ask, "--budget", 0.3)
 
 
-@pytest.mark.parametrize("flag", [("--budget", 0.6), ("--depth-map", "d.png")])
+@pytest.mark.parametrize("flag", [("--budget", 0.6), ("--budget-per", "input"), ("--depth-map", "d.png")])
 def test_a_dense_run_has_neither_budget_nor_depth(chain: Path, flag: tuple[Any, ...]) -> None:
     ask = ("generate", chain / "checkpoint", "--image", chain / "grid.png", "--prompt", "?", "--dense", *flag)
     assert refused(*ask).startswith("skipit: a dense run executes every layer for every token: leave out")

@@ -1,0 +1,145 @@
+"""How long a decoder layer takes on this machine when some of its tokens skip it, by every way of running it."""
+
+import copy
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from itertools import count
+from typing import Any, ClassVar
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+
+from skipit.router import Gated, RouterConfig, attach, running
+from skipit.router.call import Call, Route
+from skipit.router.config import KVPolicy
+from skipit.router.decoder import find_decoder, layer_kinds
+from skipit.router.gates import TokenGate
+from skipit.router.measured import device_name
+from skipit.router.stretch import Decision
+from skipit.theory.cost import CostModel
+from skipit.theory.layer_times import LayerTime, LayerTimes
+
+LAYERS = 4  # of the decoder that is timed, so that what surrounds its layers matters little
+VOCABULARY = 16
+SHARES = (0.25, 0.5, 0.75)
+WAYS: tuple[tuple[KVPolicy, Route | None], ...] = (("retain", "packed"), ("retain", "whole"), ("evict", None))
+
+
+@dataclass(frozen=True)
+class Case:
+    """A way to run every layer: how many tokens skip it, chosen by chance, and how that is carried out."""
+
+    kv: KVPolicy
+    route: Route | None
+    skipped: int
+
+
+@dataclass(frozen=True)
+class _Skipping(Gated):
+    """The gates decide, which takes its time, and then a table does."""
+
+    run: Bool[Tensor, "layers seq"] = field(kw_only=True)
+    decide_at: ClassVar = (0,)
+
+    def decide(
+        self, layers: range, hidden: Float[Tensor, "batch seq dim"], call: Call, gates: Sequence[TokenGate]
+    ) -> Decision:
+        """Run where the table says so."""
+        super().decide(layers, hidden, call, gates)
+        return Decision(self.run[layers.start : layers.stop, None].expand(-1, len(hidden), -1))
+
+
+def measure_layers(
+    model: nn.Module,
+    layers: str | None = None,
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+    tokens: Sequence[int] = (64, 640),
+    seconds: float = 45.0,
+) -> LayerTimes:
+    """Time layers with random weights: one prompt, all cases in turn, until the time is over.
+
+    Args:
+        model: whose layers these are to be like; it may be on the meta device.
+        layers: dotted path of its decoder layers, where they are not found.
+        dtype: of the weights.
+        device: to measure on.
+        tokens: of the prompts.
+        seconds: to measure, at most, beyond two repeats of every case.
+    """
+    dense = small_decoder(model, layers, dtype, device)
+    # The same weights in memory: what is run more often must not be what is nearer.
+    gated = copy.deepcopy(dense, {id(tensor): tensor for tensor in (*dense.parameters(), *dense.buffers())})
+    attach(gated, RouterConfig(layers="layers"))
+    now, clock = _clock(device)
+    base, rows = {}, []
+    for size in tokens:
+        cases = [Case(kv, None, skipped) for kv in ("retain", "evict") for skipped in (0, size)]
+        cases += [Case(kv, route, round(share * size)) for share in SHARES for kv, route in WAYS]
+        found = _times(dense, gated, cases, size, now, seconds / len(tokens))
+        base[size] = 1000 * statistics.median(found[None]) / LAYERS
+        for case in cases:
+            ratios = [a / b for a, b in zip(found[case], found[None], strict=True)]
+            ms = 1000 * statistics.median(found[case]) / LAYERS
+            rows.append(LayerTime(size, case.skipped, case.kv, case.route, ms, statistics.median(ratios)))
+    cost = CostModel.of(dense, "layers").layers[0]
+    width, kind = int(dense.config.hidden_size), str(dtype).removeprefix("torch.")  # type: ignore[union-attr, arg-type]
+    return LayerTimes(device_name(device), kind, width, cost.linear, clock, base, tuple(rows))
+
+
+def small_decoder(model: nn.Module, layers: str | None, dtype: torch.dtype, device: torch.device) -> nn.Module:
+    """A decoder with few layers like those of a model, a small vocabulary, and random weights."""
+    _, decoder, _ = find_decoder(model, layers)
+    config: Any = copy.deepcopy(decoder.config)
+    kinds = [kind for kind in layer_kinds(config) if kind != "cross_attention"][:LAYERS]
+    config.num_hidden_layers, config.vocab_size, config.pad_token_id = len(kinds), VOCABULARY, None
+    if getattr(config, "layer_types", None):
+        config.layer_types = kinds
+    if getattr(config, "cross_attention_layers", None):
+        config.cross_attention_layers = []
+    with torch.device(device):
+        small: nn.Module = type(decoder)._from_config(config, dtype=dtype)  # type: ignore[attr-defined]
+    return small.eval()
+
+
+@torch.no_grad()
+def _times(
+    dense: nn.Module, gated: nn.Module, cases: list[Case], size: int, now: Callable[[], float], seconds: float
+) -> dict[Case | None, list[float]]:
+    """Seconds of the decoder in every repeat, in turn, for the untouched one (None) and by case."""
+    device = next(dense.parameters()).device
+    ids = torch.randint(VOCABULARY, (1, size), device=device)
+    order = torch.rand(LAYERS, size, device=device).argsort(-1)
+    found: dict[Case | None, list[float]] = {case: [] for case in (None, *cases)}
+    begun = time.perf_counter()
+    for repeat in count():
+        for case in found:
+            skipped = 0 if case is None else case.skipped
+            options = {"mode": "dense"} if case is None else {"kv": case.kv, "route": case.route}
+            with running(**options, policy=_Skipping(run=order >= skipped)):
+                before = now()
+                (dense if case is None else gated)(input_ids=ids, use_cache=True)
+                spent = now() - before
+            if repeat:  # the first warms up
+                found[case].append(spent)
+        if repeat >= 2 and time.perf_counter() - begun > seconds:
+            return found
+    raise AssertionError
+
+
+def _clock(device: torch.device) -> tuple[Callable[[], float], str]:
+    """A clock, and what it counts."""
+    if device.type == "cuda":
+
+        def now() -> float:
+            torch.cuda.synchronize(device)
+            return time.perf_counter()
+
+        return now, "wall time"
+    if torch.get_num_threads() == 1:  # what others do on the machine does not count
+        return time.thread_time, "processor time of one thread"
+    return time.perf_counter, "wall time"

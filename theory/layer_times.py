@@ -1,0 +1,119 @@
+"""How long a decoder layer takes when a share of its tokens skips it, as `skipit bench` has measured it."""
+
+from dataclasses import asdict, dataclass
+from math import log
+from pathlib import Path
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from skipit.router.call import Route
+from skipit.router.config import KVPolicy
+from skipit.router.errors import CheckpointError
+from skipit.router.folders import load_json, provenance, save_json, writing
+
+
+@dataclass(frozen=True)
+class LayerTime:
+    """One measurement.
+
+    Attributes:
+        tokens: of the prompt.
+        skipped: how many of them skip the layer.
+        kv: what becomes of their keys and values.
+        route: by which gathered execution ran under `retain`; None where there is no choice.
+        ms: of one layer, with its part of what gates and their decisions take.
+        relative: to the untouched layer, the median of ratios in turn.
+    """
+
+    tokens: int
+    skipped: int
+    kv: KVPolicy
+    route: Route | None
+    ms: float
+    relative: float
+
+
+@dataclass(frozen=True)
+class LayerTimes:
+    """What was measured about layers of one shape.
+
+    Attributes:
+        device: its name, with PyTorch's threads on a CPU.
+        dtype: of the weights.
+        hidden: width of the states.
+        linear: FLOPs of one token in a layer's linear maps, by which layers of equal width are told apart.
+        clock: what was counted.
+        dense: milliseconds of the untouched layer, by tokens.
+        rows: the measurements.
+    """
+
+    device: str
+    dtype: str
+    hidden: int
+    linear: float
+    clock: str
+    dense: dict[int, float]
+    rows: tuple[LayerTime, ...]
+
+    @property
+    def packing_pays(self) -> float:
+        """The FLOPs from which on layers are to be packed: those with which the measured cases lose the least time."""
+        whole = {(row.tokens, row.skipped): row.relative for row in self.rows if row.route == "whole"}
+        pairs = [
+            (self._saved(row), row.relative - whole[row.tokens, row.skipped])
+            for row in self.rows
+            if row.route == "packed"
+        ]
+        return min(
+            [0.0, *sorted(saved for saved, _ in pairs)],
+            key=lambda limit: sum(longer for saved, longer in pairs if saved > limit),
+        )
+
+    def _saved(self, row: LayerTime) -> float:
+        return float(row.skipped * 4 * self.hidden**2)  # as the router counts
+
+    def relative(self, kv: KVPolicy, tokens: float, skipped: Float[Tensor, "*any"]) -> Float[Tensor, "*any"]:
+        """Time of a layer that shares of its tokens skip, dense is 1; linear between the cases that were measured.
+
+        Args:
+            kv: K/V policy.
+            tokens: of the prompt; beyond those that were measured, as the nearest.
+            skipped: shares.
+        """
+        limit, sizes = self.packing_pays, sorted(self.dense)
+        place = float(np.interp(log(max(tokens, 1.0)), [log(size) for size in sizes], range(len(sizes))))
+        curves = []
+        for size in (sizes[int(place)], sizes[min(int(place) + 1, len(sizes) - 1)]):
+            rows = [row for row in self.rows if (row.tokens, row.kv) == (size, kv)]
+            taken = [r for r in rows if r.route in (None, "packed" if self._saved(r) > limit else "whole")]
+            shares, times = zip(*sorted((row.skipped / size, row.relative) for row in taken), strict=True)
+            curves.append(torch.from_numpy(np.interp(skipped.double().numpy(), shares, times)))
+        return torch.lerp(curves[0], curves[1], place % 1)
+
+    def save(self, path: Path) -> None:
+        """Write it, with what the router reads of it.
+
+        Raises:
+            CheckpointError: it cannot be written.
+        """
+        with writing(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+        save_json(path, {**asdict(self), "packing_pays": self.packing_pays, "made_by": provenance()})
+
+
+def load_times(path: Path) -> LayerTimes:
+    """Read what `skipit bench` has written.
+
+    Raises:
+        CheckpointError: it is damaged.
+    """
+    values = load_json(path)
+    try:
+        known = {name: values[name] for name in ("device", "dtype", "hidden", "linear", "clock")}
+        dense = {int(tokens): float(ms) for tokens, ms in values["dense"].items()}
+        return LayerTimes(**known, dense=dense, rows=tuple(LayerTime(**row) for row in values["rows"]))
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise CheckpointError(f"{path} is not what `skipit bench` writes: {error!r}. Run it again.") from error
