@@ -12,6 +12,7 @@ import torch
 from families import LAYERS, ROWS, WIDTH, attention_of, build, inputs
 from tiny_models import FAMILIES, PATTERNS, logits, same
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from skipit.router import (
     Decision,
@@ -318,6 +319,20 @@ class TestBudgetsPerInput:
             model(**batch, use_cache=False).logits.square().mean().backward()
         assert all(p.grad.abs().sum() > 0 for n, p in model.named_parameters() if "layer_gate.weight" in n)
 
+    @EVERY_POLICY
+    def test_the_device_is_waited_for_no_more_often(self, kv: str, monkeypatch: pytest.MonkeyPatch) -> None:
+        model, batch = gated("llava", kv=kv), inputs("llava", ROWS)
+        tolist, listed = Tensor.tolist, []
+        monkeypatch.setattr(Tensor, "tolist", lambda tensor: listed.append(1) or tolist(tensor))
+        reads = {}
+        for per, budget in (("data", None), ("input", 0.8)):
+            listed.clear()
+            with Reads() as counted:
+                logits(model, batch, budget_per=per, budget=budget)
+            reads[per] = (len(listed), counted.count)
+        assert reads["input"] == reads["data"]
+        assert reads["data"][0] == 1
+
     def test_the_default_budget_is_that_of_the_default_point(self) -> None:
         model, batch = (
             gated("llava", budget_per="input", operating_points={"0.8": 0.0, "0.5": 1.0}),
@@ -385,6 +400,20 @@ class TestBudgetsPerInput:
             logits(model, one, budget_per="input", budget=0.8)
         with pytest.raises(UnsupportedModelError, match="`budget_per`: 'input' has no price for layers"):
             logits(gated("mllama"), inputs("mllama", ROWS), budget_per="input", budget=0.8)
+
+
+class Reads(TorchDispatchMode):
+    """Counts the operators that wait for the device, but for `tolist`, which is none."""
+
+    WAITING = (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += func in self.WAITING
+        return func(*args, **(kwargs or {}))
 
 
 def share(costs: CostModel, run: Tensor, real: Tensor, kv: Any, unit: Any) -> float:
