@@ -114,7 +114,7 @@ class Comparison:
         first = next(iter(self.outcomes.values()))
         notes += [f"Accuracy: {first.scored_by}."] if first.scored_by != "exact match" else []
         notes += [f"ms: medians of {repeats} interleaved repeats of one row. Speed-up: over dense, pair by pair."]
-        notes += ["Ideal: all layers over those that a decoding step of this row enters."]
+        notes += ["Ideal: the decoder's layers over those that a decoding step of this row enters."]
         if self.tracking:
             notes += [
                 "Rank corr.: Spearman over (layer, modality) units; negative: redundant units are skipped more.",

@@ -14,7 +14,7 @@ from scipy.stats import binom
 from torch import Tensor
 
 from skipit.eval.metrics.compute import speed_up
-from skipit.router import Trace, running
+from skipit.router import SkipItError, Trace, find_router, running
 from skipit.router.measured import processor
 
 
@@ -100,11 +100,15 @@ def time_models(
 
 
 def _decode_ideal(subject: Subject, inputs: dict[str, Tensor], steps: int) -> float:
+    try:
+        find_router(subject.model)
+    except SkipItError:
+        return 1.0
     trace = Trace()
     with subject.context(), running(trace=trace):
         run_once(subject.model, inputs, steps)
-    ran = [step.run.any(-1).any(-1) for step in trace.steps[1 : steps + 1]]  # nothing is traced in a dense model
-    return 1.0 if not ran else float(torch.stack(ran).numel() / torch.stack(ran).sum().clamp(min=1))
+    entered = torch.stack([step.run.flatten(1).any(-1) for step in trace.steps[1 : steps + 1]])
+    return float(entered.numel() / entered.sum().clamp(min=1))
 
 
 def median_interval(values: Sequence[float], confidence: float = 0.95) -> tuple[float, float] | None:

@@ -81,7 +81,7 @@ def test_the_table_explains_itself(comparison: Comparison) -> None:
     assert "medians of 15" in without
     assert "p_shift" not in without
     one_kind = {"dense": outcome(0.5, 1.0, {"all": 0.5})}
-    assert "all" not in Comparison(one_kind, comparison.latency, comparison.same_answer, {}).table()
+    assert "  all" not in Comparison(one_kind, comparison.latency, comparison.same_answer, {}).table()
 
 
 def test_json(comparison: Comparison) -> None:

@@ -8,13 +8,14 @@ from typing import Any
 
 import pytest
 import torch
-from families import build, processor
+from families import build, inputs, processor
 from families.family import picture
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from skipit.eval.measure import latency
 from skipit.eval.measure.latency import Subject, hardware, time_models
+from skipit.router import FixedUnits, attach, running
 
 INPUTS = {"input_ids": torch.tensor([[5, 6, 7]]), "attention_mask": torch.ones(1, 3, dtype=torch.long)}
 
@@ -128,9 +129,18 @@ def test_a_real_clock(monkeypatch: pytest.MonkeyPatch) -> None:
     assert figures.decode_ms > 0
     assert json.loads(json.dumps(figures.to_json())).keys() == {
         "prefill_ms", "decode_ms", "prefill_speed_up", "decode_speed_up", "repeats",
-        "prefill_interval", "decode_interval",
+        "prefill_interval", "decode_interval", "decode_ideal",
     }  # fmt: skip
     assert figures.prefill_interval is None, "one repeat has no interval"
+
+
+def test_the_ideal_counts_the_layers_that_are_entered() -> None:
+    model, batch = build("llava"), inputs("llava", [[5, "image", 6, 7]])
+    attach(model)
+    nobody = torch.tensor([[True, True], [False, True], [False, True], [True, True]])  # vision has no tokens to decode
+    subjects = {"all": Subject(model), "half": Subject(model, lambda: running(policy=FixedUnits(nobody)))}
+    found = time_models(subjects, batch, decode_steps=2, repeats=1)
+    assert {name: one.decode_ideal for name, one in found.items()} == {"all": 1.0, "half": 2.0}
 
 
 def test_the_interval_of_a_median() -> None:
