@@ -12,12 +12,12 @@ from typing import Any, Literal, NamedTuple, Protocol
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
-from torch import Tensor
+from torch import Tensor, nn
 
 from .cache import SkipCache, SkipCacheLayer
 from .config import Granularity, KVPolicy, Unit
 from .errors import InputError
-from .gates import TokenGate
+from .gates import Stacked, TokenGate
 from .modality import MODALITIES
 from .stretch import Decision, Return, Stretch
 
@@ -149,6 +149,7 @@ class Call:
         cache: of keys and values, and of what a prompt has decided; or None.
         step: where decisions are recorded, or None.
         learning: whether it was made with gradients.
+        held: parameters of gates, kept together for as long as `generate` runs.
     """
 
     policy: Policy
@@ -167,6 +168,7 @@ class Call:
     cache: SkipCache | None
     step: Step | None
     learning: bool
+    held: dict[nn.Module, Stacked] | None = None
     _stretches: dict[int, Stretch] = field(default_factory=dict)
 
     @cached_property

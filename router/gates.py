@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from contextlib import nullcontext
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -39,6 +40,13 @@ class TokenGate(nn.Module):
         return scores.gather(-1, modality[..., None]).squeeze(-1)
 
 
+class Stacked(NamedTuple):
+    """Parameters of several gates, one below the other, in fp32."""
+
+    weight: Float[Tensor, "rows dim"]
+    bias: Float[Tensor, " rows"]
+
+
 def _plain(gate: nn.Module) -> bool:
     """Whether nothing waits for the gate to be called, as hooks of ZeRO-3 and of offloading do."""
     hooked = gate._forward_pre_hooks or gate._forward_hooks or "forward" in vars(gate)
@@ -46,16 +54,30 @@ def _plain(gate: nn.Module) -> bool:
 
 
 def logits_of(
-    gates: Sequence[TokenGate], hidden: Float[Tensor, "batch seq dim"], modality: Int[Tensor, "batch seq"]
+    gates: Sequence[TokenGate],
+    hidden: Float[Tensor, "batch seq dim"],
+    modality: Int[Tensor, "batch seq"],
+    held: dict[nn.Module, Stacked] | None = None,
 ) -> Float[Tensor, "layers batch seq"]:
-    """Logits of gates that read the same states: one linear map, where nothing waits for each to be called."""
-    if not all(map(_plain, gates)):
-        return torch.stack([gate(hidden, modality).to(hidden.device) for gate in gates])
-    device = hidden.device
-    weight = torch.cat([gate.weight.to(device) for gate in gates]).float()
-    bias = torch.cat([gate.bias.to(device) for gate in gates]).float()
+    """Logits of gates that read the same states: one linear map, where nothing waits for each to be called.
+
+    Args:
+        gates: of consecutive layers.
+        hidden: what they read.
+        modality: 0 text, 1 vision.
+        held: keeps their parameters together while none changes, by the first gate; None keeps nothing.
+    """
+    stacked = None if held is None else held.get(gates[0])
+    if stacked is None:
+        if not all(map(_plain, gates)):
+            return torch.stack([gate(hidden, modality).to(hidden.device) for gate in gates])
+        every = ([getattr(gate, name).to(hidden.device) for gate in gates] for name in ("weight", "bias"))
+        stacked = Stacked(*(torch.cat(parameters).float() for parameters in every))
+        if held is not None and not torch.is_grad_enabled():
+            held[gates[0]] = stacked
     # Entering the context takes longer than scoring a token.
-    with torch.autocast(device.type, enabled=False) if torch.is_autocast_enabled(device.type) else nullcontext():
-        scores = F.linear(normalize(hidden), weight, bias).unflatten(-1, (len(gates), -1))
+    device = hidden.device.type
+    with torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext():
+        scores = F.linear(normalize(hidden), *stacked).unflatten(-1, (len(gates), -1))
     chosen = modality[..., None, None].expand(*scores.shape[:-1], 1)
     return scores.gather(-1, chosen).squeeze(-1).permute(2, 0, 1)

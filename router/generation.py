@@ -55,7 +55,7 @@ class BudgetedModel(Mixin, _Model):
         asked = (kwargs, {} if generation_config is None else vars(generation_config), vars(self.generation_config))
         guidance = next((one["guidance_scale"] for one in asked if one.get("guidance_scale") is not None), 1)
         length = None if prompt is None else prompt.shape[1]
-        with within(replace(options, prompt_length=length, guided=guidance != 1)):
+        with within(replace(options, prompt_length=length, guided=guidance != 1, held={})):
             return super().generate(inputs, generation_config, *args, **kwargs)  # type: ignore[misc]
 
 

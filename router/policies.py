@@ -29,7 +29,7 @@ class Gated:
         self, layers: range, hidden: Float[Tensor, "batch seq dim"], call: Call, gates: Sequence[TokenGate]
     ) -> Decision:
         """Run where a gate's logit exceeds the threshold."""
-        logits = logits_of(gates, hidden, call.modality)
+        logits = logits_of(gates, hidden, call.modality, call.held)
         if call.granularity == "sequence":
             logits = call.pooled(layers, logits)
         return _above(logits, self.threshold, call)
@@ -53,7 +53,7 @@ class GatedPerInput:
         Raises:
             InputError: so little can no prompt spend, or no prompt has.
         """
-        logits = logits_of(gates, hidden, call.modality)
+        logits = logits_of(gates, hidden, call.modality, call.held)
         store = None if call.cache is None else call.cache.layers[0]
         if store is not None and call.past > 0:
             if store.threshold is None:

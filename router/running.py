@@ -34,6 +34,7 @@ from .config import (
 )
 from .costs import LayerCost, layer_costs
 from .errors import InputError, RouterConfigError, UnsupportedModelError
+from .gates import Stacked
 from .modality import token_modality
 from .policies import Gated, GatedPerInput
 
@@ -51,6 +52,7 @@ class _Running:
     prompt: Bool[Tensor, "batch seq"] | None = None
     prompt_length: int | None = None  # which `generate` knows: tokens per row, padding counted
     guided: bool = False  # `generate` also runs another prompt, without conditions
+    held: dict[nn.Module, Stacked] | None = None  # in `generate`, see `Call.held`
     trace: Trace | None = None
 
     def __post_init__(self) -> None:
@@ -225,6 +227,7 @@ class Router:
             cache=cache,
             step=step,
             learning=torch.is_grad_enabled(),
+            held=options.held,
         )
         return (), {**kwargs, KWARG: call}
 
