@@ -24,8 +24,8 @@ from skipit.router.config import KVPolicy
 from skipit.router.decoder import find_decoder
 from skipit.router.folders import provenance, save_json
 
+from .options import command, markdown
 from .shapes import bench_small, prompt
-from .study import command, markdown
 
 FREE = ("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "_unsafe_view")
 TWICE = ("index_copy", "index_put", "index_fill", "masked_fill", "masked_scatter", "scatter", "scatter_add")
@@ -142,17 +142,22 @@ def models(decide_at: tuple[int, ...] | None = (0,), image_tokens: int = 576) ->
     return dense, gated
 
 
-@torch.no_grad()
 def count_calls(model: Any, inputs: dict[str, Tensor], **options: Any) -> list[Counts]:
-    """Counts of a prefill and of two decoding steps after it: `CALLS`."""
-    found, given = [], dict(inputs)
-    for _ in CALLS:
-        with running(**options), counting(model) as counts:
-            output = model(**given, use_cache=True, logits_to_keep=1)
-        found.append(counts)
-        ids = output.logits.argmax(-1)
-        mask = torch.cat([given["attention_mask"], torch.ones_like(ids)], dim=1)
-        given = {"input_ids": ids, "attention_mask": mask, "past_key_values": output.past_key_values}
+    """Counts of a prefill and two decoding steps, `CALLS`; without what `generate` does between them."""
+    found: list[Counts] = []
+    open_block = ExitStack()
+    hooks = [
+        model.register_forward_pre_hook(
+            lambda *_: found.append(open_block.enter_context(counting(model))), prepend=True
+        ),
+        model.register_forward_hook(lambda *_: open_block.close()),
+    ]
+    try:
+        with running(**options), open_block:
+            model.generate(**inputs, max_new_tokens=len(CALLS), min_new_tokens=len(CALLS), do_sample=False)
+    finally:
+        for hook in hooks:
+            hook.remove()
     return found
 
 
