@@ -24,7 +24,8 @@ class Latency:
     """Medians over interleaved repeats, in milliseconds, and ratios to the first model.
 
     Attributes:
-        prefill_ms: one forward over the prompt (vision tower included), with a cache.
+        prefill_ms: one forward over the prompt, with a cache; without the vision tower where `generate` runs it before,
+            as transformers 5.23 does.
         decode_ms: one decoding step.
         prefill_speed_up: prefill time of the first model over this one's, median of the ratios pair by pair.
         decode_speed_up: the same for a decoding step.

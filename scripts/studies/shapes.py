@@ -69,7 +69,12 @@ def bench_qwen(
         "out_hidden_size": hidden,
         "fullatt_block_indexes": [*range(7, tower, 8)],
     }
-    special = {"image_token_id": IMAGE_TOKEN, "video_token_id": 4, "vision_start_token_id": 5, "vision_end_token_id": 6}
+    special: dict[str, Any] = {
+        "image_token_id": IMAGE_TOKEN,
+        "video_token_id": 4,
+        "vision_start_token_id": 5,
+        "vision_end_token_id": 6,
+    }
     config = Qwen2_5_VLConfig(text_config=text, vision_config=vision, **special)
     return _made(Qwen2_5_VLForConditionalGeneration, config, dtype, device or _default_device())
 
