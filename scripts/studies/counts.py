@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from typing import Any, get_args
+from typing import Any
 from unittest.mock import patch
 
 import torch
@@ -20,7 +20,6 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from skipit.router import RouterConfig, attach, running, set_gates
-from skipit.router.config import KVPolicy
 from skipit.router.decoder import find_decoder
 from skipit.router.folders import provenance, save_json
 
@@ -35,6 +34,11 @@ OUTSIDE = -1
 EVERYONE, SOME, NOBODY = 0, (1, 2), 3  # who runs which layer of the model that is counted
 CALLS = ("prefill", "first step", "later step")
 # What each launch is for that the dense layer does not have; one that is not here has no reason.
+WAYS: dict[str, dict[str, Any]] = {  # options of `running`; which route is the faster one depends on the machine
+    "retain": {"kv": "retain", "route": "whole"},
+    "retain, packed queries": {"kv": "retain", "route": "packed"},
+    "evict": {"kv": "evict"},
+}
 LAYER = {
     ("retain", "index_select"): "the tokens that run, packed for the MLP",
     ("retain", "zeros_like"): "what the MLP gives for tokens that skip",
@@ -162,16 +166,16 @@ def count_calls(model: Any, inputs: dict[str, Tensor], **options: Any) -> list[C
 
 
 def overview(batches: Sequence[int] = (1, 4)) -> list[dict[str, Any]]:
-    """Launches beyond the dense model's by batch, policy and call: of layers, and of one decision; reads likewise."""
+    """Launches beyond the dense model's by batch, way and call: of layers, and of one decision; reads likewise."""
     dense, gated = models()
     rows = []
     for batch in batches:
         inputs = prompt(576, 64, batch)
         base = count_calls(dense, inputs)
-        for kv in get_args(KVPolicy):
-            for call, got, own in zip(CALLS, count_calls(gated, inputs, kv=kv), base, strict=True):
+        for way, options in WAYS.items():
+            for call, got, own in zip(CALLS, count_calls(gated, inputs, **options), base, strict=True):
                 more = {layer: got.of(layer).total() - own.of(layer).total() for layer in (OUTSIDE, *range(5))}
-                row = {"call": call, "batch": batch, "kv": kv, "dense": own.of(0).total(), "everyone": more[EVERYONE]}
+                row = {"call": call, "batch": batch, "way": way, "dense": own.of(0).total(), "everyone": more[EVERYONE]}
                 row |= {"some": more[SOME[1]], "nobody": got.of(NOBODY).total()}
                 # The first layer that some tokens run finds the places of all layers' tokens.
                 row |= {"decision": more[OUTSIDE] + max(0, more[SOME[0]] - more[SOME[1]])}
@@ -184,8 +188,8 @@ def reasons() -> list[tuple[str, str, int, str]]:
     dense, gated = models()
     inputs = prompt(576, 64, 1)
     (own, *_), rows = count_calls(dense, inputs), []
-    for kv in get_args(KVPolicy):
-        got = count_calls(gated, inputs, kv=kv)[0]
+    for kv in ("retain", "evict"):
+        got = count_calls(gated, inputs, **WAYS[kv])[0]
         layer = SOME[1]
         rows += [
             (kv, name, n, LAYER.get((kv, name)) or LAYER["both", name])
@@ -199,10 +203,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Print tables and optionally write JSON."""
     given = command(__name__, __doc__, file=None).parse_args(argv)
     rows, why = overview(), reasons()
-    head = ["call", "batch", "policy", "dense layer", "all run", "some run", "nobody runs", "one decision", "reads"]
+    head = ["call", "batch", "way", "dense layer", "all run", "some run", "nobody runs", "one decision", "reads"]
     print(
         markdown(
-            head, [[str(value) for value in (r["call"], r["batch"], r["kv"], *list(r.values())[3:])] for r in rows]
+            head, [[str(value) for value in (r["call"], r["batch"], r["way"], *list(r.values())[3:])] for r in rows]
         )
     )
     print(

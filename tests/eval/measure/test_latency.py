@@ -13,7 +13,7 @@ from families.family import picture
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from skipit.eval.measure import latency
+from skipit.eval.measure import latency, stopwatch
 from skipit.eval.measure.latency import Subject, hardware, time_models
 
 INPUTS = {"input_ids": torch.tensor([[5, 6, 7]]), "attention_mask": torch.ones(1, 3, dtype=torch.long)}
@@ -54,7 +54,7 @@ class Model(LlamaForCausalLM):
 @pytest.fixture
 def machine(monkeypatch: pytest.MonkeyPatch) -> Machine:
     machine = Machine()
-    monkeypatch.setattr(latency, "_now", machine.now)
+    monkeypatch.setattr(stopwatch, "now", machine.now)
     return machine
 
 
