@@ -159,6 +159,7 @@ def gathered(module: nn.Module, hidden: States, skipped: States, execution: Exec
             store.pass_over(tokens)
         return skipped
     layout, mask = execution.layout, kwargs.get("attention_mask")
+    index = layout.index(call.past)
     plain = mask is None and batch == 1 and (store is None or not store.partial)  # nothing but causal attention
     if call.kv == "retain":
         keys, values = _keys_and_values(module, hidden, execution.stretch.padded, kwargs)
@@ -172,13 +173,11 @@ def gathered(module: nn.Module, hidden: States, skipped: States, execution: Exec
         if plain:
             layout = replace(layout, spans=execution.stretch.spans(execution.layer, call.past))
     else:
-        held = Packed(store, layout, call.past, tokens)
+        held = Packed(store, layout, index, tokens)
         plain = plain and call.past == 0
-        key = layout.index(call.past)
-        if call.past:
-            key = torch.cat([_indices(store, call.past, 0, hidden), key], dim=1)
+        key = torch.cat([_indices(store, call.past, 0, hidden), index], dim=1) if call.past else index
     if call.kv == "retain" or not plain:
-        mask = visible_keys(mask, layout.index(call.past), key, call.past)
+        mask = visible_keys(mask, index, key, call.past)
     packed = _pack(kwargs, layout) | {"past_key_values": held, LAYOUT_KWARG: layout, "attention_mask": mask}
     return _unpack(skipped, run(module, layout.pack(hidden), packed), layout)
 

@@ -8,7 +8,7 @@ from collections import defaultdict
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from .attention import Layout
@@ -71,15 +71,17 @@ class HeldImages:
 class Packed:
     """Puts the keys and values of packed tokens, the only ones a layer will have, into rows."""
 
-    def __init__(self, store: SkipCacheLayer | None, layout: Layout, past: int, tokens: int) -> None:
-        self.store, self.layout, self.past, self.tokens = store, layout, past, tokens
+    def __init__(
+        self, store: SkipCacheLayer | None, layout: Layout, index: Int[Tensor, "batch width"], tokens: int
+    ) -> None:
+        self.store, self.layout, self.index, self.tokens = store, layout, index, tokens
 
     def update(self, keys: Keys, values: Values, *args: Any, **kwargs: Any) -> KeysAndValues:
         """Store them where there is a store; give all that there are."""
         keys, values = self.layout.to_rows(keys), self.layout.to_rows(values)
         if self.store is None:
             return keys, values
-        return self.store.append(keys, values, self.layout.index(self.past), self.tokens)
+        return self.store.append(keys, values, self.index, self.tokens)
 
 
 class Marked:

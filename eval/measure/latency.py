@@ -2,7 +2,6 @@
 
 import os
 import statistics
-import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
@@ -17,13 +16,16 @@ from skipit.eval.metrics.compute import speed_up
 from skipit.router import SkipItError, Trace, find_router, running
 from skipit.router.measured import processor
 
+from .stopwatch import run_once
+
 
 @dataclass(frozen=True)
 class Latency:
     """Medians over interleaved repeats, in milliseconds, and ratios to the first model.
 
     Attributes:
-        prefill_ms: one forward over the prompt (vision tower included), with a cache.
+        prefill_ms: one forward over the prompt, with a cache; without the vision tower where `generate` runs it before,
+            as transformers 5.23 does.
         decode_ms: one decoding step.
         prefill_speed_up: prefill time of the first model over this one's, median of the ratios pair by pair.
         decode_speed_up: the same for a decoding step.
@@ -123,34 +125,6 @@ def median_interval(values: Sequence[float], confidence: float = 0.95) -> tuple[
     last = int(binom.ppf((1 - confidence) / 2, len(values), 0.5)) - 1
     # `ppf` is the smallest k with P(Bin <= k) of at least the tail; one below it has at most the tail.
     return (sorted(values)[last], sorted(values)[-1 - last]) if last >= 0 else None
-
-
-def run_once(model: Any, inputs: dict[str, Tensor], steps: int) -> tuple[float, float]:
-    """Seconds of a prefill, and of one of the `steps` greedy decoding steps after it.
-
-    The model's calls within `generate()` are timed, and nothing between them: what each family needs beside ids and a
-    mask, such as positions of a picture's rows and columns, only its own preparation knows.
-    """
-    device = next(model.parameters()).device
-    started: list[float] = []
-    seconds: list[float] = []
-    hooks = [
-        model.register_forward_pre_hook(lambda *_: started.append(_now(device)), prepend=True),
-        model.register_forward_hook(lambda *_: seconds.append(_now(device) - started[-1])),
-    ]
-    length = {"max_new_tokens": steps + 1, "min_new_tokens": steps + 1}
-    try:
-        model.generate(**inputs, **length, do_sample=False, num_beams=1, use_cache=True)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return seconds[0], sum(seconds[1 : steps + 1]) / steps
-
-
-def _now(device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()
 
 
 def hardware(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:

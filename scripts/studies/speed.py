@@ -6,7 +6,6 @@ time of a prefill goes). Skips are spread evenly over tokens and layers, so that
 falling away, unless a row says otherwise. Every time is a median of interleaved repeats against the untouched model.
 """
 
-import copy
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -16,7 +15,8 @@ from typing import Any, get_args
 import torch
 from torch import Tensor
 
-from skipit.eval.measure.latency import Subject, run_once, time_models
+from skipit.eval.measure.latency import Subject, time_models
+from skipit.eval.measure.stopwatch import run_once
 from skipit.router import Decision, FixedUnits, LayerByLayer, Trace, attach, running
 from skipit.router.call import Call
 from skipit.router.config import KVPolicy
@@ -25,7 +25,7 @@ from skipit.router.gates import TokenGate
 from skipit.theory.cost import CostModel, trace_compute
 
 from .memory import cache_bytes, peak_bytes
-from .shapes import SHAPES, prompt, to_model
+from .shapes import SHAPES, prompt, to_model, twin
 from .study import command, markdown
 
 UNTOUCHED, ATTACHED = "untouched", "gates attached, all run"
@@ -78,9 +78,7 @@ class Bench:
 
     def __init__(self, shape: str, batch: int, image_tokens: int, **size: int) -> None:
         self.dense = SHAPES[shape](image_tokens=image_tokens, **size)
-        # The same weights in memory: what is run more often must not be what is nearer.
-        shared = {id(p): p for p in (*self.dense.parameters(), *self.dense.buffers())}
-        self.gated = copy.deepcopy(self.dense, shared)
+        self.gated = twin(self.dense)
         attach(self.gated)
         self.costs = CostModel.of(self.dense)
         self.batch, self.image_tokens = batch, image_tokens

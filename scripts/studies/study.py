@@ -1,4 +1,4 @@
-"""What every study shares: rows, a profile, the one training of a reference router, cells that resume, and options."""
+"""What studies share: rows, a profile, the one training of a reference router, cells that resume; and `options.py`."""
 
 import argparse
 import hashlib
@@ -35,6 +35,8 @@ from skipit.train.run import train
 from skipit.train.run_folder import RUN_FILE
 
 from .answers import always, answers, right, same_rows
+from .options import command as command
+from .options import markdown as markdown
 
 
 @dataclass(frozen=True)
@@ -225,61 +227,3 @@ def once(
         path.parent.mkdir(parents=True, exist_ok=True)
         save_json(path, {**settings, "file": path.name, **measure(), **made})
     return load_json(path)
-
-
-def markdown(head: Sequence[str], rows: Iterable[Sequence[str]], text: Sequence[int] = (0,)) -> str:
-    """A table in Markdown: `text` columns are on the left, numbers on the right.
-
-    Example:
-        >>> print(markdown(["", "ms"], [["dense", "7.1"]]))
-        | | ms |
-        |---|---:|
-        | dense | 7.1 |
-    """
-    rule = "".join("|---" if column in text else "|---:" for column in range(len(head))) + "|"
-    lines = ("| " + "".join(f"{text} | " if text else "| " for text in row).rstrip() for row in (head, *rows))
-    first, *rest = lines
-    return "\n".join([first, rule, *rest])
-
-
-_OPTIONS: dict[str, tuple[str, type, str]] = {
-    "budget": ("--budget", float, "share of FLOPs"),
-    "budgets": ("--budgets", float, "shares of FLOPs"),
-    "seed": ("--seed", int, "of rows, training and random choices"),
-    "seeds": ("--seeds", int, "of rows, training and random choices"),
-    "steps": ("--steps", int, "of training"),
-    "batch_size": ("--batch-size", int, "rows of a training step"),
-    "lora_rank": ("--lora-rank", int, "of every training"),
-    "learning_rate": ("--learning-rate", float, "of LoRA"),
-    "samples": ("--samples --rows", int, "test rows"),
-    "calibration": ("--calibration --calibration-samples", int, "rows on which budgets are met"),
-    "profiled": ("--profiled --profile-samples", int, "rows of the profile"),
-    "repeats": ("--repeats", int, "of everything that is timed; the median counts"),
-    "out": ("--out", Path, "folder; what is finished there is not measured again"),
-    "file": ("--out", Path, "JSON file to write"),
-}
-
-
-def command(module: str, doc: str | None, **defaults: Any) -> argparse.ArgumentParser:
-    """The parser of a study, with those of the shared options that it takes.
-
-    Args:
-        module: its `__name__`, which is its command's.
-        doc: its `__doc__`.
-        **defaults: of the options, by where their values go; a list takes several.
-    """
-    name = module.removeprefix("studies.").replace("_", "-")
-    parser = argparse.ArgumentParser(
-        f"scripts/study {name}", description=doc, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    for value, default in defaults.items():
-        flags, kind, what = _OPTIONS[value]
-        parser.add_argument(
-            *flags.split(),
-            dest=value,
-            type=kind,
-            nargs="+" if isinstance(default, list) else None,
-            default=default,
-            help=what if default is None else f"{what} (default %(default)s)",
-        )
-    return parser

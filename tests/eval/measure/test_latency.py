@@ -13,7 +13,7 @@ from families.family import picture
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from skipit.eval.measure import latency
+from skipit.eval.measure import latency, stopwatch
 from skipit.eval.measure.latency import Subject, hardware, time_models
 from skipit.router import FixedUnits, attach, running
 
@@ -55,7 +55,7 @@ class Model(LlamaForCausalLM):
 @pytest.fixture
 def machine(monkeypatch: pytest.MonkeyPatch) -> Machine:
     machine = Machine()
-    monkeypatch.setattr(latency, "_now", machine.now)
+    monkeypatch.setattr(stopwatch, "now", machine.now)
     return machine
 
 
