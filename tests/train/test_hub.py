@@ -1,5 +1,6 @@
 """Uploading a checkpoint, and running one by its Hub id; the Hub is a folder here."""
 
+import secrets
 import shutil
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from skipit.router.checkpoint import save_gated
 from skipit.train.hub import check_repository, push
 
 REPOSITORY = "someone/gated"
-COMMIT = "0123456789abcdef0123456789abcdef01234567"
+COMMIT = secrets.token_hex(20)  # transformers keeps a commit's code for good, also that of another version of ours
 
 
 class LocalHub:
