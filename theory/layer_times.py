@@ -11,11 +11,11 @@ from torch import Tensor
 
 from skipit.router.call import Route
 from skipit.router.config import KVPolicy
+from skipit.router.costs import LayerCost
 from skipit.router.errors import CheckpointError, InputError
 from skipit.router.folders import load_json, provenance, save_json, writing
 from skipit.router.measured import bench_file
 
-from .cost import LayerCost
 from .profile import Profile
 
 

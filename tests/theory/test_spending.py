@@ -6,9 +6,9 @@ import pytest
 import torch
 from made_profiles import made_profile
 
+from skipit.router.costs import LayerCost
 from skipit.router.errors import InputError
 from skipit.router.measured import bench_file
-from skipit.theory.cost import LayerCost
 from skipit.theory.layer_times import LayerTime, LayerTimes, times_for
 from skipit.theory.plan import LOGIT_LIMIT, Plan, make_plan
 from skipit.theory.profile import Profile
