@@ -231,7 +231,7 @@ class SkipCacheLayer(DynamicLayer):
             raise ValueError(f"`tokens_to_remove`: got {tokens_to_remove}, expected zero or a negative number.")
         self.settle()
         index = self.index
-        self.seen = max(0, self.seen + tokens_to_remove)
+        self.seen = max(0, self.seen + int(tokens_to_remove))  # transformers 5.17 gives a tensor
         if not self.is_initialized:
             return
         if index is None:

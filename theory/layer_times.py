@@ -11,8 +11,12 @@ from torch import Tensor
 
 from skipit.router.call import Route
 from skipit.router.config import KVPolicy
-from skipit.router.errors import CheckpointError
+from skipit.router.costs import LayerCost
+from skipit.router.errors import CheckpointError, InputError
 from skipit.router.folders import load_json, provenance, save_json, writing
+from skipit.router.measured import bench_file
+
+from .profile import Profile
 
 
 @dataclass(frozen=True)
@@ -117,3 +121,35 @@ def load_times(path: Path) -> LayerTimes:
         return LayerTimes(**known, dense=dense, rows=tuple(LayerTime(**row) for row in values["rows"]))
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise CheckpointError(f"{path} is not what `skipit bench` writes: {error!r}. Run it again.") from error
+
+
+def times_for(profile: Profile) -> LayerTimes:
+    """What was measured on this machine of layers such as a profile's.
+
+    Raises:
+        InputError: nothing, or of other layers as wide as these.
+        CheckpointError: it is damaged.
+    """
+    hidden, layers = int(profile.damage["retain"].ridge.weight.shape[-1]), profile.costs.layers
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    dtypes = (torch.float32, torch.bfloat16, torch.float16)
+    # A profile does not say in what dtype it was measured, but what its keys and values take.
+    of_size = [d for d in dtypes if any(_element_size(layer, hidden) == d.itemsize for layer in layers)]
+    path = next((p for p in (bench_file(device, dtype, hidden) for dtype in of_size) if p.is_file()), None)
+    if path is None:
+        raise InputError(
+            f"`latency`: nothing was measured of layers {hidden} wide on this machine, which takes less than a minute: "
+            "`skipit bench MODEL`."
+        )
+    times = load_times(path)
+    if not any(abs(layer.linear / times.linear - 1) < 0.01 for layer in layers):
+        raise InputError(
+            f"`latency`: {path} is of layers that spend {times.linear:g} FLOPs per token, this model's spend "
+            f"{layers[0].linear:g}. Measure them: `skipit bench MODEL`."
+        )
+    return times
+
+
+def _element_size(layer: LayerCost, hidden: int) -> int:
+    values = layer.keys_values / (2 * hidden)  # numbers of a token in the cache, keys and values
+    return round(layer.kv_bytes / values) if values else 0

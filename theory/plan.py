@@ -18,7 +18,9 @@ from skipit.router.config import KVPolicy, Unit
 from skipit.router.errors import InputError, short
 from skipit.router.gates import TokenGate
 
+from .layer_times import LayerTimes
 from .profile import Profile
+from .spending import Flops, Latency
 
 Init = Literal["theory", "theory-bias", "zero", "run"]
 SpanMode = Literal["late-entry", "early-exit", "both"]  # constant gates, see modes.py
@@ -139,7 +141,12 @@ def bisect(excess: Callable[[float], float], low: float, high: float, steps: int
 
 
 def make_plan(
-    profile: Profile, budget: float, kv: KVPolicy = "retain", init: Init = "theory", sharpness: float = 1.0
+    profile: Profile,
+    budget: float,
+    kv: KVPolicy = "retain",
+    init: Init = "theory",
+    sharpness: float = 1.0,
+    times: LayerTimes | None = None,
 ) -> Plan:
     """Gates for a budget, in closed form from a profile.
 
@@ -153,9 +160,13 @@ def make_plan(
         kv: K/V policy.
         init: which gates to make.
         sharpness: k, logits per unit of log damage.
+        times: of layers on this machine. With them `budget` is a share of the dense layers' time for a prompt, and the
+            plan's budget the share of FLOPs that it comes to. A unit whose skipping saves no time runs, unless its
+            layer is left out for all tokens.
 
     Raises:
         ValueError: `budget` is not in (0, 1], or an unknown `init`.
+        InputError: no gates can be as fast as `budget`, on this machine.
     """
     check_budget(budget)
     if init not in get_args(Init):
@@ -166,32 +177,43 @@ def make_plan(
         bias = torch.full(units, TokenGate.OPEN if init == "run" else 0.0)
         rate = torch.full(units, 1.0 if init == "run" else 0.5)
         return Plan(weight, bias, float(budget), kv, init, profile.model, rate, dict(profile.about), profile.decide_at)
-    saving, cost = profile.saving(kv), profile.unit_cost(kv)
+    flops, time = Flops(profile, kv), None if times is None else Latency(profile, kv, times)
+    if time is not None:
+        time.check(budget)
+    spending: Flops | Latency = time or flops
+    saving = spending.saving().double()
     mean, std = _log_damage(profile, kv, init)
-    score = mean.double() - saving.log()  # log of the damage per FLOP of a typical token
-    here = mean.isfinite()
-    score = torch.where(here, score, 50.0)
-    wanted = max(budget * profile.total - profile.floor(kv), 0.0)
+    here = mean.isfinite() & (saving > 0)
+    saving = torch.where(here, saving, 1.0)
+    score = mean.double() - saving.log()  # log of the damage per what a typical token saves
+    spread = std.double().clamp(min=0.1)  # the smallest stands for what a prediction misses
 
     def rate_at(log_price: float) -> Tensor:
-        # A prediction is about normal over tokens. The smallest spread stands for what the prediction misses.
-        return torch.special.ndtr((score - log_price) / std.double().clamp(min=0.1))
+        # A prediction is about normal over tokens.
+        rate = torch.where(here, torch.special.ndtr((score - log_price) / spread), 1.0)
+        return rate if time is None else time.without_layers(rate, score, spread, log_price)
 
-    log_price = bisect(lambda x: float((rate_at(x) * cost).sum()) - wanted, -200.0, 100.0)
+    # Where whole layers fall away at a price, what is spent jumps: just above it the budget is kept.
+    log_price = bisect(lambda x: spending.share(rate_at(x)) - budget, -200.0, 100.0) + 1e-9
+    rate = rate_at(log_price)
+    out = (rate == 0).all(-1, keepdim=True) if time is not None else torch.zeros(len(rate), 1, dtype=torch.bool)
     if init == "theory":
-        weight = sharpness * ridge.weight.nan_to_num(0.0)
+        weight = sharpness * torch.where((here & ~out)[..., None], ridge.weight.nan_to_num(0.0), 0.0)
     base = mean
     if init == "theory":
         predicted = ridge.bias + mean - ridge.mean  # on the scale of the mean damage
         # Where nothing could be regressed (a unit that no answer depends on) the unit's mean stands for every token.
         base = torch.where(predicted.isfinite(), predicted, mean)
     bias = sharpness * (base.double() - saving.log() - log_price)
-    bias = torch.where(here, bias, LOGIT_LIMIT)
+    bias = torch.where(out, -LOGIT_LIMIT, torch.where(here, bias, LOGIT_LIMIT))
     if init == "theory-bias":
         bias = bias.clamp(-LOGIT_LIMIT, LOGIT_LIMIT)
     about = {**profile.about, "log_price": log_price, "sharpness": sharpness}
-    gates, rate = (weight.float(), bias.float()), rate_at(log_price).float()
-    return Plan(*gates, float(budget), kv, init, profile.model, rate, about, profile.decide_at)
+    gates = weight.float(), bias.float()
+    if times is not None:
+        about |= {"latency": budget, "expected_latency": spending.share(rate), "measured_on": times.device}
+        budget = flops.share(rate)
+    return Plan(*gates, float(budget), kv, init, profile.model, rate.float(), about, profile.decide_at)
 
 
 def _log_damage(profile: Profile, kv: KVPolicy, init: Init) -> tuple[Tensor, Tensor]:

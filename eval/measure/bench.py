@@ -22,7 +22,9 @@ from skipit.router.stretch import Decision
 from skipit.theory.cost import CostModel
 from skipit.theory.layer_times import LayerTime, LayerTimes
 
-LAYERS = 4  # of the decoder that is timed, so that what surrounds its layers matters little
+# Of the decoder that is timed, at most: as many layers as the model has, where they are so small that what surrounds
+# them, decisions above all, takes time beside theirs; but two of LLaVA-7B's.
+PARAMETERS = 10**8
 VOCABULARY = 16
 SHARES = (0.25, 0.5, 0.75)
 WAYS: tuple[tuple[KVPolicy, Route | None], ...] = (("retain", "packed"), ("retain", "whole"), ("evict", None))
@@ -75,16 +77,17 @@ def measure_layers(
     # The same weights in memory: what is run more often must not be what is nearer.
     gated = copy.deepcopy(dense, {id(tensor): tensor for tensor in (*dense.parameters(), *dense.buffers())})
     attach(gated, RouterConfig(layers="layers"))
-    now, clock = _clock(device)
+    now, clock = clock_of(device)
+    depth = len(dense.layers)  # type: ignore[arg-type]
     base, rows = {}, []
     for size in tokens:
         cases = [Case(kv, None, skipped) for kv in ("retain", "evict") for skipped in (0, size)]
         cases += [Case(kv, route, round(share * size)) for share in SHARES for kv, route in WAYS]
         found = _times(dense, gated, cases, size, now, seconds / len(tokens))
-        base[size] = 1000 * statistics.median(found[None]) / LAYERS
+        base[size] = 1000 * statistics.median(found[None]) / depth
         for case in cases:
             ratios = [a / b for a, b in zip(found[case], found[None], strict=True)]
-            ms = 1000 * statistics.median(found[case]) / LAYERS
+            ms = 1000 * statistics.median(found[case]) / depth
             rows.append(LayerTime(size, case.skipped, case.kv, case.route, ms, statistics.median(ratios)))
     cost = CostModel.of(dense, "layers").layers[0]
     width, kind = int(dense.config.hidden_size), str(dtype).removeprefix("torch.")  # type: ignore[union-attr, arg-type]
@@ -92,10 +95,11 @@ def measure_layers(
 
 
 def small_decoder(model: nn.Module, layers: str | None, dtype: torch.dtype, device: torch.device) -> nn.Module:
-    """A decoder with few layers like those of a model, a small vocabulary, and random weights."""
-    _, decoder, _ = find_decoder(model, layers)
+    """A decoder with layers like a model's, at most `PARAMETERS` in them, a small vocabulary, and random weights."""
+    _, decoder, stack = find_decoder(model, layers)
     config: Any = copy.deepcopy(decoder.config)
-    kinds = [kind for kind in layer_kinds(config) if kind != "cross_attention"][:LAYERS]
+    most = max(2, PARAMETERS // sum(p.numel() for p in stack[0].parameters()))
+    kinds = [kind for kind in layer_kinds(config) if kind != "cross_attention"][:most]
     config.num_hidden_layers, config.vocab_size, config.pad_token_id = len(kinds), VOCABULARY, None
     if getattr(config, "layer_types", None):
         config.layer_types = kinds
@@ -113,7 +117,7 @@ def _times(
     """Seconds of the decoder in every repeat, in turn, for the untouched one (None) and by case."""
     device = next(dense.parameters()).device
     ids = torch.randint(VOCABULARY, (1, size), device=device)
-    order = torch.rand(LAYERS, size, device=device).argsort(-1)
+    order = torch.rand(len(dense.layers), size, device=device).argsort(-1)  # type: ignore[arg-type]
     found: dict[Case | None, list[float]] = {case: [] for case in (None, *cases)}
     begun = time.perf_counter()
     for repeat in count():
@@ -131,7 +135,7 @@ def _times(
     raise AssertionError
 
 
-def _clock(device: torch.device) -> tuple[Callable[[], float], str]:
+def clock_of(device: torch.device) -> tuple[Callable[[], float], str]:
     """A clock, and what it counts."""
     if device.type == "cuda":
 

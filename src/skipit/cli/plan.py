@@ -16,6 +16,12 @@ def add_arguments(verb: Parser) -> None:
     verb.add_argument("profile", type=Path, help="folder made by `skipit profile`")
     verb.add_out()
     verb.add_argument("--budget", type=budget, default=0.5, help=f"{BUDGET} (default %(default)s)")
+    verb.add_argument(
+        "--latency",
+        type=budget,
+        default=None,
+        help="share of the dense layers' time for a prompt, instead of FLOPs, as `skipit bench` measured it here",
+    )
     verb.add_argument("--kv", choices=("retain", "evict"), default="retain", help=KV)
     verb.add_argument(
         "--init", choices=("theory", "theory-bias", "zero", "run"), default="theory", help="how gates are made"
@@ -43,6 +49,8 @@ def run(arguments: argparse.Namespace) -> None:
 
     rules = {"--max-damage": arguments.max_damage, "--eps": arguments.eps, "--nu": arguments.nu}
     rule = next((name for name, value in rules.items() if value is not None), None)
+    if arguments.latency is not None and (arguments.mode is not None or arguments.init in ("zero", "run")):
+        raise InputError("--latency is for gates made from the profile: leave out --mode, and --init zero or run.")
     if arguments.mode is not None:
         _plan_span(arguments)
     elif rule is not None:
@@ -53,18 +61,27 @@ def run(arguments: argparse.Namespace) -> None:
 
 def _plan_gates(arguments: argparse.Namespace) -> None:
     from skipit.theory.artefact import load_profile, save_plan
+    from skipit.theory.layer_times import times_for
     from skipit.theory.plan import check_reachable, make_plan
 
     profile = load_profile(arguments.profile)
-    check_reachable([arguments.budget], profile.least(arguments.kv), arguments.kv, "block")
-    plan = make_plan(profile, arguments.budget, arguments.kv, arguments.init)
+    if arguments.latency is None:
+        check_reachable([arguments.budget], profile.least(arguments.kv), arguments.kv, "block")
+        plan = make_plan(profile, arguments.budget, arguments.kv, arguments.init)
+    else:
+        plan = make_plan(profile, arguments.latency, arguments.kv, arguments.init, times=times_for(profile))
     save_plan(plan, arguments.out, arguments.overwrite)
     print(show(arguments.out, {RUNS: plan.run_rate}, shares=True))
     text, vision = plan.run_rate.mean(0).tolist()
     print(
-        f"{arguments.out}: {arguments.init} gates for {arguments.budget:.0%} of the FLOPs; "
+        f"{arguments.out}: {arguments.init} gates for {plan.budget:.0%} of the FLOPs; "
         f"expected to run {text:.0%} of text and {vision:.0%} of vision token-layers."
     )
+    if arguments.latency is not None:
+        print(
+            f"On this machine ({plan.about['measured_on']}) that is expected to take "
+            f"{plan.about['expected_latency']:.0%} of the dense layers' time for a prompt."
+        )
     print(f"Next: skipit train MODEL DATA --plan {arguments.out} --out DIR")
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from families import build
 
-from skipit.eval.measure.bench import LAYERS, SHARES, measure_layers, small_decoder
+from skipit.eval.measure.bench import SHARES, measure_layers, small_decoder
 from skipit.router import layer
 
 CPU = torch.device("cpu")
@@ -15,11 +15,16 @@ def test_small_decoder(family: str) -> None:
     model = build(family)
     decoder = small_decoder(model, None, torch.bfloat16, CPU)
     layers = list(decoder.layers)
-    assert 1 <= len(layers) <= LAYERS
+    assert 1 <= len(layers) <= model.config.get_text_config().num_hidden_layers
     assert next(decoder.parameters()).dtype == torch.bfloat16
     assert decoder.config.hidden_size == model.config.get_text_config().hidden_size
     times = measure_layers(model, dtype=torch.float32, device=CPU, tokens=[12], seconds=0)
     assert all(row.ms > 0 and row.relative > 0 for row in times.rows)
+
+
+def test_large_layers_are_timed_by_two(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("skipit.eval.measure.bench.PARAMETERS", 1)
+    assert len(list(small_decoder(build("llava"), None, torch.float32, CPU).layers)) == 2
 
 
 def test_cases(monkeypatch: pytest.MonkeyPatch) -> None:

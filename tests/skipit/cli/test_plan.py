@@ -55,6 +55,19 @@ def test_a_budget_below_what_is_always_spent_is_refused_with_that_figure(chain: 
     assert skipit("plan", chain / "profile", "--budget", 0.02, "--kv", "evict", "--out", tmp_path / "evict").code == 0
 
 
+def test_a_plan_in_time(chain: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SKIPIT_CACHE", str(tmp_path / "cache"))
+    line = ("plan", chain / "profile", "--latency", 0.6, "--out", tmp_path / "plan")
+    assert "nothing was measured of layers 128 wide on this machine" in refused(*line)
+    assert skipit("bench", "reference", "--tokens", 32, "--seconds", 0.1).code == 0
+    done = skipit(*line)
+    assert done.code == 0, done.err
+    plan = load_plan(tmp_path / "plan")
+    assert plan.about["latency"] == 0.6
+    assert f"is expected to take {plan.about['expected_latency']:.0%} of the dense layers' time" in done.out
+    assert "--latency is for gates made from the profile" in refused(*line, "--overwrite", "--mode", "both")
+
+
 @pytest.mark.parametrize("budget", [0.5, 0.25])
 def test_a_plan_of_evicting_gates_spends_what_was_asked(chain: Path, tmp_path: Path, budget: float) -> None:
     plan = ("plan", chain / "profile", "--kv", "evict", "--budget", budget, "--out", tmp_path / "plan")

@@ -1,0 +1,100 @@
+"""What a plan's gates may save and what they then spend: FLOPs by formulas, or time as measured on this machine."""
+
+from dataclasses import dataclass
+from math import exp
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from skipit.router.config import KVPolicy
+from skipit.router.errors import InputError
+
+from .layer_times import LayerTimes
+from .profile import Profile
+
+
+@dataclass(frozen=True)
+class Flops:
+    """FLOPs of a row of a profile."""
+
+    profile: Profile
+    kv: KVPolicy
+
+    def saving(self) -> Float[Tensor, "layers modality"]:
+        """FLOPs of a token."""
+        return self.profile.saving(self.kv)
+
+    def share(self, rate: Float[Tensor, "layers modality"]) -> float:
+        """Of the dense decoder's FLOPs."""
+        spent = self.profile.floor(self.kv) + float((rate * self.profile.unit_cost(self.kv)).sum())
+        return spent / self.profile.total
+
+
+@dataclass(frozen=True)
+class Latency:
+    """Time of the decoder's layers for the prompt of a row of a profile; layers are taken to be alike."""
+
+    profile: Profile
+    kv: KVPolicy
+    times: LayerTimes
+
+    def saving(self) -> Float[Tensor, "layers modality"]:
+        """Share of a layer's time, of a token when its unit alone is skipped by all."""
+        tokens = self.profile.tokens
+        saved = self._relative(torch.zeros_like(tokens)) - self._relative(tokens)
+        return torch.where(tokens > 0, saved / tokens.clamp(min=1e-9), 0.0).clamp(min=0.0)
+
+    def share(self, rate: Float[Tensor, "layers modality"]) -> float:
+        """Of the untouched layers' time."""
+        return float(self._layers(rate).mean())
+
+    def _layers(self, rate: Float[Tensor, "layers modality"]) -> Float[Tensor, " layers"]:
+        return self._relative(((1 - rate) * self.profile.tokens).sum(-1, keepdim=True))[:, 0]
+
+    def without_layers(
+        self,
+        rate: Float[Tensor, "layers modality"],
+        score: Float[Tensor, "layers modality"],
+        spread: Float[Tensor, "layers modality"],
+        log_price: float,
+    ) -> Float[Tensor, "layers modality"]:
+        """Shares that run, when layers are left out for all tokens where the time that this saves is worth its damage.
+
+        A layer that nobody runs is not entered, which on a small model is the only thing that saves time.
+
+        Args:
+            rate: shares that gates would run, token by token.
+            score: mean log of the damage per share of a layer's time that a token saves.
+            spread: of that over tokens, which is about normal.
+            log_price: of a layer's time, in damage.
+        """
+        damage = self.profile.damage[self.kv]
+        # Of a log-normal damage, the part below the price is that of a normal shifted by its variance.
+        skipped = torch.special.ndtr((log_price - score - spread.square()) / spread)
+        lost = torch.where(rate < 1, skipped, 0.0) * damage.tokens.nan_to_num(0.0)
+        more = damage.unit.nan_to_num(0.0).sum(-1) - lost.sum(-1)
+        faster = self._layers(rate) - self._layers(torch.zeros_like(rate))
+        return torch.where((more < exp(log_price) * faster)[:, None], 0.0, rate)
+
+    def least(self) -> float:
+        """The share when all tokens skip all layers."""
+        return self.share(torch.zeros_like(self.profile.tokens).double())
+
+    def check(self, latency: float) -> None:
+        """Refuse a share of the time that no gates can meet.
+
+        Raises:
+            InputError: it is below the least.
+        """
+        if latency < (least := self.least()):
+            raise InputError(
+                f"`latency`: got {latency:g}, expected at least {least:.3f} on this machine (kv {self.kv!r}): so much "
+                "of the dense layers' time is spent when every token skips every layer."
+            )
+
+    def _relative(self, skipped: Float[Tensor, "layers any"]) -> Float[Tensor, "layers any"]:
+        """Time of layers that so many tokens skip, dense is 1."""
+        tokens = self.profile.tokens.sum(-1)
+        share = skipped / tokens.clamp(min=1e-9)[:, None]
+        return self.times.relative(self.kv, float(tokens.max()), share.clamp(0, 1))
