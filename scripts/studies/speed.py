@@ -33,6 +33,7 @@ DECODE_STEPS = 8
 TOP_OPERATORS = 12
 Cases = dict[str, dict[str, Any]]  # options of `running`, by name
 TEXT_TOKENS = 64
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
@@ -76,8 +77,10 @@ def even(*shares: float) -> Cases:
 class Bench:
     """An untouched model and its gated twin, and how to time both on one batch of prompts."""
 
-    def __init__(self, shape: str, batch: int, image_tokens: int, **size: int) -> None:
+    def __init__(self, shape: str, batch: int, image_tokens: int, dtype: str | None = None, **size: int) -> None:
         self.dense = SHAPES[shape](image_tokens=image_tokens, **size)
+        if dtype is not None:
+            self.dense = self.dense.to(DTYPES[dtype])
         self.gated = twin(self.dense)
         attach(self.gated)
         self.costs = CostModel.of(self.dense)
@@ -110,12 +113,12 @@ class Bench:
         return rows
 
 
-def efficiency(shape: str, batches: list[int], shares: list[float], repeats: int, **size: int) -> list[dict[str, Any]]:
+def efficiency(shape: str, batches: list[int], shares: list[float], repeats: int, **size: Any) -> list[dict[str, Any]]:
     """Time saved for FLOPs saved at several shares of tokens run, for both K/V policies."""
     return [row for batch in batches for row in Bench(shape, batch, 576, **size).time(even(*shares), repeats)]
 
 
-def schemes(shape: str, batches: list[int], repeats: int, **size: int) -> list[dict[str, Any]]:
+def schemes(shape: str, batches: list[int], repeats: int, **size: Any) -> list[dict[str, Any]]:
     """What peers do, re-implemented as policies of this engine, all near 30 % of the prefill's FLOPs."""
     out = []
     for batch in batches:
@@ -136,14 +139,14 @@ def schemes(shape: str, batches: list[int], repeats: int, **size: int) -> list[d
     return out
 
 
-def scaling(shape: str, image_tokens: list[int], batches: list[int], repeats: int, **size: int) -> list[dict[str, Any]]:
+def scaling(shape: str, image_tokens: list[int], batches: list[int], repeats: int, **size: Any) -> list[dict[str, Any]]:
     """Time against image tokens at batch 1, and against batch at 576 image tokens, when a quarter of tokens run."""
     cases = {f"{kv}, 25% of tokens run": {"policy": EvenShare(0.25), "kv": kv} for kv in get_args(KVPolicy)}
     sizes = [(1, tokens) for tokens in image_tokens] + [(batch, 576) for batch in batches]
     return [row for batch, tokens in sizes for row in Bench(shape, batch, tokens, **size).time(cases, repeats)]
 
 
-def memory(shape: str, shares: list[float], **size: int) -> list[dict[str, Any]]:
+def memory(shape: str, shares: list[float], **size: Any) -> list[dict[str, Any]]:
     """Bytes of keys and values after a prompt, the ideal (tokens that run), and the peak of a forward pass."""
     bench = Bench(shape, 1, 576, **size)
     models: dict[str, tuple[Any, dict[str, Any]]] = {UNTOUCHED: (bench.dense, {}), ATTACHED: (bench.gated, {})}
@@ -157,7 +160,7 @@ def memory(shape: str, shares: list[float], **size: int) -> list[dict[str, Any]]
     return rows
 
 
-def operators(shape: str, repeats: int, **size: int) -> list[dict[str, Any]]:
+def operators(shape: str, repeats: int, **size: Any) -> list[dict[str, Any]]:
     """Where a prefill's time goes: milliseconds in each of torch's operators, medians over repeats, by case."""
     from torch.profiler import ProfilerActivity, profile
 
@@ -234,12 +237,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = command(__name__, __doc__, repeats=7, file=None)
     parser.add_argument("--part", nargs="+", choices=parts, default=["efficiency"], help="(default efficiency)")
     parser.add_argument("--shape", choices=tuple(SHAPES), default="small", help="(default %(default)s)")
+    parser.add_argument("--dtype", choices=tuple(DTYPES), default=None, help="another than the shape's own")
     parser.add_argument("--layers", type=int, default=None, help="fewer than the shape has")
     parser.add_argument("--batch", type=int, nargs="+", default=[1], help="batch sizes (default 1)")
     parser.add_argument("--image-tokens", type=int, nargs="+", default=[64, 256, 576, 1024, 2304], help="for scaling")
     parser.add_argument("--shares", type=float, nargs="+", default=[0.75, 0.5, 0.25], help="tokens that run each layer")
     given = parser.parse_args(argv)
-    size = {} if given.layers is None else {"layers": given.layers}
+    size = {name: it for name in ("layers", "dtype") if (it := getattr(given, name)) is not None}
     found: dict[str, list[dict[str, Any]]] = {}
     for part in given.part:
         print(f"\n{part}: shape {given.shape}, {torch.get_num_threads()} threads, {TEXT_TOKENS} text tokens")
