@@ -130,6 +130,7 @@ def test_every_line_runs(family: str, form: str, tmp_path: Path, monkeypatch: py
 
     (tmp_path / "points").mkdir()
     monkeypatch.chdir(tmp_path / "points")
+    Picture.open(tmp_path / "my_data" / "held_out-0.png").save("photo.jpg")
     for line in (*typed(POINTS), *MORE.strip().splitlines()):
         if "--eps" in line or "--max-damage" in line:
             continue  # what is little depends on the model, and a tiny one's images are few tokens:
