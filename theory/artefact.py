@@ -1,6 +1,6 @@
 """Profiles, plans, measured backbones and probes on disk: folders with JSON to read, safetensors with the numbers."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
@@ -36,13 +36,22 @@ AGAIN = {
 }
 
 
-def save_profile(profile: Profile, out: str | Path, overwrite: bool = False) -> None:
-    """Write a profile as `profile.json` (tables one can read, costs, provenance) and `profile.safetensors`."""
+def save_profile(
+    profile: Profile, out: str | Path, overwrite: bool = False, beside: Callable[[Path], None] | None = None
+) -> None:
+    """Write a profile as `profile.json` (tables one can read, costs, provenance) and `profile.safetensors`.
+
+    Args:
+        profile: to be written.
+        out: folder.
+        overwrite: replace what is there.
+        beside: writes into the folder what else belongs there, before it has its name.
+    """
     tables = profile_tables(profile)
     readable = {name: table for name, table in tables.items() if table.dim() <= 2}
     costs = profile.costs.to_json()
     known = {"model": profile.model, "about": profile.about, "decide_at": profile.decide_at}
-    _save("profile", out, overwrite, {**known, "costs": costs, "tables": readable}, tables)
+    _save("profile", out, overwrite, {**known, "costs": costs, "tables": readable}, tables, beside)
 
 
 def profile_tables(profile: Profile) -> dict[str, Tensor]:
@@ -105,11 +114,13 @@ def load_backbone(path: str | Path) -> Backbone:
         return Backbone(Redundancy(**tables), **values)
 
 
-def save_plan(plan: Plan, out: str | Path, overwrite: bool = False) -> None:
-    """Write a plan as `plan.json` and `plan.safetensors`."""
+def save_plan(
+    plan: Plan, out: str | Path, overwrite: bool = False, beside: Callable[[Path], None] | None = None
+) -> None:
+    """Write a plan as `plan.json` and `plan.safetensors`; `beside` as for a profile."""
     tensors = {"weight": plan.weight, "bias": plan.bias, "run_rate": plan.run_rate}
     rest = {f.name: getattr(plan, f.name) for f in fields(plan) if f.name not in ("weight", "bias")}
-    _save("plan", out, overwrite, rest, tensors)
+    _save("plan", out, overwrite, rest, tensors, beside)
 
 
 def load_plan(path: str | Path) -> Plan:
@@ -149,12 +160,21 @@ def check_same_model(artefact: Profile | Plan, model_fingerprint: str) -> None:
         )
 
 
-def _save(kind: str, out: str | Path, overwrite: bool, values: dict[str, Any], tables: dict[str, Tensor]) -> None:
+def _save(
+    kind: str,
+    out: str | Path,
+    overwrite: bool,
+    values: dict[str, Any],
+    tables: dict[str, Tensor],
+    beside: Callable[[Path], None] | None = None,
+) -> None:
     """Write the folder of an artefact: its values with version and provenance, and its tables if it has any."""
     with new_directory(out, overwrite) as folder:
         if tables:
             save_tensors(folder / f"{kind}.safetensors", tables)
         save_json(folder / f"{kind}.json", {"version": VERSIONS[kind], **values, "made_by": provenance()})
+        if beside is not None:
+            beside(folder)
 
 
 @contextmanager

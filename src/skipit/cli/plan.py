@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 
 from .options import BUDGET, KV, Parser, budget, chosen, nonnegative
-from .units import show
+from .units import picture, show
 
 ABOUT = "turn a profile into gates"
 EXAMPLE = "skipit plan runs/profile --budget 0.5 --out runs/plan"
@@ -70,7 +70,7 @@ def _plan_gates(arguments: argparse.Namespace) -> None:
         plan = make_plan(profile, arguments.budget, arguments.kv, arguments.init)
     else:
         plan = make_plan(profile, arguments.latency, arguments.kv, arguments.init, times=times_for(profile))
-    save_plan(plan, arguments.out, arguments.overwrite)
+    save_plan(plan, arguments.out, arguments.overwrite, picture({RUNS: plan.run_rate}, shares=True))
     print(show(arguments.out, {RUNS: plan.run_rate}, shares=True))
     text, vision = plan.run_rate.mean(0).tolist()
     print(
@@ -93,7 +93,7 @@ def _plan_span(arguments: argparse.Namespace) -> None:
     profile, mode, kv = load_profile(arguments.profile), arguments.mode, arguments.kv
     span = choose_span(profile, mode, kv, limit=arguments.max_damage, **chosen(arguments, "budget", "eps", "nu"))
     plan = span_plan(profile, span, mode, kv)
-    save_plan(plan, arguments.out, arguments.overwrite)
+    save_plan(plan, arguments.out, arguments.overwrite, picture({RUNS: plan.run_rate}, shares=True))
     print(show(arguments.out, {RUNS: plan.run_rate}, shares=True))
     layers = f"layers {span.entry} to {span.exit - 1}" if span.exit > span.entry else "none"
     print(

@@ -1,10 +1,11 @@
 """`skipit profile`: a model measured on data."""
 
 import argparse
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .options import Parser, chosen, load_rows, partial_folder, positive_int, readable_rows
-from .units import layers_in_words, profile_tables, show
+from .units import layers_in_words, picture, profile_tables, show
 
 if TYPE_CHECKING:
     from skipit.theory.backbone import Backbone
@@ -88,8 +89,13 @@ def _profile_decoder(arguments: argparse.Namespace) -> None:
         settings = chosen(arguments, "batch_size", "seed", "draws", "layers", "decide_at")
         profile = profile_model(model, processor, advance.over(rows), partial=partial, **settings)
     profile.about[DATA] = {"source": name_data(arguments.data), **chosen(arguments, *HOW_READ)}
-    save_profile(profile, arguments.out, arguments.overwrite)
-    partial.remove()
+    draw = picture(profile_tables(profile))
+
+    def finish(folder: Path) -> None:
+        draw(folder)
+        partial.remove()  # before the folder has its name: whoever is killed here measures again, and none finds both
+
+    save_profile(profile, arguments.out, arguments.overwrite, finish)
     skipped = profile.about["skipped_rows"]
     if numbers := profile.about["skipped_row_numbers"]:
         more = f" and {skipped - 10} more" if skipped > 10 else ""

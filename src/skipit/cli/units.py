@@ -1,7 +1,7 @@
 """What is known of every unit (a layer and a modality): a table in the terminal, and a heat map in the folder."""
 
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,18 +13,25 @@ if TYPE_CHECKING:
 PICTURE = "units.png"
 
 
-def show(out: Path, tables: Mapping[str, "Tensor"], *, shares: bool = False) -> str:
-    """Draw tables [layers, modalities] into a folder, and give them as text.
+def picture(tables: Mapping[str, "Tensor"], *, shares: bool = False) -> Callable[[Path], None]:
+    """What draws tables [layers, modalities] into a folder, for whoever writes it.
 
     Args:
-        out: gets the picture.
         tables: by title; what stands after a line break in it is for the picture alone.
         shares: they are shares of tokens.
     """
-    from skipit.eval.plots import plot_layer_modality_heatmaps
 
-    arrays = {title: table.double().numpy() for title, table in tables.items()}
-    plot_layer_modality_heatmaps(out / PICTURE, arrays, dict.fromkeys(tables, (0.0, 1.0)) if shares else None)
+    def draw(folder: Path) -> None:
+        from skipit.eval.plots import plot_layer_modality_heatmaps
+
+        arrays = {title: table.double().numpy() for title, table in tables.items()}
+        plot_layer_modality_heatmaps(folder / PICTURE, arrays, dict.fromkeys(tables, (0.0, 1.0)) if shares else None)
+
+    return draw
+
+
+def show(out: Path, tables: Mapping[str, "Tensor"], *, shares: bool = False) -> str:
+    """The same tables as text, and where the picture is."""
     return f"{_text(tables, '.1%' if shares else '.2g')}\n{out / PICTURE}: the same as a heat map."
 
 
