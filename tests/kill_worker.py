@@ -100,8 +100,8 @@ def finish(out: Path, whole: dict[str, Any]) -> None:
     # Whoever is killed while it tells of its result has written it, and the next run would refuse the folder.
     if not (verb in ("profile", "eval") and out.exists() and not partial.exists()):
         assert ended(live(out)) == 0, Path("said").read_text()
+        assert not [path.name for path in out.parent.glob(".*")] + list(out.parent.glob("*.partial"))
     assert contents(out) == whole
-    assert not [path.name for path in out.parent.glob(".*")] + list(out.parent.glob("*.partial"))
     if verb != "export":  # which is to be killed while it replaces one
         shutil.rmtree(out)
 
