@@ -82,11 +82,9 @@ class Layout:
         """Each packed token in its row, zeros where a row has no token."""
         return heads if self.batch == 1 else self._spread(heads, self.slots, self.width)
 
-    def to_columns(
-        self, heads: Float[Tensor, "1 heads tokens head_dim"], seq: int
-    ) -> Float[Tensor, "batch heads {seq} head_dim"]:
-        """Each packed token at its place among the `seq` of the call, zeros where none was packed."""
-        return self._spread(heads, self.places, seq)
+    def to_columns(self, heads: Float[Tensor, "1 heads tokens head_dim"]) -> Float[Tensor, "batch heads seq head_dim"]:
+        """Each packed token at its place among those of the call, zeros where none was packed."""
+        return self._spread(heads, self.places, self.seq)
 
     def _spread(
         self, heads: Shaped[Tensor, "1 heads tokens head_dim"], places: Int[Tensor, " tokens"], width: int

@@ -286,7 +286,7 @@ def _keys_and_values(module: nn.Module, hidden: States, layout: Layout | None, k
         return capture(module, hidden, {**kwargs, "attention_mask": None})
     packed = _pack(kwargs, layout) | {"attention_mask": None}
     keys, values = capture(module, layout.pack(hidden), packed)
-    return layout.to_columns(keys, hidden.shape[1]), layout.to_columns(values, hidden.shape[1])
+    return layout.to_columns(keys), layout.to_columns(values)
 
 
 def _mask_over(

@@ -141,6 +141,21 @@ class TestUnits:
             pass
 
 
+def answers_in_the_input_are_as_generated(model: Any, batch: dict[str, Tensor], **options: Any) -> None:
+    """One pass over prompt and answer, told which is the prompt, has the logits of prefill and decoding."""
+    more = {**NEW_TOKENS, "return_dict_in_generate": True, "output_logits": True, **options}
+    generated = model.generate(**batch, **more)
+    length = batch["input_ids"].shape[1]
+    whole = batch | {"input_ids": generated.sequences[:, :-1]}
+    whole["attention_mask"] = torch.nn.functional.pad(batch["attention_mask"], (0, 4), value=1)
+    prompt = torch.zeros_like(whole["input_ids"], dtype=torch.bool)
+    prompt[:, :length] = True
+    for mode in ("masked", "gathered"):
+        got = logits(model, whole, prompt=prompt, mode=mode, **options)
+        for step, expected in enumerate(generated.logits):
+            assert same(got[:, length - 1 + step], expected)
+
+
 class TestSequences:
     """Under `sequence` the prompt of each row decides once, and what is generated follows."""
 
@@ -208,16 +223,7 @@ class TestSequences:
     def test_answers_in_the_input_do_not_decide(self, kv: str) -> None:
         """As in training: a prompt mask makes one pass over prompt and answer what prefill and decoding are."""
         model, batch = gated("llava", kv=kv, granularity="sequence"), inputs("llava", ROWS)
-        generated = model.generate(**batch, **NEW_TOKENS, return_dict_in_generate=True, output_logits=True)
-        length = batch["input_ids"].shape[1]
-        whole = batch | {"input_ids": generated.sequences[:, :-1]}
-        whole["attention_mask"] = torch.nn.functional.pad(batch["attention_mask"], (0, 4), value=1)
-        prompt = torch.zeros_like(whole["input_ids"], dtype=torch.bool)
-        prompt[:, :length] = True
-        for mode in ("masked", "gathered"):
-            got = logits(model, whole, prompt=prompt, mode=mode)
-            for step, expected in enumerate(generated.logits):
-                assert same(got[:, length - 1 + step], expected)
+        answers_in_the_input_are_as_generated(model, batch)
 
     def test_the_gates_learn(self) -> None:
         model, batch = gated("llava", granularity="sequence").train(), inputs("llava", ROWS, "right")
@@ -301,17 +307,7 @@ class TestBudgetsPerInput:
     @EVERY_POLICY
     def test_answers_in_the_input_do_not_spend(self, kv: str) -> None:
         model, batch = gated("llava", kv=kv, budget_per="input"), inputs("llava", ROWS)
-        options = {**NEW_TOKENS, "return_dict_in_generate": True, "output_logits": True}
-        generated = model.generate(**batch, **options, budget=0.8)
-        length = batch["input_ids"].shape[1]
-        whole = batch | {"input_ids": generated.sequences[:, :-1]}
-        whole["attention_mask"] = torch.nn.functional.pad(batch["attention_mask"], (0, 4), value=1)
-        prompt = torch.zeros_like(whole["input_ids"], dtype=torch.bool)
-        prompt[:, :length] = True
-        for mode in ("masked", "gathered"):
-            got = logits(model, whole, prompt=prompt, mode=mode, budget=0.8)
-            for step, expected in enumerate(generated.logits):
-                assert same(got[:, length - 1 + step], expected)
+        answers_in_the_input_are_as_generated(model, batch, budget=0.8)
 
     def test_the_gates_learn(self) -> None:
         model, batch = gated("llava", budget_per="input").train(), inputs("llava", ROWS, "right")

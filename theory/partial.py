@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from skipit.router.errors import CheckpointError, InputError, short
+from skipit.router.errors import CheckpointError, InputError
 from skipit.router.folders import load_json, load_tensors, new_directory, save_json, save_tensors
 
 VERSION = 3
@@ -51,7 +51,7 @@ def check_same(folder: Path, now: dict[str, Any]) -> None:
     """
     before = load_json(folder / RECORD)
     differs = [
-        f"{name} was {short(before.get(name))}, is {short(now.get(name))}"
+        f"{name} was {before.get(name)!r}, is {now.get(name)!r}"
         for name in sorted(before.keys() | now.keys())
         if before.get(name) != now.get(name)
     ]

@@ -143,7 +143,7 @@ def deepspeed_config(name: str) -> dict[str, Any]:
     shipped = sorted(path.stem for path in SHIPPED.glob("*.json"))
     path = SHIPPED / f"{name}.json" if name in shipped else Path(name)
     if not path.is_file():
-        raise LaunchError(f"`deepspeed`: got {short(name)}, expected one of {', '.join(shipped)}, or a JSON file.")
+        raise LaunchError(f"`deepspeed`: got {name!r}, expected one of {', '.join(shipped)}, or a JSON file.")
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:

@@ -12,7 +12,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from skipit.router import find_router, gate_state
 from skipit.router.checkpoint import save_router
-from skipit.router.errors import CheckpointError, short
+from skipit.router.errors import CheckpointError
 from skipit.router.folders import check_out, claimed, load_json, new_file, save_json, writing
 from skipit.theory.sharded import unsharded
 
@@ -135,7 +135,7 @@ class RunFolder:
     def _check_settings(self) -> None:
         before, now = load_json(self.path / CONFIG_FILE), json.loads(json.dumps(self.settings))
         if changed := [name for name in FIXED if before.get(name) != now[name]]:
-            what = ", ".join(f"`{name}` was {short(before.get(name))}, now {short(now[name])}" for name in changed)
+            what = ", ".join(f"`{name}` was {before.get(name)!r}, now {now[name]!r}" for name in changed)
             raise CheckpointError(f"{self.path} cannot be resumed with other settings: {what}. Use the old ones.")
 
     def _make(self, resume: bool, note: Callable[[str], None]) -> None:

@@ -25,6 +25,15 @@ from .answers import always, answers, right
 from .study import Study, command, once
 
 MILESTONES = (0, 50, 200)
+# Unless told otherwise.
+SIZES: dict[str, Any] = {
+    "budgets": [0.5, 0.25, 0.15],
+    "seeds": [0, 1, 2],
+    "steps": 250,
+    "samples": 480,
+    "calibration": 96,
+    "profiled": 192,
+}
 
 
 class _Measure(TrainerCallback):
@@ -84,17 +93,7 @@ def table(cells: Sequence[dict[str, Any]], by: str = "init") -> str:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Measure what is missing, then print the table."""
-    parser = command(
-        __name__,
-        __doc__,
-        out=Path("runs/ablation"),
-        budgets=[0.5, 0.25, 0.15],
-        seeds=[0, 1, 2],
-        steps=250,
-        samples=480,
-        calibration=96,
-        profiled=192,
-    )
+    parser = command(__name__, __doc__, out=Path("runs/ablation"), **SIZES)
     parser.add_argument("--inits", nargs="+", choices=get_args(Init), default=list(get_args(Init)))
     parser.add_argument("--kv", choices=get_args(KVPolicy), default="retain")
     given = parser.parse_args(argv)

@@ -33,7 +33,7 @@ from skipit.theory.profile_sums import ProfileSums, groups
 from skipit.train.data.sources import load_model
 from skipit.train.gating import attach_plan
 
-from .ablation import one_run, table
+from .ablation import SIZES, one_run, table
 from .study import Study, command, once
 
 MILESTONES = (0, 50)
@@ -127,17 +127,7 @@ def predictions(cells: Sequence[dict[str, Any]]) -> str:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Measure what is missing, then print both tables for each K/V policy."""
-    parser = command(
-        __name__,
-        __doc__,
-        out=Path("runs/decide"),
-        budgets=[0.5, 0.25, 0.15],
-        seeds=[0, 1, 2],
-        steps=250,
-        samples=480,
-        calibration=96,
-        profiled=192,
-    )
+    parser = command(__name__, __doc__, out=Path("runs/decide"), **SIZES)
     parser.add_argument("--kv", nargs="+", choices=get_args(KVPolicy), default=list(get_args(KVPolicy)))
     parser.add_argument("--decide", nargs="+", default=list(CHOICES), help="decision points (default %(default)s)")
     given = parser.parse_args(argv)

@@ -331,7 +331,7 @@ class TestDeepSpeedConfig:
         [
             (
                 None,
-                r"got '.*', expected one of zero1, zero2, zero2-offload, zero3, zero3-offload, or a JSON file",
+                r"got '.*bad.json', expected one of zero1, zero2, zero2-offload, zero3, zero3-offload, or a JSON file",
             ),
             ("{", "bad.json cannot be read: Expecting property name"),
             ("[]", "bad.json holds a list, expected a JSON object"),
