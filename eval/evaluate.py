@@ -24,7 +24,7 @@ from skipit.eval.report.sweeps import load_baselines, load_transfer
 from skipit.eval.report.whole import report
 from skipit.eval.statistics import paired_difference
 from skipit.router import RouterConfig, find_router
-from skipit.router.checkpoint import GATES_FILE, ROUTER_FILE
+from skipit.router.checkpoint import ROUTER_FILE, gates_file
 from skipit.router.errors import CheckpointError
 from skipit.router.folders import load_json, new_directory, provenance, save_json
 from skipit.router.paths import check_there
@@ -211,8 +211,8 @@ def _fingerprint(rows: Rows) -> str:
 
 def _gates(checkpoint: Path) -> str:
     """A hash of a checkpoint's gates, their settings, and its adapter's tensors."""
-    files = (ROUTER_FILE, GATES_FILE, ADAPTER_WEIGHTS)
-    contents = [(checkpoint / name).read_bytes() for name in files if (checkpoint / name).is_file()]
+    files = (checkpoint / ROUTER_FILE, gates_file(checkpoint), checkpoint / ADAPTER_WEIGHTS)
+    contents = [file.read_bytes() for file in files if file.is_file()]
     return hashlib.sha256(b"".join(contents)).hexdigest()
 
 

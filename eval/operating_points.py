@@ -215,6 +215,7 @@ def store_point(
         CheckpointError: the folder cannot be written.
     """
     config, _ = load_router(folder)
+    settings = load_json(folder / ROUTER_FILE)  # all else stays in its format, which the code in the folder reads
     path = folder / CERTIFICATES
     records = load_json(path) if path.exists() else {}
     records.pop(name, None)
@@ -222,7 +223,7 @@ def store_point(
         records[name] = {**record, "made_by": provenance()}
     if name in config.operating_points:  # never a threshold beside another's record
         points = {other: at for other, at in config.operating_points.items() if other != name}
-        save_json(folder / ROUTER_FILE, {**config.to_dict(), "operating_points": points})
+        save_json(folder / ROUTER_FILE, {**settings, "operating_points": points})
     if records or path.exists():
         save_json(path, records)
     provenance_path = folder / PROVENANCE_FILE
@@ -233,7 +234,8 @@ def store_point(
         save_json(provenance_path, {**made, "calibrated_shares": shares, RECORD: used})
     changed = config.with_point(name, threshold)
     update_points(folder, changed, shares, records)
-    save_json(folder / ROUTER_FILE, changed.to_dict())  # last: the point is there when all about it is
+    # Last: the point is there when all about it is.
+    save_json(folder / ROUTER_FILE, {**settings, "operating_points": changed.operating_points})
 
 
 def _refusal(certificate: Certificate) -> str:

@@ -12,13 +12,15 @@ from torch import Tensor, nn
 from .attach import GATE, attach, detach, find_router, gate_state, set_gates
 from .config import RouterConfig
 from .errors import CheckpointError, SkipItError, short
-from .files import CONFIG, SETTINGS, check_files, count_values, read_headers, whole_numbers
-from .folders import load_json, load_tensors, new_directory, read_header, save_json, save_tensors
+from .files import CONFIG, INDEX, SETTINGS, check_files, count_values, read_headers, whole_numbers
+from .folders import load_json, load_tensors, new_directory, read_header, save_json, save_tensors, writing
 from .paths import check_there, is_path, missing
 from .standalone import add_code
 
 ROUTER_FILE = "router_config.json"
-GATES_FILE = "gates.safetensors"
+# Below the top, where vLLM and SGLang take every *.safetensors for weights of the model.
+GATES_FILE = "router/gates.safetensors"
+OLD_GATES_FILE = "gates.safetensors"  # of format versions 1 and 2
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 _MOST_GATES = 2**26  # numbers; the gates of the largest decoders are a twentieth of it
 _MOST_BUFFERS = 2**26  # numbers that a model computes and does not store, such as tables of positions
@@ -31,8 +33,17 @@ _HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "revision", "
 
 def save_router(folder: Path, config: RouterConfig, gates: dict[str, Tensor]) -> None:
     """Write the router's settings and gates into a folder."""
+    path = folder / GATES_FILE
+    with writing(path):
+        path.parent.mkdir(exist_ok=True)
+    save_tensors(path, gates)
     save_json(folder / ROUTER_FILE, config.to_dict())
-    save_tensors(folder / GATES_FILE, gates)
+
+
+def gates_file(folder: Path) -> Path:
+    """Where the gates of a folder are, or belong."""
+    new, old = folder / GATES_FILE, folder / OLD_GATES_FILE
+    return old if old.is_file() and not new.is_file() else new
 
 
 def load_router(folder: Path) -> tuple[RouterConfig, dict[str, Tensor]]:
@@ -48,7 +59,7 @@ def load_router(folder: Path) -> tuple[RouterConfig, dict[str, Tensor]]:
             f"{folder} has no {ROUTER_FILE}: it is not a gated checkpoint. Make one with `skipit export RUN --out DIR`."
         )
     config = RouterConfig.from_file(folder / ROUTER_FILE)
-    path = folder / GATES_FILE
+    path = gates_file(folder)
     header = read_header(path)
     if set(header) != {"weight", "bias"}:
         raise CheckpointError(f"{path}: got tensors {sorted(header)}, expected bias and weight.")
@@ -94,10 +105,14 @@ def local_folder(source: str | Path, **options: Any) -> Path:
 
     where = {name: options[name] for name in _HUB_OPTIONS if options.get(name) is not None}
     try:
-        files = [cached_file(str(source), name, **where) for name in (GATES_FILE, ROUTER_FILE)]
+        settings = cached_file(str(source), ROUTER_FILE, **where)
+        try:
+            cached_file(str(source), GATES_FILE, **where)
+        except OSError:
+            cached_file(str(source), OLD_GATES_FILE, **where)
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{source}: {gone} {ROUTER_FILE} cannot be had from the Hub, either: {error}") from error
-    return Path(str(files[0])).parent
+    return Path(str(settings)).parent
 
 
 def attach_from(model: nn.Module, folder: str | Path, budget: float | str | None = None) -> nn.Module:
@@ -118,7 +133,7 @@ def attach_from(model: nn.Module, folder: str | Path, budget: float | str | None
         set_gates(model, **gates)
     except SkipItError as error:
         detach(model)  # nothing half-loaded
-        raise CheckpointError(f"{Path(folder) / GATES_FILE}: {error}") from error
+        raise CheckpointError(f"{gates_file(Path(folder))}: {error}") from error
     return model
 
 
@@ -151,6 +166,10 @@ def save_gated(
         # The gates stay where they are: an optimizer may hold them.
         weights = {name: tensor for name, tensor in model.state_dict().items() if GATE not in name.split(".")}
         model.save_pretrained(folder, state_dict=weights, **options)
+        if (folder / INDEX).is_file():  # whose count of parameters transformers takes from the model, with its gates
+            index = load_json(folder / INDEX)
+            index["metadata"]["total_parameters"] -= sum(tensor.numel() for tensor in gates.values())
+            save_json(folder / INDEX, index)
         if processor is not None:
             processor.save_pretrained(folder)
         save_router(folder, config, gates)

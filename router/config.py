@@ -12,7 +12,8 @@ KVPolicy = Literal["retain", "evict"]
 Unit = Literal["block", "attention", "mlp"]
 Granularity = Literal["token", "sequence"]
 BudgetPer = Literal["data", "input"]
-FORMAT_VERSION = 2  # 1 had no decision points: every layer decided for itself
+# 1 had no decision points: every layer decided for itself. 1 and 2 had the gates at the top of the folder.
+FORMAT_VERSION = 3
 
 
 def check_choice(name: str, value: Any, kind: Any) -> None:
@@ -196,8 +197,9 @@ class RouterConfig:
                 f"router config: unknown keys {', '.join(unknown)}; known keys: {', '.join(sorted(known))}."
             )
         version = values.get("format_version")
-        if type(version) is int and version == 1:
-            values = {"decide_at": None, **values, "format_version": FORMAT_VERSION}
+        if type(version) is int and 1 <= version < FORMAT_VERSION:
+            missing = {"decide_at": None} if version == 1 else {}
+            values = {**missing, **values, "format_version": FORMAT_VERSION}
         return cls(**values)
 
     @classmethod

@@ -59,7 +59,7 @@ def _shared(function: Any) -> Any:
     would not say so.
     """
     try:
-        if import_module("skipit.router.config").FORMAT_VERSION == FORMAT_VERSION:
+        if import_module("skipit.router.config").FORMAT_VERSION >= FORMAT_VERSION:
             return getattr(import_module("skipit.router.checkpoint"), function.__name__)
     except ImportError:
         pass

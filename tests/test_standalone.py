@@ -142,8 +142,8 @@ def test_where_skipit_is_installed_it_reaches_the_trusted_model(
     assert 0 < trace.share < 1
     with running(mode="dense"):
         assert generate(model, tmp_path / "out") == dense
-    # One that reads another format is left alone.
-    monkeypatch.setattr("skipit.router.config.FORMAT_VERSION", 3)
+    # One that reads an older format alone is left alone.
+    monkeypatch.setattr("skipit.router.config.FORMAT_VERSION", 1)
     copied = AutoModelForImageTextToText.from_pretrained(tmp_path / "out", trust_remote_code=True)
     expected = generate(gated, tmp_path / "out")["tokens"]
     with running(mode="dense"):

@@ -10,12 +10,13 @@ from torch import Tensor
 
 from skipit.router import find_router
 from skipit.router.attach import attach, set_gates
-from skipit.router.checkpoint import ROUTER_FILE, load_dense, load_router, save_gated
+from skipit.router.checkpoint import OLD_GATES_FILE, ROUTER_FILE, load_dense, load_router, save_gated, save_router
 from skipit.router.config import RouterConfig
 from skipit.router.errors import CheckpointError, InputError, short
 from skipit.router.files import CONFIG
 from skipit.router.folders import check_out, claimed, load_json, new_directory, provenance, save_json
 from skipit.router.paths import check_there
+from skipit.router.standalone import CODE, add_code
 from skipit.theory.artefact import check_same_model, load_plan
 from skipit.theory.calibrate import calibrate
 from skipit.theory.cost import CostModel
@@ -183,6 +184,8 @@ def export_again(
 ) -> None:
     """Copy a checkpoint, with the operating points it has by now and what was measured on it in its model card.
 
+    The copy has today's format, and today's code inside.
+
     Args:
         checkpoint: made by `skipit export`, with or without `--adapter`.
         out: folder to make.
@@ -194,8 +197,14 @@ def export_again(
     """
     checkpoint = Path(checkpoint)
     measured = None if evaluation is None else read_evaluation(Path(evaluation), checkpoint)
+    router = None if (checkpoint / ADAPTER_CONFIG).is_file() else load_router(checkpoint)
     with new_directory(out, overwrite) as folder:
         shutil.copytree(checkpoint, folder, dirs_exist_ok=True)
+        if router is not None:
+            save_router(folder, *router)
+            (folder / OLD_GATES_FILE).unlink(missing_ok=True)
+            shutil.rmtree(folder / CODE, ignore_errors=True)
+            add_code(folder)
         write_card(folder, measured)
 
 

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from skipit.router.checkpoint import OLD_GATES_FILE
 from skipit.router.errors import CheckpointError, InputError, short
 
 
@@ -38,7 +39,12 @@ def push(folder: str | Path, repository: str) -> str:
     hub = huggingface_hub.HfApi(library_name="skipit")
     try:
         address = hub.create_repo(repository, private=True, exist_ok=True)
-        hub.upload_folder(repo_id=repository, folder_path=folder, commit_message="Upload a checkpoint made by skipit")
+        hub.upload_folder(
+            repo_id=repository,
+            folder_path=folder,
+            commit_message="Upload a checkpoint made by skipit",
+            delete_patterns=[OLD_GATES_FILE],  # of an older format, which no engine could load
+        )
     except Exception as error:  # of names, of permissions, of the network
         raise CheckpointError(
             f"{folder} is written, but not uploaded to {repository}: {error}\n"

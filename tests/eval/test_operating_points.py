@@ -12,7 +12,7 @@ from PIL import Image
 from skipit.cli.main import main
 from skipit.eval.operating_points import certify_checkpoint, independent_rows, store_point
 from skipit.router import InputError
-from skipit.router.checkpoint import load, load_router
+from skipit.router.checkpoint import load, load_router, save_router
 from skipit.router.errors import CheckpointError
 from skipit.theory.artefact import save_plan
 from skipit.theory.identity import fingerprint
@@ -159,8 +159,7 @@ def test_rows_about_one_picture_count_once_and_rows_without_any_all_count() -> N
 def test_a_point_that_is_measured_anew_loses_its_certificate(blind: Path, tmp_path: Path) -> None:
     folder = tmp_path / "copy"
     folder.mkdir()
-    for name in ("router_config.json", "gates.safetensors"):
-        (folder / name).write_bytes((blind / name).read_bytes())
+    save_router(folder, *load_router(blind))
     store_point(folder, "fast", 1.0, {"risk": 0.1})
     store_point(folder, "fast", 2.0, None)
     assert json.loads((folder / "certificates.json").read_text()) == {}

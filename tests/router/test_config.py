@@ -40,8 +40,8 @@ def test_round_trip(config: RouterConfig, tmp_path: Path) -> None:
         ({"operating_points": {"0.5": float("inf")}}, "threshold '0.5': got inf, expected a finite number."),
         ({"operating_points": [0.5]}, "`operating_points`: got [0.5], expected a mapping."),
         (
-            {"format_version": 3},
-            "`format_version`: got 3, this skipit reads 1 to 2. "
+            {"format_version": 4},
+            "`format_version`: got 4, this skipit reads 1 to 3. "
             "Load the checkpoint with the skipit version that wrote it, or a newer one.",
         ),
         *(
@@ -118,6 +118,7 @@ def test_one_more_operating_point() -> None:
 def test_settings_of_before_there_were_decision_points() -> None:
     old = {name: value for name, value in FULL.to_dict().items() if name != "decide_at"} | {"format_version": 1}
     assert RouterConfig.from_dict(old) == replace(FULL, decide_at=None)
+    assert RouterConfig.from_dict({**FULL.to_dict(), "format_version": 2}) == FULL
     assert RouterConfig().decide_at == (0,)
 
 

@@ -188,8 +188,8 @@ def test_a_configuration_that_asks_for_too_much(plain: Path, changes: dict[str, 
     ("changes", "message"),
     [
         (
-            {"format_version": 3},
-            "`format_version`: got 3, this skipit reads 1 to 2. Load the checkpoint with the skipit",
+            {"format_version": 4},
+            "`format_version`: got 4, this skipit reads 1 to 3. Load the checkpoint with the skipit",
         ),
         ({"format_version": True}, "`format_version`: got True"),
         ({"code": "evil"}, "unknown keys code"),

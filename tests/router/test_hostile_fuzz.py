@@ -115,6 +115,7 @@ def only_ours(action: Callable[[], Any]) -> bool:
 def check_router(original: Path, tmp: Path, file: str, content: bytes, model: Any) -> None:
     """Gates are attached whole, or not at all."""
     for name in (ROUTER_FILE, GATES_FILE):
+        (tmp / name).parent.mkdir(exist_ok=True)
         shutil.copyfile(original / name, tmp / name)
     (tmp / file).write_bytes(content)
     classes = [type(module) for module in model.modules()]

@@ -71,7 +71,7 @@ def test_what_is_in_it(made: Made) -> None:
     }
     assert made.size == sum(file.stat().st_size for file in made.adapter.iterdir())
     router = json.loads((made.adapter / ROUTER_FILE).read_text())
-    assert (router["format_version"], router["skipit_version"]) == (2, skipit.__version__)
+    assert (router["format_version"], router["skipit_version"]) == (3, skipit.__version__)
     assert router["decide_at"] == list(DECIDE_AT)
     assert router["base"] == {
         "model": str(made.base),

@@ -8,13 +8,15 @@ from typing import Any
 import pytest
 import torch
 from families import processor
+from huggingface_hub.utils import filter_repo_objects
+from older_checkpoints import pair
 from tiny_models import build, inputs
 from transformers import AutoModelForImageTextToText
 
 import skipit
 from skipit.cli.main import main
 from skipit.router import CheckpointError, InputError, RouterConfig, attach, gate_state, set_gates
-from skipit.router.checkpoint import save_gated
+from skipit.router.checkpoint import GATES_FILE, OLD_GATES_FILE, save_gated
 from skipit.train.hub import check_repository, push
 
 REPOSITORY = "someone/gated"
@@ -32,12 +34,16 @@ class LocalHub:
         self.created[repo_id] = {"private": private, "exist_ok": exist_ok}
         return f"https://hub.example/{repo_id}"
 
-    def upload_folder(self, *, repo_id: str, folder_path: Path, commit_message: str) -> None:
+    def upload_folder(self, *, repo_id: str, folder_path: Path, commit_message: str, delete_patterns: Any) -> None:
         assert repo_id in self.created
         assert commit_message
         root = self.cache / f"models--{repo_id.replace('/', '--')}"
-        shutil.copytree(folder_path, root / "snapshots" / COMMIT)
-        (root / "refs").mkdir()
+        there = root / "snapshots" / COMMIT
+        held = [str(path.relative_to(there)) for path in there.rglob("*")]
+        for path in filter_repo_objects(held, allow_patterns=delete_patterns):
+            (there / path).unlink()
+        shutil.copytree(folder_path, there, dirs_exist_ok=True)
+        (root / "refs").mkdir(exist_ok=True)
         (root / "refs" / "main").write_text(COMMIT)
 
 
@@ -65,6 +71,21 @@ def test_what_is_pushed_runs_by_its_name(tmp_path: Path, hub: LocalHub) -> None:
         assert model._forward_pre_hooks
         assert torch.equal(model.generate(**batch, max_new_tokens=4, do_sample=False), expected)
     assert not dense._forward_pre_hooks
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_an_older_checkpoint_runs_by_its_name_until_a_copy_takes_its_place(
+    version: int, tmp_path: Path, hub: LocalHub
+) -> None:
+    new, old = pair(tmp_path, version)
+    batch = inputs("llava", [[5, "image", 6, 7]])
+    expected = skipit.load(new)[0](**batch).logits
+    for folder, place in ((old, OLD_GATES_FILE), (new, GATES_FILE)):
+        push(folder, REPOSITORY)
+        (snapshot,) = hub.cache.glob("*/snapshots/*")
+        gates = [str(path.relative_to(snapshot)) for path in snapshot.rglob("gates.safetensors")]
+        assert gates == [place]
+        assert torch.equal(skipit.load(REPOSITORY, cache_dir=hub.cache)[0](**batch).logits, expected)
 
 
 def test_a_hub_that_refuses(tmp_path: Path, hub: LocalHub, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 from transformers import LlavaForConditionalGeneration
 
 from skipit.cli.main import main
+from skipit.router.checkpoint import GATES_FILE
 from skipit.theory.artefact import save_plan
 from skipit.theory.identity import fingerprint
 from skipit.theory.plan import Plan
@@ -94,7 +95,7 @@ def history(run: Path) -> list[dict[str, float]]:
 
 def assert_same_run(one: Path, other: Path, processes: int) -> None:
     assert json.loads((other / "run.json").read_text())["processes"] == processes
-    for file in ("adapter/adapter_model.safetensors", "gates.safetensors"):
+    for file in ("adapter/adapter_model.safetensors", GATES_FILE):
         ours, theirs = load_file(one / file), load_file(other / file)
         assert ours.keys() == theirs.keys()
         for name in ours:

@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import LlavaForConditionalGeneration, TrainerCallback
 
+from skipit.router.checkpoint import GATES_FILE
 from skipit.router.errors import CheckpointError
 from skipit.theory.artefact import save_plan
 from skipit.theory.identity import fingerprint
@@ -82,7 +83,7 @@ def run(model: Any, rows: Dataset) -> Callable[..., Path]:
 
 
 def weights(run: Path) -> dict[str, Tensor]:
-    return {**load_file(run / "adapter" / "adapter_model.safetensors"), **load_file(run / "gates.safetensors")}
+    return {**load_file(run / "adapter" / "adapter_model.safetensors"), **load_file(run / GATES_FILE)}
 
 
 def same_run(one: Path, other: Path) -> bool:

@@ -25,7 +25,7 @@ from skipit.router import (
     gated_layers,
     running,
 )
-from skipit.router.checkpoint import load_router
+from skipit.router.checkpoint import GATES_FILE, load_router
 from skipit.theory.artefact import save_plan
 from skipit.theory.calibrate import measured_share
 from skipit.theory.cost import CostModel
@@ -99,7 +99,7 @@ class TestRunFolder:
         assert names >= {
             "adapter/adapter_config.json",
             "adapter/adapter_model.safetensors",
-            "gates.safetensors",
+            GATES_FILE,
             "history.jsonl",
             "router_config.json",
             "run.json",

@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 
 from skipit.cli import train
 from skipit.cli.options import Parser
+from skipit.router.checkpoint import GATES_FILE
 from skipit.router.folders import load_json, save_json
 from skipit.train.config import TrainConfig
 from skipit.train.display import _TrainingBar
@@ -62,7 +63,7 @@ def test_interrupted_training_is_resumed_as_if_nothing_had_happened(
     assert "continue with --resume" in refused(*line)
     result = skipit(*line, "--resume")
     assert result.code == 0, result.err
-    for name in ("adapter/adapter_model.safetensors", "gates.safetensors"):
+    for name in ("adapter/adapter_model.safetensors", GATES_FILE):
         ours, theirs = load_file(tmp_path / "run" / name), load_file(chain / "run" / name)
         assert ours.keys() == theirs.keys()
         assert all(torch.equal(ours[key], theirs[key]) for key in ours)
