@@ -12,7 +12,9 @@ EXAMPLE = "skipit export runs/run --out runs/checkpoint"
 def add_arguments(verb: Parser) -> None:
     """What is exported, and as what."""
     verb.add_argument(
-        "source", type=Path, help="folder made by `skipit train` or `skipit plan`, or a checkpoint to copy"
+        "source",
+        type=Path,
+        help="folder made by `skipit train` or `skipit plan`, or a checkpoint to copy in today's format",
     )
     verb.add_argument("--model", default=None, help="of a plan that nothing was trained for: the dense model")
     verb.add_flag("--adapter", "gates and LoRA alone, in PEFT's format, to be loaded on top of the base")
