@@ -10,7 +10,7 @@ import pytest
 import skipit
 
 MODULES = ["skipit", *(info.name for info in pkgutil.walk_packages(skipit.__path__, "skipit."))]
-PLUGINS = {"skipit.lmms": "lmms_eval"}  # of packages that may not be installed
+PLUGINS = {"skipit.lmms": "lmms_eval", "skipit.vllm.model": "vllm"}  # of packages that may not be installed
 DECIMAL = re.compile(r"[-+]?\d+\.(\d*)(?:[eE][-+]?\d+)?")
 
 
