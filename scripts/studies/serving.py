@@ -279,7 +279,8 @@ def main(argv: Sequence[str] | None = None) -> None:
                     for budget in budgets:
                         one = row(address, folder, side, at_once, arguments.requests, arguments.tokens, budget)
                         name = f"gated {budget}" if budget else "dense"
-                        same = sum(a == b for a, b in zip(one["said"], expected[budget or "dense"], strict=True))
+                        pairs = zip(one["said"], expected[budget or "dense"], strict=True)
+                        same = sum(said.strip() == wanted.strip() for said, wanted in pairs)
                         rows.append({"served": name, "same": f"{same} of {CHECKED}", **one})
                         save_json(arguments.file, {"results": rows, "made_by": provenance()})
     print(table(rows))

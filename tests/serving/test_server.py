@@ -92,7 +92,7 @@ def ask(address: str, folder: Path, row: dict[str, Any], extra: dict[str, Any]) 
         f"{address}/v1/chat/completions", json.dumps(body).encode(), {"Content-Type": "application/json"}
     )
     with urllib.request.urlopen(request, timeout=300) as answer:
-        return str(json.load(answer)["choices"][0]["message"]["content"])
+        return str(json.load(answer)["choices"][0]["message"]["content"]).strip()  # detokenized piece by piece
 
 
 @torch.no_grad()
@@ -103,7 +103,7 @@ def answer(model: Any, processor: Any, row: dict[str, Any], extra: dict[str, Any
     given = processor.apply_chat_template([{"role": "user", "content": content}], **how)
     budget = extra.get("skipit_budget")
     out, trace = skipit.generate(model, return_trace=True, budget=budget, **given, max_new_tokens=12, do_sample=False)
-    return processor.decode(out[0, given["input_ids"].shape[1] :], skip_special_tokens=True), trace
+    return processor.decode(out[0, given["input_ids"].shape[1] :], skip_special_tokens=True).strip(), trace
 
 
 def test_questions_at_several_budgets_at_once(tmp_path: Path) -> None:
