@@ -15,15 +15,17 @@ from skipit.router.checkpoint import ROUTER_FILE, load, load_router
 from skipit.router.config import point_name
 from skipit.router.errors import CheckpointError, short
 from skipit.router.folders import claimed, load_json, provenance, save_json
-from skipit.theory.calibrate import calibrate
+from skipit.theory.calibrate import Met, Took, meet
 from skipit.theory.cost import CostModel
 from skipit.theory.identity import fingerprint
 from skipit.theory.risk import NotCertifiedError, allowed_errors, check_rows, threshold_grid
-from skipit.train.card import CERTIFICATES, PROVENANCE_FILE, checkpoint_record, shares_of, update_points
+from skipit.theory.time_model import TimeModel, point_of
+from skipit.train.card import CERTIFICATES, LATENCIES, PROVENANCE_FILE, checkpoint_record, shares_of, update_points
 from skipit.train.data.collate import Collator, batches
 from skipit.train.data.rows import Rows, pictures
 from skipit.train.data.used import RECORD, Noted, also_used, fingerprints, held_out
 from skipit.train.export import check_exported
+from skipit.train.run import least_share
 
 NEAR = 0.01  # of the dense FLOPs, between what is asked for and what is spent
 FEW = 32  # rows that are answered to see whether any is right
@@ -114,46 +116,51 @@ def budget_checkpoint(
     rows: Any,
     budget: float,
     *,
+    in_time: bool = False,
     batch_size: int = 16,
     overwrite: bool = False,
     note: Callable[[str], None] = lambda text: None,
-) -> float:
+) -> Met:
     """Store the threshold that spends a budget on held-out rows, under the budget's own name.
 
     Args:
         folder: a gated checkpoint.
         rows: held out, in the conversational vision format.
         budget: share of the dense decoder's FLOPs to spend.
+        in_time: it is a share of the dense layers' time for a prompt instead, as `skipit bench` measured it here.
         batch_size: rows per call.
         overwrite: replace an operating point of this name.
         note: called with what is wrong with the point: it spends another share, or answers nothing right.
 
     Returns:
-        The share of dense FLOPs measured at it.
+        The threshold, and what was measured at it.
 
     Raises:
         CheckpointError: not a gated checkpoint, the budget is calibrated already, or the folder cannot be written.
+        InputError: no gates can be as fast, or nothing was measured of such layers on this machine.
     """
-    folder, name = Path(folder), point_name(budget)
+    folder, name = Path(folder), point_of(budget) if in_time else point_name(budget)
     with claimed_point(folder, name, overwrite):
         model, processor = load(folder)
-        collate, read = Collator(processor), Noted()
+        times = TimeModel.of(model) if in_time else None
+        collate, read, kv = Collator(processor), Noted(), find_router(model)[1].config.kv
         given = list(batches(Rows(rows, read.noting(collate.checked)), collate, batch_size))
-        threshold, share = calibrate(model, given, CostModel.of(model), budget, find_router(model)[1].config.kv)
-        store_point(folder, name, threshold, None, share, read.packed())
+        if times is not None:
+            times.times.check(budget, least_share(given, times, kv, find_router(model)[1].config.unit), kv)
+        met = meet(model, given, CostModel.of(model), budget, kv, times=times)
+        store_point(folder, name, met.threshold, None, met.flops, read.packed(), met.took)
+    share = met.took.share if met.took else met.flops
     if abs(share - budget) > NEAR:
-        note(
-            f"{share:.1%} is as near to {budget:.1%} as its gates come: what they execute jumps between two thresholds."
-        )
+        note(f"{share:.1%} is as near to {budget:.1%} as its gates come: what they spend jumps between two thresholds.")
     few = _select(rows, list(range(min(FEW, len(rows)))))
-    if not _right(model, processor, few, policy=Gated(threshold)) and (
+    if not _right(model, processor, few, policy=Gated(met.threshold)) and (
         dense := _right(model, processor, few, mode="dense")
     ):
         note(
             f"at this point none of {len(few)} rows is answered right; without skipping {dense} are. `skipit train` to "
             "this budget, or choose a larger one."
         )
-    return share
+    return met
 
 
 def _right(model: Any, processor: Any, rows: Any, **options: Any) -> int:
@@ -204,12 +211,13 @@ def store_point(
     record: dict[str, Any] | None,
     share: float | None = None,
     read: str | None = None,
+    took: Took | None = None,
 ) -> None:
     """Write an operating point into a checkpoint, and what is certified about it, or that nothing is.
 
     Each file is replaced whole, the threshold last: whoever reads an operating point finds its record, and a point that
-    is replaced is gone until its new record is there. The measured share of dense FLOPs and the rows that
-    were read are noted beside how the checkpoint was made, the share in its card.
+    is replaced is gone until its new record is there. The measured shares of dense FLOPs and time and the rows
+    that were read are noted beside how the checkpoint was made, the shares in its card.
 
     Raises:
         CheckpointError: the folder cannot be written.
@@ -228,12 +236,15 @@ def store_point(
         save_json(path, records)
     provenance_path = folder / PROVENANCE_FILE
     made = load_json(provenance_path) if provenance_path.is_file() else {}
-    shares = {**shares_of(made), **({} if share is None else {name: share})}
+    latencies = {other: value for other, value in (made.get(LATENCIES) or {}).items() if other != name}
+    measured = {
+        "calibrated_shares": {**shares_of(made), **({} if share is None else {name: share})},
+        LATENCIES: {**latencies, **({} if took is None else {name: took.to_json()})},
+    }
     if made:
-        used = also_used(made, "calibrated", read)
-        save_json(provenance_path, {**made, "calibrated_shares": shares, RECORD: used})
+        save_json(provenance_path, {**made, **measured, RECORD: also_used(made, "calibrated", read)})
     changed = config.with_point(name, threshold)
-    update_points(folder, changed, shares, records)
+    update_points(folder, changed, measured, records)
     # Last: the point is there when all about it is.
     save_json(folder / ROUTER_FILE, {**settings, "operating_points": changed.operating_points})
 

@@ -32,7 +32,7 @@ from skipit.router import (
     set_gates,
 )
 from skipit.router.gates import logits_of
-from skipit.theory.cost import CostModel, token_flops
+from skipit.theory.cost import CostModel
 
 EVERY_FAMILY = pytest.mark.parametrize("family", ["llava", "qwen2.5-vl", "gemma3", "mllama"])
 EVERY_INPUT_FAMILY = pytest.mark.parametrize("family", FAMILIES)
@@ -414,7 +414,7 @@ class Reads(TorchDispatchMode):
 
 def share(costs: CostModel, run: Tensor, real: Tensor, kv: Any, unit: Any) -> float:
     """Executed share of the dense decoder's FLOPs in one pass."""
-    executed, dense = token_flops(costs, run.double(), real, kv, unit=unit)
+    executed, dense = costs.spend(run.double(), real, kv, unit=unit)
     return float(executed.sum() / dense.sum())
 
 

@@ -1,6 +1,8 @@
 """Thresholds that hit a compute budget as measured in gathered execution, on data the training did not see."""
 
 from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -9,9 +11,10 @@ from skipit.router import Gated, Trace, running
 from skipit.router.call import Mode
 from skipit.router.config import KVPolicy
 
-from .cost import Compute, CostModel, trace_compute
+from .cost import Compute, CostModel, Costs, trace_compute
 from .labels import before_answer
 from .plan import check_budget
+from .time_model import TimeModel
 
 LIMIT = 30.0  # of thresholds: no gate's logit lies beyond
 
@@ -20,12 +23,12 @@ LIMIT = 30.0  # of thresholds: no gate's logit lies beyond
 def measured_share(
     model: nn.Module,
     batches: Iterable[dict[str, Tensor]],
-    costs: CostModel,
+    costs: Costs,
     kv: KVPolicy,
     threshold: float,
     mode: Mode = "gathered",
 ) -> float:
-    """Share of the dense decoder's FLOPs that execution spends at a threshold, over all batches."""
+    """Share of what the dense decoder spends, FLOPs or time, that execution spends at a threshold, over all batches."""
     executed = dense = 0.0
     device = next(model.parameters()).device
     for batch in batches:
@@ -43,7 +46,7 @@ def measured_share(
 def calibrate(
     model: nn.Module,
     batches: list[dict[str, Tensor]],
-    costs: CostModel,
+    costs: Costs,
     budget: float,
     kv: KVPolicy,
     *,
@@ -59,10 +62,10 @@ def calibrate(
     Args:
         model: with gates, in eval mode.
         batches: held-out model inputs.
-        costs: of the model's layers.
-        budget: share of dense FLOPs, in (0, 1].
+        costs: of the model's layers, in FLOPs or in time.
+        budget: share of what the dense decoder spends, in (0, 1].
         kv: K/V policy.
-        tolerance: share of dense FLOPs that is close enough.
+        tolerance: share that is close enough.
         steps: forward passes over the batches, at most.
         mode: of execution; `masked` is for models whose weights are sharded (ZeRO-3), every process of which must
             run every module. Both decide alike, to rounding.
@@ -88,3 +91,59 @@ def calibrate(
             threshold = max(-LIMIT, min(LIMIT, 2 * threshold + (1.0 if share > budget else -1.0)))
     assert best is not None
     return best
+
+
+@dataclass(frozen=True)
+class Took:
+    """What a budget in time came to.
+
+    Attributes:
+        asked: share of the dense layers' time for a prompt.
+        share: what was found on held-out rows, by the table of `skipit bench`.
+        device: on which it was measured.
+    """
+
+    asked: float
+    share: float
+    device: str
+
+    def to_json(self) -> dict[str, Any]:
+        """All fields."""
+        return asdict(self)
+
+    def sentence(self) -> str:
+        """In words."""
+        return f"{self.share:.1%} of the dense layers' time for a prompt by `skipit bench` on {self.device}"
+
+
+@dataclass(frozen=True)
+class Met:
+    """A threshold that spends a budget on held-out rows.
+
+    Attributes:
+        threshold: of the gates.
+        flops: share of the dense decoder's FLOPs that is spent at it.
+        took: its time, where that was asked for.
+    """
+
+    threshold: float
+    flops: float
+    took: Took | None = None
+
+
+def meet(
+    model: nn.Module,
+    batches: list[dict[str, Tensor]],
+    costs: CostModel,
+    budget: float,
+    kv: KVPolicy,
+    *,
+    times: TimeModel | None = None,
+    mode: Mode = "gathered",
+) -> Met:
+    """Calibrate to a share of the dense decoder's FLOPs, or of its layers' time where `times` are given."""
+    if times is None:
+        return Met(*calibrate(model, batches, costs, budget, kv, mode=mode))
+    threshold, share = calibrate(model, batches, times, budget, kv, mode=mode)
+    flops = measured_share(model, batches, costs, kv, threshold, mode)
+    return Met(threshold, flops, Took(budget, share, times.times.device))

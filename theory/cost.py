@@ -8,7 +8,7 @@ tokens do: the tokens of the call in which that happens share it evenly. Without
 """
 
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -19,6 +19,28 @@ from skipit.router.call import NO_IMAGES, ImageStates
 from skipit.router.config import KVPolicy, Unit
 from skipit.router.costs import LayerCost, layer_costs
 from skipit.router.decoder import find_decoder, image_layers
+
+
+class Costs(Protocol):
+    """What tokens spend in every layer: FLOPs by a `CostModel`, or milliseconds by a `TimeModel`."""
+
+    @property
+    def depth(self) -> int:
+        """How many layers there are."""
+        ...
+
+    def spend(
+        self,
+        run: Float[Tensor, "layers batch seq"],
+        real: Bool[Tensor, "batch seq"],
+        kv: KVPolicy,
+        held: Float[Tensor, "layers batch"] | None = None,
+        seen: Float[Tensor, " batch"] | None = None,
+        unit: Unit = "block",
+        images: ImageStates = NO_IMAGES,
+    ) -> tuple[Float[Tensor, "layers batch seq"], Float[Tensor, "layers batch seq"]]:
+        """What every token of one call spends: executed, and in the dense decoder; see `CostModel.spend`."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -36,6 +58,11 @@ class CostModel:
         """
         _, decoder, found = find_decoder(model, layers)
         return cls(layer_costs(found, int(decoder.config.hidden_size), image_layers(decoder.config)))  # type: ignore[union-attr, arg-type]
+
+    @property
+    def depth(self) -> int:
+        """How many layers there are."""
+        return len(self.layers)
 
     def to_json(self) -> list[dict[str, Any]]:
         """Plain values, for an artefact."""
@@ -60,10 +87,54 @@ class CostModel:
         images = self.column("image") * keys.amax(-1)
         return float((tokens * self.saving(keys, "evict")).sum() + images.sum())
 
+    def spend(
+        self,
+        run: Float[Tensor, "layers batch seq"],
+        real: Bool[Tensor, "batch seq"],
+        kv: KVPolicy,
+        held: Float[Tensor, "layers batch"] | None = None,
+        seen: Float[Tensor, " batch"] | None = None,
+        unit: Unit = "block",
+        images: ImageStates = NO_IMAGES,
+    ) -> tuple[Float[Tensor, "layers batch seq"], Float[Tensor, "layers batch seq"]]:
+        """FLOPs of every token in every layer in one call of the model: executed, and those of the dense decoder.
+
+        Args:
+            run: 1 where a token runs a layer, 0 where it skips; may be soft (the FLOPs are then the expected ones of
+                independent decisions), and carry a gradient.
+            real: False at padding.
+            kv: what skipped tokens leave behind.
+            held: keys per layer and row from earlier calls; None is none.
+            seen: real tokens per row from earlier calls; None is none.
+            unit: what a token skips.
+            images: what cross-attention layers attend to.
+        """
+        names = ("linear", "attention", "keys_values", "mlp", "gate", "image")
+        linear, pair, kept, mlp, gate, image = (self.column(name).to(run)[:, None, None] for name in names)
+        run, tokens = run * real, real.to(run.dtype)
+        everything = tokens.cumsum(-1) if seen is None else tokens.cumsum(-1) + seen[:, None]
+        # Where keys are evicted, a token that runs sees itself in full; a soft gate weighs the keys of others.
+        others = run.cumsum(-1) - run + (0 if held is None else held[..., None])
+        everything = torch.where(image > 0, images.held, everything)
+        keys = everything if kv == "retain" or unit == "mlp" else torch.where(image > 0, images.held, others + 1)
+        shared = image * images.new * tokens / tokens.sum(-1, keepdim=True).clamp(min=1)
+        if not images.held:
+            run, tokens = run * (image == 0), tokens * (image == 0)
+        dense = tokens * linear + tokens * pair * everything
+        if unit == "mlp":
+            executed = dense - (tokens - run) * mlp
+        else:
+            executed = run * (linear + pair * keys)
+            if kv == "retain":
+                executed = executed + (tokens - run) * kept
+            if unit == "attention":
+                executed = executed + (tokens - run) * mlp
+        return executed + gate * tokens + shared, dense + shared
+
 
 @dataclass
 class Compute:
-    """FLOPs by unit, [layers, modalities], summed over tokens; `executed` has a gradient if the gates had one."""
+    """FLOPs (or time) by unit, [layers, modalities], summed over tokens; `executed` has a gradient if the gates had."""
 
     executed: Tensor
     dense: Tensor
@@ -74,54 +145,8 @@ class Compute:
         return self.executed.sum() / self.dense.sum()
 
 
-def token_flops(
-    costs: CostModel,
-    run: Float[Tensor, "layers batch seq"],
-    real: Bool[Tensor, "batch seq"],
-    kv: KVPolicy,
-    held: Float[Tensor, "layers batch"] | None = None,
-    seen: Float[Tensor, " batch"] | None = None,
-    unit: Unit = "block",
-    images: ImageStates = NO_IMAGES,
-) -> tuple[Float[Tensor, "layers batch seq"], Float[Tensor, "layers batch seq"]]:
-    """FLOPs of every token in every layer in one call of the model: executed, and those of the dense decoder.
-
-    Args:
-        costs: of this model's layers.
-        run: 1 where a token runs a layer, 0 where it skips; may be soft (the FLOPs are then the expected ones of
-            independent decisions), and carry a gradient.
-        real: False at padding.
-        kv: what skipped tokens leave behind.
-        held: keys per layer and row from earlier calls; None is none.
-        seen: real tokens per row from earlier calls; None is none.
-        unit: what a token skips.
-        images: what cross-attention layers attend to.
-    """
-    names = ("linear", "attention", "keys_values", "mlp", "gate", "image")
-    linear, pair, kept, mlp, gate, image = (costs.column(name).to(run)[:, None, None] for name in names)
-    run, tokens = run * real, real.to(run.dtype)
-    everything = tokens.cumsum(-1) if seen is None else tokens.cumsum(-1) + seen[:, None]
-    # Where keys are evicted, a token that runs sees itself in full; a soft gate weighs the keys of others.
-    others = run.cumsum(-1) - run + (0 if held is None else held[..., None])
-    everything = torch.where(image > 0, images.held, everything)
-    keys = everything if kv == "retain" or unit == "mlp" else torch.where(image > 0, images.held, others + 1)
-    shared = image * images.new * tokens / tokens.sum(-1, keepdim=True).clamp(min=1)
-    if not images.held:
-        run, tokens = run * (image == 0), tokens * (image == 0)
-    dense = tokens * linear + tokens * pair * everything
-    if unit == "mlp":
-        executed = dense - (tokens - run) * mlp
-    else:
-        executed = run * (linear + pair * keys)
-        if kv == "retain":
-            executed = executed + (tokens - run) * kept
-        if unit == "attention":
-            executed = executed + (tokens - run) * mlp
-    return executed + gate * tokens + shared, dense + shared
-
-
 def step_compute(
-    costs: CostModel,
+    costs: Costs,
     run: Float[Tensor, "layers batch seq"],
     modality: Int[Tensor, "batch seq"],
     real: Bool[Tensor, "batch seq"],
@@ -131,12 +156,12 @@ def step_compute(
     unit: Unit = "block",
     images: ImageStates = NO_IMAGES,
 ) -> Compute:
-    """FLOPs of one call of the model by unit; `modality` is 0 text, 1 vision, the rest as in `token_flops`."""
-    executed, dense = token_flops(costs, run, real, kv, held, seen, unit, images)
+    """FLOPs of one call of the model by unit; `modality` is 0 text, 1 vision, the rest as in `CostModel.spend`."""
+    executed, dense = costs.spend(run, real, kv, held, seen, unit, images)
     return Compute(_by_modality(executed, modality), _by_modality(dense, modality))
 
 
-def trace_compute(costs: CostModel, steps: list[Step]) -> Compute:
+def trace_compute(costs: Costs, steps: list[Step]) -> Compute:
     """FLOPs of a prefill and the decoding steps after it, from what ran in each.
 
     Args:
@@ -150,7 +175,7 @@ def trace_compute(costs: CostModel, steps: list[Step]) -> Compute:
     return Compute(executed, dense)
 
 
-def trace_flops(costs: CostModel, steps: list[Step]) -> tuple[list[Tensor], list[Tensor]]:
+def trace_flops(costs: Costs, steps: list[Step]) -> tuple[list[Tensor], list[Tensor]]:
     """FLOPs of every token in every layer, executed and dense, [layers, batch, seq] for each step of a trace.
 
     Raises:
@@ -165,7 +190,7 @@ def trace_flops(costs: CostModel, steps: list[Step]) -> tuple[list[Tensor], list
         if step.past == 0:
             held = seen = None
         run = step.run.double()
-        spent, full = token_flops(costs, run, step.real, step.kv, held, seen, step.unit, step.images)
+        spent, full = costs.spend(run, step.real, step.kv, held, seen, step.unit, step.images)
         executed.append(spent)
         dense.append(full)
         kept = run if step.kv == "evict" and step.unit != "mlp" else step.real.double().expand_as(run)

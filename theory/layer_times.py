@@ -1,7 +1,7 @@
 """How long a decoder layer takes when a share of its tokens skips it, as `skipit bench` has measured it."""
 
 from dataclasses import asdict, dataclass
-from math import log
+from math import exp, log
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +16,7 @@ from skipit.router.errors import CheckpointError, InputError
 from skipit.router.folders import load_json, provenance, save_json, writing
 from skipit.router.measured import bench_file
 
-from .profile import Profile
+from .cost import CostModel
 
 
 @dataclass(frozen=True)
@@ -85,17 +85,46 @@ class LayerTimes:
         Args:
             kv: K/V policy.
             tokens: of the prompt; beyond those that were measured, as the nearest.
-            skipped: shares.
+            skipped: shares in [0, 1], which may have a gradient.
         """
-        limit, sizes = self.packing_pays, sorted(self.dense)
-        place = float(np.interp(log(max(tokens, 1.0)), [log(size) for size in sizes], range(len(sizes))))
+        limit, sizes, place = self.packing_pays, sorted(self.dense), self._place(tokens)
         curves = []
         for size in (sizes[int(place)], sizes[min(int(place) + 1, len(sizes) - 1)]):
             rows = [row for row in self.rows if (row.tokens, row.kv) == (size, kv)]
             taken = [r for r in rows if r.route in (None, "packed" if self._saved(r) > limit else "whole")]
-            shares, times = zip(*sorted((row.skipped / size, row.relative) for row in taken), strict=True)
-            curves.append(torch.from_numpy(np.interp(skipped.double().numpy(), shares, times)))
+            pairs = zip(*sorted((row.skipped / size, row.relative) for row in taken), strict=True)
+            shares, times = (torch.tensor(part, dtype=torch.float64, device=skipped.device) for part in pairs)
+            after = torch.searchsorted(shares, skipped.detach().double().contiguous()).clamp(1, len(shares) - 1)
+            slope = (times.diff() / shares.diff())[after - 1]
+            curves.append(times[after - 1] + slope * (skipped - shares[after - 1]))
         return torch.lerp(curves[0], curves[1], place % 1)
+
+    def ms(self, tokens: float) -> float:
+        """Milliseconds of the untouched layer for a prompt of so many tokens, as `relative` knows them."""
+        logs = [log(self.dense[size]) for size in sorted(self.dense)]
+        return exp(float(np.interp(self._place(tokens), range(len(logs)), logs)))
+
+    def _place(self, tokens: float) -> float:
+        """Between the prompts that were measured, in the logarithm: 0 is the shortest."""
+        sizes = [log(size) for size in sorted(self.dense)]
+        return float(np.interp(log(max(tokens, 1.0)), sizes, range(len(sizes))))
+
+    def check(self, latency: float, least: float, kv: KVPolicy) -> None:
+        """Refuse a share of the time that no gates can meet.
+
+        Args:
+            latency: share of the dense layers' time.
+            least: the share when all tokens skip all layers.
+            kv: K/V policy.
+
+        Raises:
+            InputError: it is below the least.
+        """
+        if latency < least:
+            raise InputError(
+                f"`latency`: got {latency:g}, expected at least {least:.3f} on this machine (kv {kv!r}): so much "
+                "of the dense layers' time is spent when every token skips every layer."
+            )
 
     def save(self, path: Path) -> None:
         """Write it, with what the router reads of it.
@@ -123,17 +152,20 @@ def load_times(path: Path) -> LayerTimes:
         raise CheckpointError(f"{path} is not what `skipit bench` writes: {error!r}. Run it again.") from error
 
 
-def times_for(profile: Profile) -> LayerTimes:
-    """What was measured on this machine of layers such as a profile's.
+def times_for(costs: CostModel, hidden: int) -> LayerTimes:
+    """What was measured on this machine of layers such as a model's.
+
+    Args:
+        costs: of the model's layers.
+        hidden: width of its states.
 
     Raises:
         InputError: nothing, or of other layers as wide as these.
         CheckpointError: it is damaged.
     """
-    hidden, layers = int(profile.damage["retain"].ridge.weight.shape[-1]), profile.costs.layers
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    layers, device = costs.layers, torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtypes = (torch.float32, torch.bfloat16, torch.float16)
-    # A profile does not say in what dtype it was measured, but what its keys and values take.
+    # Costs do not say in what dtype a model is, but what its keys and values take.
     of_size = [d for d in dtypes if any(_element_size(layer, hidden) == d.itemsize for layer in layers)]
     path = next((p for p in (bench_file(device, dtype, hidden) for dtype in of_size) if p.is_file()), None)
     if path is None:

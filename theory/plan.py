@@ -53,6 +53,11 @@ class Plan:
     about: dict[str, Any] = field(default_factory=dict)
     decide_at: tuple[int, ...] | None = None
 
+    @property
+    def latency(self) -> float | None:
+        """The share of the dense layers' time that it was made for, if it was not made for FLOPs."""
+        return self.about.get("latency")
+
 
 def points_text(decide_at: Sequence[int] | None) -> str:
     """Decision points in words.
@@ -66,16 +71,16 @@ def points_text(decide_at: Sequence[int] | None) -> str:
     return f"layer{'s' if len(decide_at) > 1 else ''} {', '.join(map(str, decide_at))}"
 
 
-def check_budget(budget: float) -> float:
-    """Return the budget.
+def check_budget(budget: float, name: Literal["budget", "latency"] = "budget") -> float:
+    """Return a budget, or a latency.
 
     Raises:
         ValueError: it is not in (0, 1].
     """
     if not isinstance(budget, int | float) or not 0 < budget <= 1:
+        what = "dense decoder's FLOPs" if name == "budget" else "dense layers' time"
         raise ValueError(
-            f"`budget`: got {short(budget)}, expected a number in (0, 1]: the share of the dense decoder's FLOPs to "
-            "spend."
+            f"`{name}`: got {short(budget)}, expected a number in (0, 1]: the share of the {what} to spend."
         )
     return float(budget)
 
@@ -179,7 +184,7 @@ def make_plan(
         return Plan(weight, bias, float(budget), kv, init, profile.model, rate, dict(profile.about), profile.decide_at)
     flops, time = Flops(profile, kv), None if times is None else Latency(profile, kv, times)
     if time is not None:
-        time.check(budget)
+        time.times.check(budget, time.least(), kv)
     spending: Flops | Latency = time or flops
     saving = spending.saving().double()
     mean, std = _log_damage(profile, kv, init)

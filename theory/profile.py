@@ -90,6 +90,11 @@ class Profile:
         return self.tokens_per_row.nan_to_num(0.0)
 
     @property
+    def width(self) -> int:
+        """Of the states that gates read."""
+        return self.damage["retain"].ridge.weight.shape[-1]
+
+    @property
     def total(self) -> float:
         """FLOPs of the dense decoder for a row with `tokens`."""
         return self.costs.dense(self.tokens, self.keys.nan_to_num(1.0))

@@ -8,7 +8,6 @@ from jaxtyping import Float
 from torch import Tensor
 
 from skipit.router.config import KVPolicy
-from skipit.router.errors import InputError
 
 from .layer_times import LayerTimes
 from .profile import Profile
@@ -80,18 +79,6 @@ class Latency:
     def least(self) -> float:
         """The share when all tokens skip all layers."""
         return self.share(torch.zeros_like(self.profile.tokens).double())
-
-    def check(self, latency: float) -> None:
-        """Refuse a share of the time that no gates can meet.
-
-        Raises:
-            InputError: it is below the least.
-        """
-        if latency < (least := self.least()):
-            raise InputError(
-                f"`latency`: got {latency:g}, expected at least {least:.3f} on this machine (kv {self.kv!r}): so much "
-                "of the dense layers' time is spent when every token skips every layer."
-            )
 
     def _relative(self, skipped: Float[Tensor, "layers any"]) -> Float[Tensor, "layers any"]:
         """Time of layers that so many tokens skip, dense is 1."""

@@ -13,6 +13,7 @@ from skipit.router import RouterConfig
 from skipit.router.checkpoint import ROUTER_FILE
 from skipit.router.errors import CheckpointError
 from skipit.router.folders import load_json, new_file
+from skipit.theory.calibrate import Took
 from skipit.theory.plan import points_text
 from skipit.train.data.sources import REFERENCE
 from skipit.train.data.used import RECORD, HeldOut
@@ -20,6 +21,7 @@ from skipit.train.data.used import RECORD, HeldOut
 Kind = Literal["run", "adapter", "plan"]
 CARD, PROVENANCE_FILE, EVALUATION = "README.md", "provenance.json", "eval.json"
 ADAPTER_CONFIG, CERTIFICATES = "adapter_config.json", "certificates.json"
+LATENCIES = "latencies"  # in a record: what operating points in time came to, by name
 UNNAMED = "-"  # the default threshold, where it is no operating point
 _SETTINGS = tuple(field.name for field in fields(RouterConfig))  # an adapter's file holds more
 # What lies between these is written anew when a checkpoint gets an operating point; the rest is the reader's.
@@ -47,7 +49,7 @@ def card(
         _what(record, config, kind),
         "## Measured\n\n" + (_UNMEASURED if evaluation is None else measured_table(evaluation)),
         f"## Use\n\n{_use(kind)}",
-        f"## Operating points\n\n{points_table(config, shares_of(record), certificates or {})}",
+        f"## Operating points\n\n{points_table(config, record, certificates or {})}",
         "## How it was made\n\n" + _how(record, kind),
     ]
     return "\n\n".join(sections) + "\n"
@@ -83,7 +85,10 @@ def _name(base: str) -> str:
 
 def _what(record: Mapping[str, Any], config: RouterConfig, kind: Kind) -> str:
     base = _name(record["base"])
-    share = f"{(record if kind == 'plan' else record['config'])['budget']:.0%} of the dense decoder's FLOPs"
+    asked = record if kind == "plan" else record["config"]
+    share = f"{asked['budget']:.0%} of the dense decoder's FLOPs"
+    if asked.get("latency") is not None:
+        share = f"{asked['latency']:.0%} of the dense layers' time for a prompt"
     made = f"Gates and LoRA were fine-tuned by skipit to spend {share}."
     if kind == "plan":
         made = f"Its gates come from a profile, for {share}; nothing was trained."
@@ -140,8 +145,9 @@ def shares_of(record: Mapping[str, Any]) -> dict[str, float]:
     return {name: share for name, share in (record.get("calibrated_shares") or {}).items() if share is not None}
 
 
-def points_table(config: RouterConfig, shares: Mapping[str, float], certificates: Mapping[str, Any]) -> str:
+def points_table(config: RouterConfig, record: Mapping[str, Any], certificates: Mapping[str, Any]) -> str:
     """The operating points of a router as a Markdown table, between marks by which it is found again."""
+    shares = shares_of(record)
     if not config.operating_points:
         spent = f", which executes {shares[UNNAMED]:.1%} of the dense decoder's FLOPs" if UNNAMED in shares else ""
         body = f"None is calibrated: the gates run at their default threshold{spent}. `skipit calibrate` adds some."
@@ -166,6 +172,8 @@ def points_table(config: RouterConfig, shares: Mapping[str, float], certificates
                 f"\n\nAt `{name}`, with confidence {proof['confidence']:.0%}, at most {proof['risk']:.0%} of new rows "
                 "like those measured are answered otherwise than by the dense model."
             )
+    for name, took in (record.get(LATENCIES) or {}).items():
+        body += f"\n\n{f'At `{name}`' if name != UNNAMED else 'There'} a prompt takes {Took(**took).sentence()}."
     return f"{_START}\n{body}\n{_END}"
 
 
@@ -173,7 +181,9 @@ def _is_number(name: str) -> bool:
     return name.replace(".", "", 1).isdigit()
 
 
-def update_points(folder: Path, config: RouterConfig, shares: Mapping[str, float], records: Mapping[str, Any]) -> None:
+def update_points(
+    folder: Path, config: RouterConfig, record: Mapping[str, Any], certificates: Mapping[str, Any]
+) -> None:
     """Write the operating points of a checkpoint's card anew; a card without their marks is left alone."""
     path = folder / CARD
     if not path.is_file():
@@ -182,7 +192,7 @@ def update_points(folder: Path, config: RouterConfig, shares: Mapping[str, float
     _, end, after = rest.partition(_END)
     if start and end:
         with new_file(path) as file:
-            file.write_text(before + points_table(config, shares, records) + after, encoding="utf-8")
+            file.write_text(before + points_table(config, record, certificates) + after, encoding="utf-8")
 
 
 def write_card(folder: Path, evaluation: Mapping[str, Any] | None = None) -> None:
@@ -223,7 +233,7 @@ def read_evaluation(folder: Path, checkpoint: Path) -> dict[str, Any]:
     measured = Path(str((evaluation.get("settings") or {}).get("checkpoint", "")))
     if (measured / PROVENANCE_FILE).is_file():
         one, other = (
-            {**load_json(place / PROVENANCE_FILE), "calibrated_shares": None, RECORD: None}
+            {**load_json(place / PROVENANCE_FILE), "calibrated_shares": None, LATENCIES: None, RECORD: None}
             for place in (measured, checkpoint)
         )
         if one != other:

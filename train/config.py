@@ -4,9 +4,10 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal, Self
 
 from skipit.router import RouterConfigError
-from skipit.router.config import Granularity, KVPolicy, Unit, check_choice
+from skipit.router.config import Granularity, KVPolicy, Unit, check_choice, point_name
 from skipit.router.errors import short
 from skipit.theory.plan import check_budget
+from skipit.theory.time_model import point_of
 
 Precision = Literal["fp32", "bf16"]
 
@@ -17,6 +18,8 @@ class TrainConfig:
 
     Args:
         budget: share of the dense decoder's FLOPs to spend, in (0, 1].
+        latency: share of the dense layers' time for a prompt to spend instead, as `skipit bench` measured it on this
+            machine.
         more_budgets: further budgets that the same gates are trained for, in turn with `budget`, one per step.
         kv: K/V policy of skipped tokens, `retain` or `evict`.
         unit: what a token skips, `block`, `attention` or `mlp`.
@@ -45,6 +48,7 @@ class TrainConfig:
     """
 
     budget: float = 0.5
+    latency: float | None = None
     more_budgets: tuple[float, ...] = ()
     kv: KVPolicy = "retain"
     unit: Unit = "block"
@@ -72,6 +76,12 @@ class TrainConfig:
         object.__setattr__(self, "more_budgets", tuple(self.more_budgets))  # JSON has lists
         for budget in (self.budget, *self.more_budgets):
             check_budget(budget)
+        if self.latency is not None:
+            check_budget(self.latency, "latency")
+            if self.more_budgets:
+                raise RouterConfigError(
+                    "`latency`: got it with `more_budgets`, which are FLOPs. Leave one of them out."
+                )
         choices = {"kv": KVPolicy, "unit": Unit, "granularity": Granularity, "precision": Precision}
         for name, allowed in choices.items():
             check_choice(name, getattr(self, name), allowed)
@@ -87,6 +97,18 @@ class TrainConfig:
                 raise RouterConfigError(f"`{name}`: got {short(value)}, expected a number, at least 0.")
             elif kind is bool and not isinstance(value, bool):
                 raise RouterConfigError(f"`{name}`: got {short(value)}, expected true or false.")
+
+    @property
+    def points(self) -> dict[str, float]:
+        """What to spend by the name of its operating point, the default first: of time under `latency`, or of FLOPs."""
+        if self.latency is not None:
+            return {point_of(self.latency): self.latency}
+        return {point_name(budget): budget for budget in (self.budget, *self.more_budgets)}
+
+    @property
+    def counted(self) -> str:
+        """What the budget is a share of, in a word."""
+        return "compute" if self.latency is None else "time"
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Self:

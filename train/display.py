@@ -62,9 +62,9 @@ def note(text: str) -> None:
 
 
 class _TrainingBar(ProgressCallback):
-    def __init__(self, bar: Progress, task: Any) -> None:
+    def __init__(self, bar: Progress, task: Any, counted: str) -> None:
         super().__init__()
-        self._bar, self._task = bar, task
+        self._bar, self._task, self._counted = bar, task, counted
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self._bar.update(self._task, completed=state.global_step)
@@ -77,7 +77,7 @@ class _TrainingBar(ProgressCallback):
         if logs and "compute" in logs:
             figures = (
                 f"CE {logs['ce']:.3f}  KL {logs['kl']:.3f}  accuracy {logs['accuracy']:.1%}  "
-                f"compute {logs['compute']:.1%} of {logs['budget']:.0%}"
+                f"{self._counted} {logs['compute']:.1%} of {logs['budget']:.0%}"
             )
             self._bar.update(self._task, figures=figures)
 
@@ -89,9 +89,10 @@ class _TrainingBar(ProgressCallback):
 
 @contextmanager
 def training_progress(config: Any) -> Iterator[ProgressCallback]:
-    """A trainer callback that shows steps, losses and the compute executed beside its budget."""
-    with _bar("train", config.steps, figures=f"budget {config.budget:.0%}") as (bar, task):
-        yield _TrainingBar(bar, task)
+    """A trainer callback that shows steps, losses and the compute or time spent beside its budget."""
+    budget = next(iter(config.points.values()))
+    with _bar("train", config.steps, figures=f"budget {budget:.0%} of {config.counted}") as (bar, task):
+        yield _TrainingBar(bar, task, config.counted)
 
 
 @contextmanager

@@ -18,8 +18,6 @@ from skipit.router.folders import check_out, claimed, load_json, new_directory, 
 from skipit.router.paths import check_there
 from skipit.router.standalone import CODE, add_code
 from skipit.theory.artefact import check_same_model, load_plan
-from skipit.theory.calibrate import calibrate
-from skipit.theory.cost import CostModel
 from skipit.theory.identity import fingerprint
 from skipit.theory.plan import Plan
 from skipit.theory.profile import Profile
@@ -27,8 +25,8 @@ from skipit.train.data.collate import Collator, batches, tried
 from skipit.train.data.rows import Broken, readable
 from skipit.train.data.sources import load_data, resolve_model
 
-from .card import ADAPTER_CONFIG, PROVENANCE_FILE, UNNAMED, read_evaluation, write_card
-from .gating import attach_plan
+from .card import ADAPTER_CONFIG, LATENCIES, PROVENANCE_FILE, UNNAMED, read_evaluation, write_card
+from .gating import attach_plan, meet_plan
 from .lora import merge_lora
 from .run_folder import ADAPTER, CONFIG_FILE, RUN_FILE
 
@@ -125,7 +123,7 @@ def export_plan(
         model, processor = load_dense(resolve_model(source))
         attach_plan(model, gates)
         if gates.init in MEETS_A_BUDGET:
-            record["calibrated_shares"] = _meet_budget(model, processor, gates, note)
+            record |= _meet_budget(model, processor, gates, note)
         _save(model, processor, out, overwrite, record)
 
 
@@ -139,13 +137,13 @@ def _save(model: Any, processor: Any, out: str | Path, overwrite: bool, record: 
     save_gated(model, processor, out, overwrite=overwrite, finish=finish)
 
 
-def _meet_budget(model: Any, processor: Any, plan: Plan, note: Callable[[str], None]) -> dict[str, float]:
-    """Move the default threshold to a plan's budget, on rows that were profiled; the share measured at it."""
+def _meet_budget(model: Any, processor: Any, plan: Plan, note: Callable[[str], None]) -> dict[str, Any]:
+    """Move the default threshold to a plan's budget, on rows that were profiled; what was measured at it."""
     read = plan.about.get(DATA) or {}
     try:
         collate = Collator(processor)
         rows = load_data(read["source"], samples=FEW, **{name: read[name] for name in HOW_READ})
-        held = list(batches(readable(rows, tried(collate), Broken(FEW)), collate, FEW // 4))
+        met = meet_plan(model, list(batches(readable(rows, tried(collate), Broken(FEW)), collate, FEW // 4)), plan)
     except (KeyError, InputError) as error:
         why = "the profile does not say which rows it measured" if isinstance(error, KeyError) else str(error)
         note(
@@ -153,11 +151,13 @@ def _meet_budget(model: Any, processor: Any, plan: Plan, note: Callable[[str], N
             "measured."
         )
         return {}
-    threshold, share = calibrate(model, held, CostModel.of(model), plan.budget, plan.kv)
     router = find_router(model)[1]
-    router.config = replace(router.config, threshold=threshold)
-    note(f"executes {share:.1%} of the dense decoder's FLOPs, as measured on rows that were profiled")
-    return {UNNAMED: share}
+    router.config = replace(router.config, threshold=met.threshold)
+    note(f"executes {met.flops:.1%} of the dense decoder's FLOPs, as measured on rows that were profiled")
+    if met.took is not None:
+        note(f"takes {met.took.sentence()}")
+    took = {UNNAMED: met.took.to_json()} if met.took else {}
+    return {"calibrated_shares": {UNNAMED: met.flops}, LATENCIES: took}
 
 
 def is_checkpoint(folder: Path) -> bool:

@@ -3,12 +3,15 @@
 from dataclasses import replace
 from typing import Any
 
+from torch import Tensor
+
 from skipit.router import Router, RouterConfig, attach, set_gates
 from skipit.theory.artefact import check_same_model
-from skipit.theory.calibrate import calibrate
+from skipit.theory.calibrate import Met, meet
 from skipit.theory.cost import CostModel
 from skipit.theory.identity import fingerprint
 from skipit.theory.plan import Plan
+from skipit.theory.time_model import TimeModel, point_of
 from skipit.train.data.collate import Collator, batches
 
 
@@ -30,6 +33,14 @@ def attach_plan(model: Any, plan: Plan, config: RouterConfig | None = None) -> R
     return router
 
 
+def meet_plan(model: Any, held: list[dict[str, Tensor]], plan: Plan) -> Met:
+    """The threshold at which a plan's gates spend on held-out batches what it was made for, FLOPs or time."""
+    costs = CostModel.of(model)
+    if plan.latency is None:
+        return meet(model, held, costs, plan.budget, plan.kv)
+    return meet(model, held, costs, plan.latency, plan.kv, times=TimeModel.of(model))
+
+
 def gate_by_plan(model: Any, processor: Any, plan: Plan, calibration: Any, *, batch_size: int = 16) -> float:
     """Attach a plan's gates to a dense model and set the threshold that meets its budget on held-out rows.
 
@@ -41,6 +52,7 @@ def gate_by_plan(model: Any, processor: Any, plan: Plan, calibration: Any, *, ba
     """
     router = attach_plan(model, plan)
     held_out = list(batches(calibration, Collator(processor), batch_size))
-    threshold, share = calibrate(model, held_out, CostModel.of(model), plan.budget, plan.kv)
-    router.config = router.config.with_point(plan.budget, threshold, default=True)
-    return share
+    met = meet_plan(model, held_out, plan)
+    name = plan.budget if plan.latency is None else point_of(plan.latency)
+    router.config = router.config.with_point(name, met.threshold, default=True)
+    return met.flops

@@ -16,7 +16,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from skipit.router import Step
-from skipit.theory.cost import Compute, CostModel, step_compute
+from skipit.theory.cost import Compute, Costs, step_compute
 from skipit.theory.labels import IGNORE, predicts_answer
 
 
@@ -66,8 +66,8 @@ def answer_losses(
     return AnswerLosses(ce, F.kl_div(predicted, full, reduction="sum", log_target=True), correct)
 
 
-def gated_compute(costs: CostModel, step: Step) -> Compute:
-    """FLOPs of a masked training step: from the hard decisions, differentiated through the gates' probabilities."""
+def gated_compute(costs: Costs, step: Step) -> Compute:
+    """What a masked training step spends: from the hard decisions, differentiated through the gates' probabilities."""
     probability = step.probability
     straight_through = step.run.float() + (probability - probability.detach())
     return step_compute(costs, straight_through, step.modality, step.real, step.kv, unit=step.unit, images=step.images)

@@ -13,18 +13,20 @@ from transformers import TrainingArguments
 
 from skipit.router import RouterConfig, find_router
 from skipit.router.call import Mode
-from skipit.router.config import KVPolicy, Unit, point_name
+from skipit.router.config import KVPolicy, Unit
 from skipit.router.decoder import find_decoder, layer_kinds
 from skipit.router.errors import InputError
 from skipit.router.folders import provenance
-from skipit.theory.calibrate import calibrate
-from skipit.theory.cost import CostModel, token_flops
+from skipit.theory.calibrate import Met, calibrate, meet
+from skipit.theory.cost import CostModel, Costs
 from skipit.theory.labels import predicts_answer
 from skipit.theory.plan import Plan, check_reachable
+from skipit.theory.time_model import TimeModel
 from skipit.train.data.collate import Collator, batches, forgiving, tried
 from skipit.train.data.rows import Broken, Rows, RowStream, readable, training_rows
 from skipit.train.data.used import RECORD, Noted, held_out
 
+from .card import LATENCIES
 from .config import TrainConfig
 from .gating import attach_plan
 from .launch import launched, stage_of
@@ -49,6 +51,9 @@ def lora_targets(model: nn.Module) -> str:
 def prepare(model: Any, plan: Plan, config: TrainConfig) -> Any:
     """Attach a plan's gates to a dense model and add LoRA: a PEFT model whose adapter holds both.
 
+    Layers that a plan in time leaves out for all tokens stay out. One token that enters takes nearly as long as all
+    would, and then no token that leaves saves any: nothing would tell training to close the layer again.
+
     Raises:
         CheckpointError: the plan was made for another model.
     """
@@ -68,33 +73,37 @@ def prepare(model: Any, plan: Plan, config: TrainConfig) -> Any:
         for name, parameter in peft_model.named_parameters():
             if "lora_" in name:
                 parameter.requires_grad_(False)
+    for layer, left_out in zip(find_decoder(model)[2], (plan.run_rate == 0).all(-1).tolist(), strict=True):
+        for name, parameter in layer.named_parameters():
+            if "layer_gate" in name and left_out and config.latency is not None:
+                parameter.requires_grad_(False)
     return peft_model
 
 
-def dense_per_answer(rows: Iterable[dict[str, Tensor]], costs: CostModel) -> float:
-    """Dense decoder FLOPs per answer token of some batches: the scale of the compute term."""
-    flops = answers = 0.0
+def dense_per_answer(rows: Iterable[dict[str, Tensor]], costs: Costs) -> float:
+    """What the dense decoder spends per answer token of some batches: the scale of the compute term."""
+    spent = answers = 0.0
     for batch in rows:
-        flops += _least_and_dense(batch, costs)[1]
+        spent += _least_and_dense(batch, costs)[1]
         answers += float(predicts_answer(batch["labels"]).sum())
     if answers == 0:
         raise InputError("the training data has no answer tokens; every row needs a completion.")
-    return flops / answers
+    return spent / answers
 
 
-def least_share(rows: Iterable[dict[str, Tensor]], costs: CostModel, kv: KVPolicy, unit: Unit) -> float:
-    """Share of the dense decoder's FLOPs that some batches cost when every token skips every layer."""
+def least_share(rows: Iterable[dict[str, Tensor]], costs: Costs, kv: KVPolicy, unit: Unit) -> float:
+    """Share of what the dense decoder spends that some batches cost when every token skips every layer."""
     least, dense = zip(*(_least_and_dense(batch, costs, kv, unit) for batch in rows), strict=True)
     return sum(least) / sum(dense)
 
 
 def _least_and_dense(
-    batch: dict[str, Tensor], costs: CostModel, kv: KVPolicy = "retain", unit: Unit = "block"
+    batch: dict[str, Tensor], costs: Costs, kv: KVPolicy = "retain", unit: Unit = "block"
 ) -> tuple[float, float]:
-    """FLOPs of a batch whose tokens skip every layer, and those of the dense decoder."""
+    """What a batch spends whose tokens skip every layer, and what the dense decoder does."""
     real = batch["attention_mask"].bool()
-    nothing = torch.zeros(len(costs.layers), *real.shape, dtype=torch.float64)
-    executed, dense = token_flops(costs, nothing, real, kv, unit=unit)
+    nothing = torch.zeros(costs.depth, *real.shape, dtype=torch.float64)
+    executed, dense = costs.spend(nothing, real, kv, unit=unit)
     return float(executed.sum()), float(dense.sum())
 
 
@@ -166,7 +175,9 @@ def train(
         claimed_run(out, arguments.process_index == 0, resume=resume, overwrite=overwrite),
     ):
         check_dtype(model)
-        collate, costs = Collator(processor), CostModel.of(model)
+        collate, flops = Collator(processor), CostModel.of(model)
+        times = None if config.latency is None else TimeModel.of(model)
+        costs: Costs = times or flops
         broken = Broken(config.max_broken_rows, note)
         whole = isinstance(dataset, Rows | RowStream)
         rows = dataset if whole else training_rows(dataset, collate.checked, broken)
@@ -175,7 +186,10 @@ def train(
         if calibration is not None:
             calibration = readable(calibration, tried(collate), rows.broken, "held-out row")
         least = least_share(sample, costs, config.kv, config.unit)
-        check_reachable((config.budget, *config.more_budgets), least, config.kv, config.unit)
+        if times is None:
+            check_reachable(config.points.values(), least, config.kv, config.unit)
+        else:
+            times.times.check(min(config.points.values()), least, config.kv)
         peft_model = prepare(model, plan, config)
         settings = {**config.to_dict(), "base": base, "processes": arguments.world_size, "decide_at": plan.decide_at}
         folder = RunFolder(out, settings, main=arguments.process_index == 0)
@@ -202,7 +216,7 @@ def train(
         held_batches = list(batches(held, collate, config.batch_size)) if calibration is not None else []
         used = {**plan.about.get(RECORD, {"profiled": None}), "trained": folder.rows_read(arguments.world_size)}
         mode: Mode = "masked" if stage_of(arguments) == 3 else "gathered"
-        shares = _calibrate(peft_model, held_batches, costs, config, mode) if held_batches else {}
+        met = _calibrate(peft_model, held_batches, flops, times, config, mode) if held_batches else {}
         history = trainer.progress.history
         record = {
             "base": base,
@@ -211,8 +225,9 @@ def train(
             "processes": arguments.world_size,
             "init": plan.init,
             "skipped_rows": rows.broken.count,
-            "calibrated_share": shares.get(point_name(config.budget)),
-            "calibrated_shares": shares,
+            "calibrated_share": met[next(iter(config.points))].flops if met else None,
+            "calibrated_shares": {name: point.flops for name, point in met.items()},
+            LATENCIES: {name: point.took.to_json() for name, point in met.items() if point.took},
             "held_out": held_out({RECORD: used}, held)[0].to_json(),
             RECORD: {**used, "calibrated": calibrated.packed()},
             "last": history[-1] if history else None,
@@ -222,7 +237,7 @@ def train(
     return peft_model
 
 
-def _thresholds(model: Any, held: list[dict[str, Tensor]], costs: CostModel, config: TrainConfig) -> list[float]:
+def _thresholds(model: Any, held: list[dict[str, Tensor]], costs: Costs, config: TrainConfig) -> list[float]:
     """Where the plan's gates spend each budget on a few rows; the plan is made for the first, at 0."""
     model.eval()
     # Masked, because weights may be sharded already.
@@ -245,12 +260,16 @@ def _run(trainer: Any, checkpoint: Path | None) -> None:
 
 
 def _calibrate(
-    model: Any, held: list[dict[str, Tensor]], costs: CostModel, config: TrainConfig, mode: Mode
-) -> dict[str, float]:
-    """Find the threshold of each budget, the last of which becomes the default; the share measured at each."""
-    router, shares = find_router(model)[1], {}
-    for budget in (*config.more_budgets, config.budget):
-        threshold, share = calibrate(model, held, costs, budget, config.kv, mode=mode)
-        router.config = router.config.with_point(budget, threshold, default=True)
-        shares[point_name(budget)] = share
-    return shares
+    model: Any,
+    held: list[dict[str, Tensor]],
+    costs: CostModel,
+    times: TimeModel | None,
+    config: TrainConfig,
+    mode: Mode,
+) -> dict[str, Met]:
+    """Find the threshold of each operating point, of which the first of the settings becomes the default."""
+    router, found = find_router(model)[1], {}
+    for name, budget in reversed(config.points.items()):
+        found[name] = meet(model, held, costs, budget, config.kv, times=times, mode=mode)
+        router.config = router.config.with_point(name, found[name].threshold, default=True)
+    return found

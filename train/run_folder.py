@@ -30,6 +30,7 @@ FIXED = (
     "processes",
     "decide_at",
     "budget",
+    "latency",
     "more_budgets",
     "kv",
     "unit",

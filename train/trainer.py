@@ -19,7 +19,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from skipit.router import MODALITIES, Gated, SkipItError, Trace, running
 from skipit.router.errors import CheckpointError
 from skipit.router.folders import load_json, save_json
-from skipit.theory.cost import CostModel
+from skipit.theory.cost import Costs
 from skipit.theory.labels import IGNORE, before_answer
 
 from .config import TrainConfig
@@ -44,10 +44,10 @@ class SkipTrainer(Trainer):
 
     Args:
         settings: budgets and weights of the objective.
-        costs: of the model's layers.
-        dense_per_answer: dense decoder FLOPs per answer token of the data, the scale of the compute term.
+        costs: of the model's layers, in what the budget is a share of.
+        dense_per_answer: what the dense decoder spends per answer token of the data, the scale of the compute term.
         thresholds: of the gates at each budget of the settings; None is 0 for all.
-        least: share of the dense FLOPs that is spent when every token skips every layer.
+        least: share that is spent when every token skips every layer.
         **trainer: passed to `transformers.Trainer`.
     """
 
@@ -55,7 +55,7 @@ class SkipTrainer(Trainer):
         self,
         *,
         settings: TrainConfig,
-        costs: CostModel,
+        costs: Costs,
         dense_per_answer: float,
         thresholds: Sequence[float] | None = None,
         least: float = 0.0,
@@ -63,7 +63,7 @@ class SkipTrainer(Trainer):
         **trainer: Any,
     ) -> None:
         self.settings, self.costs, self.dense_per_answer, self.least = settings, costs, dense_per_answer, least
-        budgets = (settings.budget, *settings.more_budgets)
+        budgets = list(settings.points.values())
         self.ascents = [DualAscent(budget, settings.multiplier_rate, settings.damping) for budget in budgets]
         self.thresholds = list(thresholds or [0.0] * len(budgets))
         self.progress = _Ascend(self)
@@ -321,14 +321,14 @@ class _Ascend(TrainerCallback):
         if reach(max(recent)) <= settings.collapse < reach(min(budgets)):
             raise TrainingError(
                 f"the router collapsed: the last {len(recent)} steps executed at most {max(recent):.1%} of "
-                f"the dense compute, the budget is {min(budgets):.0%}. Start again with a lower "
+                f"the dense {settings.counted}, the budget is {min(budgets):.0%}. Start again with a lower "
                 "`gate_learning_rate` or a higher `damping`."
             )
         late = state.global_step > state.max_steps / 2
         if late and reach(min(recent)) >= 1 - settings.collapse > reach(max(budgets)):
             raise TrainingError(
                 f"the router does not skip: the last {len(recent)} steps executed at least {min(recent):.1%} of "
-                f"the dense compute, the budget is {max(budgets):.0%}. Start again with a higher "
+                f"the dense {settings.counted}, the budget is {max(budgets):.0%}. Start again with a higher "
                 "`gate_learning_rate` or `multiplier_rate`, more steps, or a plan from a profile."
             )
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from skipit.router import InputError, Step
 from skipit.router.call import NO_IMAGES, ImageStates
 from skipit.router.config import KVPolicy, Unit
-from skipit.theory.cost import CostModel, token_flops
+from skipit.theory.cost import CostModel
 
 STRATA = ("text", "vision", "answer")
 
@@ -90,7 +90,7 @@ class Record:
     ) -> tuple[Float[Tensor, "batch seq"], Float[Tensor, "batch seq"]]:
         """FLOPs per token over all layers, executed and dense; `run` may be another, soft one (rates)."""
         run = self.run.double() if run is None else run
-        spent, full = token_flops(costs, run, self.real, self.kv, unit=self.unit, images=self.images)
+        spent, full = costs.spend(run, self.real, self.kv, unit=self.unit, images=self.images)
         return spent.sum(0), full.sum(0)
 
 

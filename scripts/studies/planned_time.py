@@ -1,29 +1,79 @@
-"""Is a plan in time as fast as it was asked to be, on the reference model: scripts/study planned-time.
+"""Is a budget in time as fast as it was asked to be: scripts/study planned-time.
 
-Run `skipit bench reference` first. Gates are those of the plan, without training or calibration; timed is the decoder
-for the prompt of one held-out row at a time, against its dense run in turn.
+On the reference model, with a profile of it, after `skipit bench reference`; or, without a profile, on `bench-small`,
+which is measured here. Gates are the plan's, without training: at threshold 0, and calibrated in time on held-out rows.
+Beside them are the operating points in time of checkpoints, as `skipit train` and `skipit calibrate` make them. Timed
+is the decoder for the prompt of one row at a time, against its dense run in turn.
 """
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
 
-from skipit.eval.measure.bench import clock_of
-from skipit.router import attach, running, set_gates
+from skipit.eval.measure.bench import clock_of, measure_layers
+from skipit.router import Gated, attach, find_router, running, set_gates
+from skipit.router.checkpoint import load
 from skipit.router.config import KVPolicy
 from skipit.router.decoder import find_decoder
 from skipit.theory.artefact import load_profile
-from skipit.theory.layer_times import times_for
+from skipit.theory.calibrate import meet
+from skipit.theory.cost import CostModel
+from skipit.theory.layer_times import LayerTimes
 from skipit.theory.plan import make_plan
+from skipit.theory.profile import Profile, profile
+from skipit.theory.time_model import TimeModel
+from skipit.train.card import LATENCIES, UNNAMED, checkpoint_record
 from skipit.train.data.collate import Collator, batches
 from skipit.train.data.sources import load_model
 from skipit.train.reference.data import reference_dataset
 
+from .answers import always, answers, right
+from .shapes import bench_small, labelled
 from .study import command, markdown
+
+TEXT_TOKENS, IMAGE_TOKENS, ANSWER = 64, 576, 8  # of bench-small's prompts
+HEAD = ["", "gates", "asked", "by the table", "measured", "FLOPs", "accuracy"]
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A dense model with new gates, and what plans of it are made and measured with.
+
+    Attributes:
+        model: with gates.
+        profile: of it.
+        times: of its layers.
+        held_out: batches with labels, to calibrate on.
+        prompts: one batch each.
+    """
+
+    model: Any
+    profile: Profile
+    times: LayerTimes
+    held_out: list[dict[str, Tensor]]
+    prompts: list[dict[str, Tensor]]
+
+
+@contextmanager
+def stopwatch(decoder: nn.Module) -> Iterator[list[float]]:
+    """Times at which a decoder is entered and left, as they come."""
+    now, _ = clock_of(next(decoder.parameters()).device)
+    at: list[float] = []
+    hooks = [
+        decoder.register_forward_pre_hook(lambda *_: at.append(now()), prepend=True),
+        decoder.register_forward_hook(lambda *_: at.append(now())),
+    ]
+    try:
+        yield at
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 @torch.no_grad()
@@ -36,41 +86,89 @@ def decoder_time(model: nn.Module, prompts: Sequence[dict[str, Tensor]], repeats
         repeats: measurements of each prompt, after one that does not count.
         **options: of `running`.
     """
-    decoder = find_decoder(model)[1]
-    now, _ = clock_of(next(decoder.parameters()).device)
-    at: list[float] = []
-    decoder.register_forward_pre_hook(lambda *_: at.append(now()), prepend=True)
-    decoder.register_forward_hook(lambda *_: at.append(now()))
     ratios: list[float] = []
     dense: dict[str, Any] = {"mode": "dense"}
-    for repeat in range(repeats + 1):
-        for prompt in prompts:
-            at.clear()
-            for how in (dense, options):
-                with running(**how):
-                    model(**prompt, use_cache=True)
-            if repeat:
-                ratios.append((at[3] - at[2]) / (at[1] - at[0]))
+    with stopwatch(find_decoder(model)[1]) as at:
+        for repeat in range(repeats + 1):
+            for prompt in prompts:
+                at.clear()
+                for how in (dense, options):
+                    with running(**how):
+                        model(**prompt, use_cache=True)
+                if repeat:
+                    ratios.append((at[3] - at[2]) / (at[1] - at[0]))
     return statistics.median(ratios)
+
+
+def reference(at: Path, samples: int) -> Setting:
+    """The reference model, its profile, and rows that were not profiled."""
+    model, processor = load_model("reference")
+    attach(model)
+    held_out = list(batches(reference_dataset("calibration", 96), Collator(processor), 48))
+    times = TimeModel.of(model).times
+    return Setting(model, load_profile(at), times, held_out, _prompts(processor, samples))
+
+
+def _prompts(processor: Any, samples: int) -> list[dict[str, Tensor]]:
+    return list(batches(reference_dataset("test", samples), Collator(processor, with_completion=False), 1))
+
+
+def small(hidden: int, layers: int, samples: int, seconds: float) -> Setting:
+    """Layers of `bench-small` with random weights: damages mean nothing, what skipping saves is real."""
+    model = bench_small(hidden, layers, IMAGE_TOKENS)
+    rows = labelled(IMAGE_TOKENS, TEXT_TOKENS, samples, ANSWER)
+    ones = [{name: value[i : i + 1] for name, value in rows.items()} for i in range(samples)]
+    tokens = [IMAGE_TOKENS + TEXT_TOKENS]
+    times = measure_layers(model, dtype=model.dtype, device=model.device, tokens=tokens, seconds=seconds)
+    measured = profile(model, ones, draws=1)
+    attach(model)
+    prompts = [{name: value for name, value in row.items() if name != "labels"} for row in ones]
+    return Setting(model, measured, times, ones, prompts)
+
+
+def planned(setting: Setting, kv: KVPolicy, latency: float, repeats: int) -> Iterator[list[str]]:
+    """A plan in time as it is, and calibrated."""
+    model, costs = setting.model, CostModel.of(setting.model)
+    times, asked = TimeModel(setting.times, costs.depth), f"{latency:g}"
+    plan = make_plan(setting.profile, latency, kv, times=setting.times)
+    set_gates(model, plan.weight, plan.bias)
+    found = decoder_time(model, setting.prompts, repeats, kv=kv, policy=Gated(0.0))
+    expected = plan.about["expected_latency"]
+    yield [f"`{kv}`", "plan", asked, f"{expected:.2f}", f"{found:.2f}", f"{plan.budget:.2f}", ""]
+    met = meet(model, setting.held_out, costs, latency, kv, times=times)
+    assert met.took is not None
+    found = decoder_time(model, setting.prompts, repeats, kv=kv, policy=Gated(met.threshold))
+    yield [f"`{kv}`", "calibrated", asked, f"{met.took.share:.2f}", f"{found:.2f}", f"{met.flops:.2f}", ""]
+
+
+def trained(checkpoint: Path, samples: int, repeats: int) -> Iterator[list[str]]:
+    """The operating points in time of a checkpoint of the reference model, with the accuracy at each."""
+    (model, processor), record = load(checkpoint), checkpoint_record(checkpoint)
+    kv = find_router(model)[1].config.kv
+    rows = list(batches(reference_dataset("test", 240), Collator(processor), 48))
+    for name, took in record[LATENCIES].items():
+        how = {} if name == UNNAMED else {"budget": name}
+        found = decoder_time(model, _prompts(processor, samples), repeats, **how)
+        accuracy = answers(model, rows, always(how)).same(right(rows))
+        shares = f"{took['share']:.2f}", f"{found:.2f}", f"{record['calibrated_shares'][name]:.2f}"
+        yield [f"`{kv}`", checkpoint.name, f"{took['asked']:g}", *shares, f"{accuracy:.1%}"]
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Print asked, expected and measured shares of the dense time."""
     parser = command(__name__, __doc__, samples=16, repeats=3)
-    parser.add_argument("profile", type=Path, help="of the reference model, by `skipit profile reference reference`")
+    parser.add_argument("profile", type=Path, nargs="?", help="of the reference model; without one, `bench-small`")
     parser.add_argument("--latency", type=float, nargs="+", default=[0.9, 0.75, 0.6, 0.4])
+    parser.add_argument("--kv", nargs="+", choices=get_args(KVPolicy), default=list(get_args(KVPolicy)))
+    parser.add_argument("--checkpoints", type=Path, nargs="*", default=[], help="of the reference model")
+    parser.add_argument("--hidden", type=int, default=1024, help="width of `bench-small` (default %(default)s)")
+    parser.add_argument("--layers", type=int, default=4, help="of `bench-small` (default %(default)s)")
+    parser.add_argument("--seconds", type=float, default=45.0, help="to measure its layers (default %(default)g)")
     given = parser.parse_args(argv)
-    profile = load_profile(given.profile)
-    times, lines = times_for(profile), []
-    for kv in get_args(KVPolicy):
-        for latency in given.latency:
-            model, processor = load_model("reference")
-            collate = Collator(processor, with_completion=False)
-            prompts = list(batches(reference_dataset("test", given.samples), collate, 1))
-            plan = make_plan(profile, latency, kv, times=times)
-            attach(model)
-            set_gates(model, plan.weight, plan.bias)
-            found = decoder_time(model, prompts, given.repeats, kv=kv)
-            expected = plan.about["expected_latency"]
-            lines.append([f"`{kv}`", f"{latency:g}", f"{expected:.2f}", f"{found:.2f}", f"{plan.budget:.2f}"])
-    print(markdown(["", "asked", "expected", "measured", "FLOPs expected"], lines))
+    if given.profile is not None:
+        setting = reference(given.profile, given.samples)
+    else:
+        setting = small(given.hidden, given.layers, given.samples, given.seconds)
+    lines = [line for kv in given.kv for at in given.latency for line in planned(setting, kv, at, given.repeats)]
+    lines += [line for at in given.checkpoints for line in trained(at, given.samples, given.repeats)]
+    print(markdown(HEAD, lines, (0, 1)))

@@ -1,4 +1,4 @@
-"""What a plan in time takes is measured against the dense run of the same prompts."""
+"""What a budget in time takes is measured against the dense run of the same prompts."""
 
 from pathlib import Path
 
@@ -8,13 +8,32 @@ from command_line import skipit
 from studies import planned_time
 
 
-def test_table(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def table(text: str) -> list[list[str]]:
+    return [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if "| `" in line]
+
+
+def test_reference(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SKIPIT_CACHE", str(tmp_path / "cache"))
-    at = tmp_path / "profile"
+    at, point = tmp_path / "profile", tmp_path / "fast"
     assert skipit("profile", "reference", "reference", "--samples", 4, "--draws", 1, "--out", at).code == 0
     assert skipit("bench", "reference", "--tokens", 45, "--seconds", 0.1).code == 0
-    planned_time.main([str(at), "--latency", "0.5", "--samples", "2", "--repeats", "3"])
-    rows = [line.split("|")[1:-1] for line in capsys.readouterr().out.splitlines() if "| `" in line]
-    assert [(row[0].strip(), float(row[1])) for row in rows] == [("`retain`", 0.5), ("`evict`", 0.5)]
+    assert skipit("plan", at, "--latency", 0.5, "--out", tmp_path / "plan").code == 0
+    assert skipit("export", tmp_path / "plan", "--model", "reference", "--out", point).code == 0
+    assert skipit("calibrate", point, "reference", "--latency", 0.5, "--samples", 8).code == 0
+    capsys.readouterr()
+    options = ("--latency", "0.5", "--samples", "2", "--repeats", "3", "--checkpoints", str(point))
+    planned_time.main([str(at), "--kv", "retain", *options])
+    rows = table(capsys.readouterr().out)
+    assert [row[:3] for row in rows] == [["`retain`", name, "0.5"] for name in ("plan", "calibrated", "fast", "fast")]
     # At this size layers are left out for all tokens, which is far from 1 on any machine.
-    assert all(0.2 < float(row[3]) < 0.8 for row in rows)
+    assert all(0.2 < float(row[4]) < 0.8 for row in rows)
+    assert all(row[6].endswith("%") for row in rows[2:])
+
+
+def test_bench_small(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(planned_time, "IMAGE_TOKENS", 16)
+    size = ("--hidden", "64", "--layers", "2", "--seconds", "0", "--samples", "2", "--repeats", "1")
+    planned_time.main([*size, "--latency", "0.99", "--kv", "evict"])
+    rows = table(capsys.readouterr().out)
+    assert [row[1] for row in rows] == ["plan", "calibrated"]
+    assert all(float(row[4]) > 0 for row in rows)

@@ -83,13 +83,13 @@ def test_times_are_found_by_width_and_dtype_and_must_be_of_such_layers(
     monkeypatch.setenv("SKIPIT_CACHE", str(tmp_path))
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     with pytest.raises(InputError, match=r"nothing was measured of layers 1 wide on this machine.*skipit bench MODEL"):
-        times_for(profile())
+        times_for(profile().costs, 1)
     two_bytes, four_bytes = (bench_file(torch.device("cpu"), d, 1) for d in (torch.bfloat16, torch.float32))
     table(1, 1, 1, 1).save(four_bytes)
     with pytest.raises(InputError, match="nothing was measured"):
-        times_for(profile())  # its keys and values take two bytes a number
+        times_for(profile().costs, 1)  # its keys and values take two bytes a number
     table(1, 1, 1, 1, linear=2000.0).save(two_bytes)
     with pytest.raises(InputError, match="layers that spend 2000 FLOPs per token, this model's spend 1000"):
-        times_for(profile())
+        times_for(profile().costs, 1)
     EVEN.save(two_bytes)
-    assert times_for(profile()) == EVEN
+    assert times_for(profile().costs, 1) == EVEN

@@ -26,10 +26,12 @@ from skipit.router import (
     running,
 )
 from skipit.router.checkpoint import GATES_FILE, load_router
+from skipit.router.measured import bench_file
 from skipit.theory.artefact import save_plan
 from skipit.theory.calibrate import measured_share
 from skipit.theory.cost import CostModel
 from skipit.theory.identity import fingerprint
+from skipit.theory.layer_times import LayerTime, LayerTimes
 from skipit.theory.plan import Plan
 from skipit.train.config import TrainConfig
 from skipit.train.data.collate import Collator, batches
@@ -390,6 +392,45 @@ def test_several_budgets_take_turns(model: Any, processor: Any, rows: Dataset, t
     points = find_router(tuned)[1].config.operating_points
     assert points["0.8"] < points["0.6"] < points["0.4"]
     assert find_router(tuned)[1].config.threshold == points["0.6"]
+
+
+class TestTime:
+    """A budget in time: by what `skipit bench` measured of such layers, here of one whose time is not its FLOPs."""
+
+    @pytest.fixture(autouse=True)
+    def measured(self, base: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv("SKIPIT_CACHE", str(tmp_path / "cache"))
+        monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+        width, linear = base.config.text_config.hidden_size, CostModel.of(base).layers[0].linear
+        relative = {0: 1.1, 20: 0.8, 39: 0.7, 40: 0.1}  # by how many of 40 tokens skip
+        rows = (LayerTime(40, n, kv, None, t, t) for n, t in relative.items() for kv in ("retain", "evict"))
+        times = LayerTimes("a machine", "float32", width, linear, "wall time", {40: 1.0}, tuple(rows))
+        times.save(bench_file(torch.device("cpu"), torch.float32, width))
+
+    def test_is_what_training_and_calibration_count(
+        self, model: Any, processor: Any, rows: Dataset, tmp_path: Path
+    ) -> None:
+        config, held = replace(CONFIG, latency=0.85, kv="evict"), reference_dataset("calibration", 8)
+        tuned = train(model, processor, rows, plan_for(model), config, tmp_path / "run", calibration=held)
+        record = json.loads((tmp_path / "run" / "run.json").read_text())
+        took = record["latencies"]["latency-0.85"]
+        assert took["share"] == pytest.approx(0.85, abs=0.03)
+        assert took["device"] == "a machine"
+        assert record["calibrated_share"] == record["calibrated_shares"]["latency-0.85"] < 0.75
+        assert set(find_router(tuned)[1].config.operating_points) == {"latency-0.85"}
+        history = [json.loads(line) for line in (tmp_path / "run" / "history.jsonl").read_text().splitlines()]
+        assert {figures["budget"] for figures in history} == {0.85}
+        assert all(0.7 < figures["compute"] <= 1.1 for figures in history)
+
+    def test_less_than_the_least(self, model: Any, processor: Any, rows: Dataset, tmp_path: Path) -> None:
+        message = r"`latency`: got 0\.05, expected at least 0\.100 on this machine \(kv 'retain'\)"
+        with pytest.raises(InputError, match=message):
+            train(model, processor, rows, plan_for(model), replace(CONFIG, latency=0.05), tmp_path / "run")
+
+    def test_parts_of_layers_were_not_measured(self, model: Any, processor: Any, rows: Dataset, tmp_path: Path) -> None:
+        config = replace(CONFIG, latency=0.9, unit="mlp")
+        with pytest.raises(InputError, match="`skipit bench` measures whole layers for prompts, got unit 'mlp'"):
+            train(model, processor, rows, plan_for(model), config, tmp_path / "run")
 
 
 def test_rows_may_have_several_images_or_none(model: Any, processor: Any, rows: Dataset, tmp_path: Path) -> None:

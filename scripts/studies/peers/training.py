@@ -47,7 +47,7 @@ class PeerTrainer(SkipTrainer):
             found = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         if self.penalty is None:
             return found
-        added = self.penalty(torch.stack(policy.seen[: len(self.costs.layers)]), inputs["attention_mask"].bool())
+        added = self.penalty(torch.stack(policy.seen[: self.costs.depth]), inputs["attention_mask"].bool())
         return (found[0] + added, found[1]) if return_outputs else found + added
 
 

@@ -79,7 +79,8 @@ def times_table(times: "LayerTimes") -> "Group":
         for skipped in sorted({skipped for skipped, _, _ in found}):
             # Where all tokens run, or none, there is but one way under `retain`.
             cells = [found.get((skipped, kv, route)) or found[skipped, kv, None] for kv, route in WAYS]
-            table.add_row("", f"{skipped / tokens:.0%}", *(f"{row.ms:.3f} ms  {row.relative:.2f}" for row in cells))
+            share = "all but 1" if skipped == tokens - 1 else f"{skipped / tokens:.0%}"
+            table.add_row("", share, *(f"{row.ms:.3f} ms  {row.relative:.2f}" for row in cells))
     about = f"One layer of width {times.hidden}, {times.dtype}, random weights; {times.device}; {times.clock}."
     legend = "Beside the milliseconds: relative to the untouched layer (dense). 0 %: gates attached, every token runs."
     return Group(about, table, legend)

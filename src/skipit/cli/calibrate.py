@@ -3,9 +3,9 @@
 import argparse
 from pathlib import Path
 
-from .options import BUDGET, DATA, Parser, budget, chosen, load_rows, probability, readable_rows
+from .options import BUDGET, DATA, LATENCY, Parser, budget, chosen, load_rows, probability, readable_rows
 
-ABOUT = "add an operating point to a checkpoint: a budget, or a certified risk"
+ABOUT = "add an operating point to a checkpoint: a budget in FLOPs or time, or a certified risk"
 EXAMPLE = "skipit calibrate runs/checkpoint reference --risk 0.02 --confidence 0.95"
 
 
@@ -14,6 +14,7 @@ def add_arguments(verb: Parser) -> None:
     verb.add_argument("checkpoint", type=Path, help="folder made by `skipit export`, which gets an operating point")
     verb.add_argument("data", help=DATA)
     verb.add_argument("--budget", type=budget, default=None, help=f"{BUDGET}; its number becomes the name")
+    verb.add_argument("--latency", type=budget, default=None, help=f"{LATENCY}; the name becomes latency-NUMBER")
     verb.add_argument(
         "--risk", type=probability, default=None, help="share of new rows answered otherwise than by the dense model"
     )
@@ -34,17 +35,24 @@ def add_arguments(verb: Parser) -> None:
 def run(arguments: argparse.Namespace) -> None:
     """Store the point in the checkpoint and say what it executes or promises."""
     from skipit.eval.operating_points import claimed_point
+    from skipit.router.config import point_name
     from skipit.router.errors import InputError
+    from skipit.theory.time_model import point_of
 
-    if (arguments.budget is None) == (arguments.risk is None):
-        raise InputError("give either --budget or --risk: an operating point spends a budget or has a certified risk.")
-    folder = arguments.checkpoint
-    name = arguments.name if arguments.budget is None else f"{arguments.budget:g}"
+    if [arguments.budget, arguments.latency, arguments.risk].count(None) != 2:
+        raise InputError(
+            "give one of --budget, --latency and --risk: a point spends FLOPs, spends time, or has a certified risk."
+        )
+    folder, name = arguments.checkpoint, arguments.name
+    if arguments.budget is not None:
+        name = point_name(arguments.budget)
+    elif arguments.latency is not None:
+        name = point_of(arguments.latency)
     with claimed_point(folder, name, arguments.overwrite):
-        _calibrate(arguments)
+        _calibrate(arguments, name)
 
 
-def _calibrate(arguments: argparse.Namespace) -> None:
+def _calibrate(arguments: argparse.Namespace, name: str) -> None:
     from skipit.eval.operating_points import budget_checkpoint, certify_checkpoint
     from skipit.router.checkpoint import load_processor
     from skipit.theory.risk import SKIPPED_SHARES
@@ -55,15 +63,18 @@ def _calibrate(arguments: argparse.Namespace) -> None:
     from skipit.train.display import loading, note, progress
 
     folder = arguments.checkpoint
-    collate = Collator(load_processor(folder), with_completion=arguments.budget is not None)
+    collate = Collator(load_processor(folder), with_completion=arguments.risk is None)
     rows = readable_rows(arguments, load_rows(arguments, arguments.samples), collate)
     known = held_out(checkpoint_record(folder), Rows(rows))[0].sentence().capitalize()
     common = chosen(arguments, "batch_size", "overwrite")
-    if arguments.budget is not None:
+    if arguments.risk is None:
         wrong: list[str] = []
+        in_time = arguments.latency is not None
+        share = arguments.latency if in_time else arguments.budget
         with loading("calibrating"):
-            share = budget_checkpoint(folder, rows, arguments.budget, note=wrong.append, **common)
-        print(f"{folder}: --budget {arguments.budget:g} executes {share:.1%} of the dense decoder's FLOPs. {known}.")
+            met = budget_checkpoint(folder, rows, share, in_time=in_time, note=wrong.append, **common)
+        took = f"takes {met.took.sentence()}, and " if met.took else ""
+        print(f"{folder}: --budget {name} {took}executes {met.flops:.1%} of the dense decoder's FLOPs. {known}.")
         for problem in wrong:
             note(f"warning: {problem}")
         return
@@ -76,7 +87,8 @@ def _calibrate(arguments: argparse.Namespace) -> None:
             arguments.confidence,
             progress=advance,
             **common,
-            **chosen(arguments, "name", "seed", "max_new_tokens"),
+            name=name,
+            **chosen(arguments, "seed", "max_new_tokens"),
         )
     print(f"{folder}: {certificate.summary()}")
     print(f"{known}.")

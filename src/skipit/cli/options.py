@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 BUDGET = "share of the dense decoder's FLOPs to spend"
+LATENCY = "share of the dense layers' time for a prompt to spend instead of FLOPs, as `skipit bench` measured it here"
 CHECKPOINT = "folder made by `skipit export`, with or without --adapter"
 DATA = "`reference`, a folder, a .jsonl or .parquet file, or a Hub id"
 KV = "keys and values of skipped tokens (default %(default)s)"

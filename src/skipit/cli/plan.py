@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from .options import BUDGET, KV, Parser, budget, chosen, nonnegative
+from .options import BUDGET, KV, LATENCY, Parser, budget, chosen, nonnegative
 from .units import picture, show
 
 ABOUT = "turn a profile into gates"
@@ -16,12 +16,7 @@ def add_arguments(verb: Parser) -> None:
     verb.add_argument("profile", type=Path, help="folder made by `skipit profile`")
     verb.add_out()
     verb.add_argument("--budget", type=budget, default=0.5, help=f"{BUDGET} (default %(default)s)")
-    verb.add_argument(
-        "--latency",
-        type=budget,
-        default=None,
-        help="share of the dense layers' time for a prompt, instead of FLOPs, as `skipit bench` measured it here",
-    )
+    verb.add_argument("--latency", type=budget, default=None, help=LATENCY)
     verb.add_argument("--kv", choices=("retain", "evict"), default="retain", help=KV)
     verb.add_argument(
         "--init", choices=("theory", "theory-bias", "zero", "run"), default="theory", help="how gates are made"
@@ -69,7 +64,8 @@ def _plan_gates(arguments: argparse.Namespace) -> None:
         check_reachable([arguments.budget], profile.least(arguments.kv), arguments.kv, "block")
         plan = make_plan(profile, arguments.budget, arguments.kv, arguments.init)
     else:
-        plan = make_plan(profile, arguments.latency, arguments.kv, arguments.init, times=times_for(profile))
+        times = times_for(profile.costs, profile.width)
+        plan = make_plan(profile, arguments.latency, arguments.kv, arguments.init, times=times)
     save_plan(plan, arguments.out, arguments.overwrite, picture({RUNS: plan.run_rate}, shares=True))
     print(show(arguments.out, {RUNS: plan.run_rate}, shares=True))
     text, vision = plan.run_rate.mean(0).tolist()

@@ -29,6 +29,7 @@ def add_arguments(verb: Parser) -> None:
         "--profile-samples", type=positive_int, default=256, help="rows to measure without either (default %(default)s)"
     )
     verb.add_argument("--budget", type=budget, default=None, help=_planned(about["budget"]))
+    verb.add_argument("--latency", type=budget, default=None, help=_planned(about["latency"]))
     verb.add_argument(
         "--more-budgets", type=budgets, default=None, help="further ones to train the same gates for: 0.25,0.75"
     )
@@ -110,6 +111,8 @@ def run(arguments: argparse.Namespace) -> None:
     """Train, on one process or on those of a launcher, and say what share of FLOPs is executed on held-out rows."""
     from skipit.router.folders import load_json
     from skipit.theory.artefact import load_plan
+    from skipit.theory.calibrate import Took
+    from skipit.train.card import LATENCIES
     from skipit.train.data.collate import Collator
     from skipit.train.data.rows import Broken, training_rows
     from skipit.train.data.sources import load_held_out, load_model, name_model
@@ -122,7 +125,7 @@ def run(arguments: argparse.Namespace) -> None:
     out = arguments.out
     check_folder(out, resume=arguments.resume, overwrite=arguments.overwrite)
     plan = load_plan(arguments.plan) if arguments.plan else None
-    config = _config(arguments, {"budget": plan.budget, "kv": plan.kv} if plan else {})
+    config = _config(arguments, {"budget": plan.budget, "latency": plan.latency, "kv": plan.kv} if plan else {})
     with (
         launched(config, out, report_to=arguments.report_to, processes=arguments.processes) as launch,
         claimed_run(out, launch.process_index == 0, resume=arguments.resume, overwrite=arguments.overwrite),
@@ -163,7 +166,9 @@ def run(arguments: argparse.Namespace) -> None:
             record = load_json(out / RUN_FILE)
             told = HeldOut(**record["held_out"]).sentence().capitalize()
             for point, share in record["calibrated_shares"].items():
-                print(f"{out}: trained; at {point} executes {share:.1%} of the dense decoder's FLOPs. {told}.")
+                took = record[LATENCIES].get(point)
+                took = f"takes {Took(**took).sentence()}, and " if took else ""
+                print(f"{out}: trained; at {point} {took}executes {share:.1%} of the dense decoder's FLOPs. {told}.")
             print(f"Next: skipit export {out} --out DIR")
 
 
@@ -171,8 +176,18 @@ def _config(arguments: argparse.Namespace, planned: Mapping[str, Any]) -> "Train
     """What is typed, over what the plan says, over the defaults."""
     from dataclasses import fields
 
+    from skipit.router.errors import InputError
     from skipit.train.config import TrainConfig
 
+    if arguments.budget is not None:
+        if arguments.latency is not None:
+            raise InputError("give either --budget or --latency: a share of FLOPs, or of time.")
+        planned = {**planned, "latency": None}
+    if planned and arguments.latency not in (None, planned["latency"]):
+        raise InputError(
+            f"--latency: got {arguments.latency:g}, but the plan was made for another budget. Make one by "
+            f"`skipit plan PROFILE --latency {arguments.latency:g}`, or give --profile instead of --plan."
+        )
     names = {field.name for field in fields(TrainConfig)}
     typed = {name: value for name, value in vars(arguments).items() if name in names and value is not None}
     return TrainConfig.from_dict({**planned, **typed})
@@ -188,12 +203,14 @@ def _plan_for_training(
     from skipit.theory.artefact import check_same_model, load_profile
     from skipit.theory.identity import fingerprint
     from skipit.theory.plan import make_plan
+    from skipit.theory.time_model import TimeModel
     from skipit.train.data.collate import Collator, tried
     from skipit.train.data.rows import readable
     from skipit.train.display import progress
     from skipit.train.launch import stage_of
     from skipit.train.profiling import profile_model
 
+    times = None if config.latency is None else TimeModel.of(model).times
     if arguments.profile is not None:
         profile = load_profile(arguments.profile)
         check_same_model(profile, fingerprint(model))
@@ -210,4 +227,4 @@ def _plan_for_training(
             profile = profile_model(
                 model, processor, advance.over(first), batch_size=config.batch_size, seed=config.seed
             )
-    return make_plan(profile, config.budget, config.kv)
+    return make_plan(profile, config.budget if config.latency is None else config.latency, config.kv, times=times)
