@@ -9,7 +9,7 @@ from functools import partial
 from typing import Any
 
 from skipit.eval.claims.tracking import Tracking, track
-from skipit.eval.measure.latency import Latency, Subject, time_models
+from skipit.eval.measure.latency import COMPILED, Latency, Subject, compiled_subject, time_models
 from skipit.eval.measure.recorded import Kinds
 from skipit.eval.measure.runner import Outcome, run_dataset
 from skipit.eval.metrics import agreement
@@ -33,6 +33,7 @@ class Comparison:
         same_answer: share of rows answered as the dense model does.
         tracking: of the skips against the theory; empty without a profile.
         held_out: whether the rows are, as far as is known; None where nobody asked.
+        compiled: latency of the dense model, its decoder compiled; or why it could not be; None where nobody asked.
     """
 
     outcomes: dict[str, Outcome]
@@ -40,10 +41,11 @@ class Comparison:
     same_answer: dict[str, float]
     tracking: dict[str, Tracking]
     held_out: HeldOut | None = None
+    compiled: Latency | str | None = None
 
     def to_json(self) -> dict[str, Any]:
         """Everything but the answers."""
-        return {
+        found = {
             name: {
                 **outcome.to_json(),
                 "same_answer": self.same_answer[name],
@@ -52,6 +54,8 @@ class Comparison:
             }
             for name, outcome in self.outcomes.items()
         }
+        found["dense"]["compiled"] = self.compiled.to_json() if isinstance(self.compiled, Latency) else self.compiled
+        return found
 
     def table(self) -> str:
         """The figures as a text table, one column per model, with what they mean below."""
@@ -85,7 +89,13 @@ class Comparison:
         lines.append(("decoder FLOPs executed", [f"{o.compute:.1%}" for o in outcomes]))
         times = [self.latency[name] for name in self.outcomes]
         lines.append(("prefill, ms (speed-up)", [f"{t.prefill_ms:.2f} ({t.prefill_speed_up:.2f}x)" for t in times]))
+        if isinstance(best := self.compiled, Latency):
+            over = [f"{t.prefill_speed_up / best.prefill_speed_up:.2f}x" for t in times]
+            lines.append((f"  over dense compiled, {best.prefill_ms:.2f} ms", over))
         lines.append(("decode step, ms (speed-up)", [f"{t.decode_ms:.2f} ({t.decode_speed_up:.2f}x)" for t in times]))
+        if isinstance(best, Latency):
+            over = [f"{t.decode_speed_up / best.decode_speed_up:.2f}x" for t in times]
+            lines.append((f"  over dense compiled, {best.decode_ms:.2f} ms", over))
         lines.append(("  ideal speed-up", [f"{t.decode_ideal:.2f}x" for t in times]))
         return lines
 
@@ -114,6 +124,10 @@ class Comparison:
         first = next(iter(self.outcomes.values()))
         notes += [f"Accuracy: {first.scored_by}."] if first.scored_by != "exact match" else []
         notes += [f"ms: medians of {repeats} interleaved repeats of one row. Speed-up: over dense, pair by pair."]
+        if self.compiled is None:
+            notes += ["Dense is as transformers runs it; `skipit eval` compares with it compiled (torch.compile), too."]
+        elif isinstance(self.compiled, str):
+            notes += [f"Not compared with the dense model compiled: {self.compiled}"]
         notes += ["Ideal: the decoder's layers over those that a decoding step of this row enters."]
         if self.tracking:
             notes += [
@@ -138,6 +152,7 @@ def compare(
     batch_size: int = 32,
     max_new_tokens: int = 64,
     repeats: int = 15,
+    compile_dense: bool = False,
     contexts: Mapping[str, Callable[[], AbstractContextManager[Any]]] | None = None,
     kinds: Kinds | None = None,
     keep: Callable[[str, Callable[[], Outcome]], Outcome] = lambda name, answer: answer(),
@@ -155,6 +170,7 @@ def compare(
         batch_size: rows per call of `generate`.
         max_new_tokens: longest answer.
         repeats: of the timing.
+        compile_dense: time the dense model compiled, too, which takes minutes.
         contexts: what a gated model runs in, such as `lambda: running(budget=0.5)`.
         kinds: of tokens that are recorded of gated models, for `measure_spending`.
         keep: gives a model's answers by its name, from where they are kept or by asking it.
@@ -182,9 +198,11 @@ def compare(
             skip_rate = outcomes[name].skip_rate.numpy()
             tracking[name] = track(skip_rate, theory_tables(profile, kv), theory_skips(profile, outcomes[name], kv))
     first = {name: value.to(dense.device) for name, value in collate([rows[0]]).items()}
-    latency = time_models(subjects, first, repeats=repeats)
+    fast = compiled_subject(dense, first) if compile_dense else None
+    latency = time_models(subjects | ({COMPILED: fast} if isinstance(fast, Subject) else {}), first, repeats=repeats)
     same = {name: agreement(outcomes["dense"].answers, outcome.answers) for name, outcome in outcomes.items()}
-    return Comparison(outcomes, latency, same, tracking, held_out)
+    best = latency.pop(COMPILED) if isinstance(fast, Subject) else fast
+    return Comparison(outcomes, latency, same, tracking, held_out, best)
 
 
 def theory_tables(profile: Profile, kv: KVPolicy) -> dict[str, Any]:

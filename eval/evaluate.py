@@ -71,6 +71,7 @@ class Request:
         columns: the data's own names of `images`, `prompt`, `completion` and `answer`, where they differ.
         max_broken_rows: rows that may be unreadable; they are named and left out.
         max_new_tokens: longest answer.
+        compiled: time the dense model compiled, too.
     """
 
     checkpoint: Path
@@ -89,6 +90,7 @@ class Request:
     columns: Mapping[str, str] | None = None
     max_broken_rows: int = 0
     max_new_tokens: int = 64
+    compiled: bool = True
 
 
 @dataclass
@@ -156,6 +158,7 @@ def evaluate(request: Request, out: Path, overwrite: bool = False, resume: bool 
             rows,
             measured,
             repeats=request.repeats,
+            compile_dense=request.compiled,
             max_new_tokens=request.max_new_tokens,
             kinds=asked_cells(model.config) if request.controlled_samples else None,
             keep=keep,

@@ -26,7 +26,7 @@ verb, kills, chain = sys.argv[1], int(sys.argv[2]), sys.argv[3]
 LINES = {
     "profile": "profile reference reference --samples 16 --batch-size 2 --draws 1 --save-every 1 --out",
     "export": f"export {chain}/run --overwrite --out",
-    "eval": f"eval {chain}/checkpoint reference --samples 8 --repeats 1 --controlled-samples 2 "
+    "eval": f"eval {chain}/checkpoint reference --samples 8 --repeats 1 --controlled-samples 2 --no-compiled "
     f"--profile {chain}/profile --out",
     "calibrate": "calibrate reference --budget 0.7 --samples 16 --overwrite",
 }

@@ -117,7 +117,16 @@ def test_eval(family: str, tmp_path: Path) -> None:
     save_profile(profile, tmp_path / "profile")
     gate_by_plan(model, processor(family), make_plan(profile, 0.7), rows(family))
     save_gated(model, processor(family), tmp_path / "ck")
-    line = ("eval", tmp_path / "ck", tmp_path / "rows.jsonl", "--profile", tmp_path / "profile", "--repeats", 1)
+    line = (
+        "eval",
+        tmp_path / "ck",
+        tmp_path / "rows.jsonl",
+        "--profile",
+        tmp_path / "profile",
+        "--repeats",
+        1,
+        "--no-compiled",
+    )
     result = skipit(*line, "--controlled-samples", 2, "--out", tmp_path / "eval")
     assert result.code == 0, result.err
     figures = load_json(tmp_path / "eval" / "eval.json")

@@ -22,6 +22,8 @@ from skipit.router.stretch import Decision
 from skipit.theory.cost import CostModel
 from skipit.theory.layer_times import LayerTime, LayerTimes
 
+from .twin import twin
+
 # Of the decoder that is timed, at most: as many layers as the model has, where they are so small that what surrounds
 # them, decisions above all, takes time beside theirs; but two of LLaVA-7B's.
 PARAMETERS = 10**8
@@ -74,8 +76,7 @@ def measure_layers(
         seconds: to measure, at most, beyond two repeats of every case.
     """
     dense = small_decoder(model, layers, dtype, device)
-    # The same weights in memory: what is run more often must not be what is nearer.
-    gated = copy.deepcopy(dense, {id(tensor): tensor for tensor in (*dense.parameters(), *dense.buffers())})
+    gated = twin(dense)
     attach(gated, RouterConfig(layers="layers"))
     now, clock = clock_of(device)
     depth = len(dense.layers)  # type: ignore[arg-type]

@@ -14,9 +14,13 @@ from torch import Tensor
 
 from skipit.eval.metrics.compute import speed_up
 from skipit.router import SkipItError, Trace, find_router, running
+from skipit.router.errors import readable
 from skipit.router.measured import processor
 
 from .stopwatch import run_once
+from .twin import compiled
+
+COMPILED = "dense, compiled"
 
 
 @dataclass(frozen=True)
@@ -99,6 +103,17 @@ def time_models(
         )
         for name in subjects
     }
+
+
+def compiled_subject(dense: Any, inputs: dict[str, Tensor]) -> Subject | str:
+    """The dense model with its decoder compiled for prompts like this and the tokens after it, or why it cannot be."""
+    fast = compiled(dense)
+    try:
+        run_once(fast, inputs, 3)  # a prompt, a first token, and any later one are compiled apart
+    except Exception as error:  # a compiler raises whatever it likes
+        # Dynamo says which backend failed, and why in the line below.
+        return f"{type(error).__name__}: {readable(' '.join(str(error).splitlines()[:2]))}"
+    return Subject(fast)
 
 
 def _decode_ideal(subject: Subject, inputs: dict[str, Tensor], steps: int) -> float:

@@ -50,7 +50,7 @@ def cost(values: Values) -> Part:
 def saving(values: Values) -> Part:
     """FLOPs executed, and milliseconds in the same interleaved run."""
     dense, gated = values["dense"]["latency"], values["gated"]["latency"]
-    compute = values["gated"]["compute"]
+    compute, compiled = values["gated"]["compute"], values["dense"].get("compiled")
     rows = [["decoder FLOPs executed", percent(1.0), percent(compute), f"{percent(1 - compute)} saved", NOTHING]]
     for phase, title in PHASES:
         estimate = _speed_up(gated, phase)
@@ -63,6 +63,10 @@ def saving(values: Values) -> Part:
                 _faster(estimate)[0],
             ]
         )
+        if isinstance(compiled, Mapping):
+            ratio = _over_compiled(gated, compiled, phase)
+            what = "\N{EM SPACE}against it compiled"
+            rows.append([what, number(compiled[f"{phase}_ms"]), NOTHING, f"{ratio:.2f}x", NOTHING])
     told = table(
         "What was executed, and how long it took",
         ["", values["settings"]["dense"], "checkpoint", "speed-up [95%]", ""],
@@ -72,10 +76,17 @@ def saving(values: Values) -> Part:
         f"Milliseconds: medians of {gated['repeats']} repeats on one row, batch 1, the two models in turn in one "
         "run; the model compared with is transformers' own, without gates. Speed-up: median of its time over the "
         "checkpoint's, pair by pair, with the distribution-free interval of a median. FLOPs: counted on the shapes "
-        "that really ran, prompt and answer, gates included.",
+        "that really ran, prompt and answer, gates included." + _not_compiled(compiled),
         class_="soft",
     )
     return Part("saving", "What it saves", [_saving_verdict(values)], [told, note], ("eval", "checkpoint"))
+
+
+def _not_compiled(compiled: Any) -> str:
+    """Why there is no compiled model to compare with."""
+    if isinstance(compiled, Mapping):
+        return ""
+    return f" It was not compiled{f': {compiled}' if compiled else ''}; compiled it may be faster."
 
 
 def _difference(difference: Mapping[str, Any]) -> list[str]:
@@ -125,6 +136,10 @@ def _saving_verdict(values: Values) -> Html:
         times = f"{number(gated['latency'][f'{phase}_ms'])} ms instead of {number(dense[f'{phase}_ms'])}"
         parts += [f"{title} takes {times}: ", strong(word, mood), f" ({_times(estimate)})"]
         parts.append(", " if phase == "prefill" else ".")
+    if isinstance(compiled := values["dense"].get("compiled"), Mapping):
+        times = " and ".join(f"{number(compiled[f'{phase}_ms'])} ms" for phase, _ in PHASES)
+        ratios = " and ".join(f"{_over_compiled(gated['latency'], compiled, phase):.2f}x" for phase, _ in PHASES)
+        parts.append(f" Compiled by torch.compile, {_dense(values)} takes {times}: against that it is {ratios}.")
     if compute < 1 and "faster" not in words:
         parts.append(
             " FLOPs that are saved are not milliseconds here: on this hardware, at this size, what gates and packing "
@@ -138,6 +153,11 @@ def _saving_verdict(values: Values) -> Html:
 def _speed_up(latency: Mapping[str, Any], phase: str) -> dict[str, Any]:
     low, high = latency.get(f"{phase}_interval") or (None, None)
     return {"value": latency[f"{phase}_speed_up"], "low": low, "high": high}
+
+
+def _over_compiled(latency: Mapping[str, Any], compiled: Mapping[str, Any], phase: str) -> float:
+    """A model's speed-up over the dense one compiled: of two medians of ratios to the same runs."""
+    return float(latency[f"{phase}_speed_up"] / compiled[f"{phase}_speed_up"])
 
 
 def _times(estimate: Mapping[str, Any]) -> str:

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from skipit.eval.measure.stopwatch import now, run_once
+from skipit.eval.measure.twin import twin
 from skipit.router import Decision, Gated, Trace, attach, gated_layers, running, set_gates
 from skipit.router.call import Call
 from skipit.router.config import KVPolicy
@@ -31,7 +32,7 @@ from skipit.theory.cost import CostModel, trace_compute
 from .counts import CALLS, count_calls
 from .memory import most_allocated, peak_bytes
 from .rows import Report
-from .shapes import bench_7b, bench_qwen, bench_small, labelled, prompt, prompt_qwen, to_model, twin
+from .shapes import bench_7b, bench_qwen, bench_small, labelled, prompt, prompt_qwen, to_model
 
 SHARES = (0.75, 0.5, 0.25)
 WAYS: tuple[tuple[KVPolicy, str | None], ...] = (("retain", "whole"), ("retain", "packed"), ("evict", None))

@@ -1,6 +1,5 @@
 """LLaVA-shaped models with random weights, to be timed: speed does not depend on what the weights say."""
 
-import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -86,11 +85,6 @@ def prompt_qwen(image_tokens: int, text_tokens: int, batch: int) -> dict[str, Te
     found["pixel_values"] = torch.randn(batch * side**2, 3 * 2 * PATCH**2, generator=torch.Generator().manual_seed(0))
     found["image_grid_thw"] = torch.tensor([[1, side, side]] * batch)
     return {**found, "mm_token_type_ids": (found["input_ids"] == IMAGE_TOKEN).int()}
-
-
-def twin(model: Any) -> Any:
-    """A copy with the same weights in memory: what is run more often must not be what is nearer."""
-    return copy.deepcopy(model, {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())})
 
 
 SHAPES: dict[str, Callable[..., Any]] = {"small": bench_small, "7b": bench_7b}

@@ -1,36 +1,39 @@
 """Speed of gated execution on LLaVA-shaped models with random weights: scripts/study speed.
 
 Parts: `efficiency` (time saved for FLOPs saved, prefill and decoding), `schemes` (what peers do, on the same engine),
-`scaling` (image tokens and batch), `memory` (keys and values against the ideal, and the peak), `operators` (where the
-time of a prefill goes). Skips are spread evenly over tokens and layers, so that nothing is flattered by whole layers
-falling away, unless a row says otherwise. Every time is a median of interleaved repeats against the untouched model.
+`scaling` (image tokens and batch), `memory` (keys and values against the ideal, and the peak). Skips are spread evenly
+over tokens and layers, so that nothing is flattered by whole layers falling away, unless a row says otherwise. Every
+time is a median of interleaved repeats against the untouched model, which is compiled by torch.compile beside it: over
+the best is against the faster of the two.
 """
 
+import argparse
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from statistics import median
 from typing import Any, get_args
 
 import torch
 from torch import Tensor
 
-from skipit.eval.measure.latency import Subject, time_models
+from skipit.eval.measure.latency import Subject, compiled_subject, time_models
 from skipit.eval.measure.stopwatch import run_once
+from skipit.eval.measure.twin import twin
 from skipit.router import Decision, FixedUnits, LayerByLayer, Trace, attach, running
 from skipit.router.call import Call
 from skipit.router.config import KVPolicy
 from skipit.router.folders import provenance, save_json
 from skipit.router.gates import TokenGate
 from skipit.theory.cost import CostModel, trace_compute
+from skipit.train.display import note
 
 from .memory import cache_bytes, peak_bytes
-from .shapes import SHAPES, prompt, to_model, twin
+from .shapes import SHAPES, prompt, to_model
 from .study import command, markdown
 
-UNTOUCHED, ATTACHED = "untouched", "gates attached, all run"
+UNTOUCHED, COMPILED, ATTACHED = "untouched", "untouched, compiled", "gates attached, all run"
+KINDS = ("prefill", "decode")
 DECODE_STEPS = 8
-TOP_OPERATORS = 12
 Cases = dict[str, dict[str, Any]]  # options of `running`, by name
 TEXT_TOKENS = 64
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -77,7 +80,9 @@ def even(*shares: float) -> Cases:
 class Bench:
     """An untouched model and its gated twin, and how to time both on one batch of prompts."""
 
-    def __init__(self, shape: str, batch: int, image_tokens: int, dtype: str | None = None, **size: int) -> None:
+    def __init__(
+        self, shape: str, batch: int, image_tokens: int, dtype: str | None = None, compiled: bool = False, **size: int
+    ) -> None:
         self.dense = SHAPES[shape](image_tokens=image_tokens, **size)
         if dtype is not None:
             self.dense = self.dense.to(DTYPES[dtype])
@@ -86,6 +91,10 @@ class Bench:
         self.costs = CostModel.of(self.dense)
         self.batch, self.image_tokens = batch, image_tokens
         self.inputs = to_model(prompt(image_tokens, TEXT_TOKENS, batch), self.dense)
+        fast = compiled_subject(self.dense, self.inputs) if compiled else "nobody asked"
+        self.compiled = {COMPILED: fast} if isinstance(fast, Subject) else {}
+        if compiled and not self.compiled:
+            note(f"the untouched model could not be compiled: {fast}")
 
     def flops_saved(self, options: dict[str, Any]) -> tuple[float, float]:
         """Share of the dense decoder's FLOPs that a prefill, and a few decoding steps after it, do not execute."""
@@ -97,18 +106,23 @@ class Bench:
         return 1 - float(prefill.share), 1 - float(decode)
 
     def time(self, cases: Cases, repeats: int) -> list[dict[str, Any]]:
-        """Time the untouched model, the gated one with everything running, and cases."""
-        subjects = {UNTOUCHED: Subject(self.dense), ATTACHED: Subject(self.gated)}
+        """Time the untouched model, eager and compiled, the gated one with everything running, and cases."""
+        subjects = {UNTOUCHED: Subject(self.dense), **self.compiled, ATTACHED: Subject(self.gated)}
         subjects |= {name: Subject(self.gated, _context(options)) for name, options in cases.items()}
         saved = {name: self.flops_saved(options) for name, options in cases.items()}
         times = time_models(subjects, self.inputs, repeats=repeats, decode_steps=DECODE_STEPS)
         rows = []
+        best = {
+            kind: max(getattr(times[name], f"{kind}_speed_up") for name in (UNTOUCHED, *self.compiled))
+            for kind in KINDS
+        }
         for name, latency in times.items():
             row = {"name": name, "batch": self.batch, "image_tokens": self.image_tokens, **latency.to_json()}
-            for kind, flops in zip(("prefill", "decode"), saved.get(name, (0.0, 0.0)), strict=True):
+            for kind, flops in zip(KINDS, saved.get(name, (0.0, 0.0)), strict=True):
                 time = 1 - 1 / row[f"{kind}_speed_up"]
                 efficiency = time / flops if flops > 0.01 else None
                 row |= {f"{kind}_flops_saved": flops, f"{kind}_saved": time, f"{kind}_efficiency": efficiency}
+                row[f"{kind}_over_best"] = row[f"{kind}_speed_up"] / best[kind]
             rows.append(row)
         return rows
 
@@ -160,45 +174,24 @@ def memory(shape: str, shares: list[float], **size: Any) -> list[dict[str, Any]]
     return rows
 
 
-def operators(shape: str, repeats: int, **size: Any) -> list[dict[str, Any]]:
-    """Where a prefill's time goes: milliseconds in each of torch's operators, medians over repeats, by case."""
-    from torch.profiler import ProfilerActivity, profile
-
-    bench = Bench(shape, 1, 576, **size)
-    cases: Cases = {UNTOUCHED: {"mode": "dense"}, ATTACHED: {}, **even(0.5)}
-    spent: dict[str, dict[str, list[float]]] = {name: {} for name in cases}
-    for repeat in range(repeats + 1):
-        for name, options in cases.items():
-            with torch.no_grad(), running(**options), profile(activities=[ProfilerActivity.CPU]) as record:
-                bench.gated(**bench.inputs, use_cache=True, logits_to_keep=1)
-            if repeat:
-                for event in record.key_averages():
-                    spent[name].setdefault(event.key, []).append(event.self_cpu_time_total / 1000)
-    totals = {name: {op: median(ms) for op, ms in found.items()} for name, found in spent.items()}
-    names = {op for found in totals.values() for op in found}
-    order = sorted(names, key=lambda op: -max(found.get(op, 0) for found in totals.values()))
-    rows = [{"operator": op, **{name: totals[name].get(op, 0.0) for name in cases}} for op in order[:TOP_OPERATORS]]
-    rest = {name: sum(found.get(op, 0) for op in order[TOP_OPERATORS:]) for name, found in totals.items()}
-    return [*rows, {"operator": "all others", **rest}]
-
-
 def _context(options: dict[str, Any]) -> Callable[[], AbstractContextManager[Any]]:
     return lambda: running(**options)
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
-    """Times as a Markdown table."""
+    """Times as a Markdown table; the best is the untouched model, compiled or not, whichever is faster."""
     head = ["", "batch", "image tokens"]
-    for kind in ("prefill", "decode"):
-        head += [f"{kind} ms", "speed-up", "FLOPs saved", "time saved", "efficiency"]
+    for kind in KINDS:
+        head += [f"{kind} ms", "speed-up", "over the best", "FLOPs saved", "time saved", "efficiency"]
     lines = []
     for row in rows:
         lines.append([row["name"], str(row["batch"]), str(row["image_tokens"])])
-        for kind in ("prefill", "decode"):
+        for kind in KINDS:
             ratio = row[f"{kind}_efficiency"]
             lines[-1] += [
                 f"{row[f'{kind}_ms']:.1f}",
                 f"{row[f'{kind}_speed_up']:.2f}x",
+                f"{row[f'{kind}_over_best']:.2f}x",
                 f"{row[f'{kind}_flops_saved']:.1%}",
                 f"{row[f'{kind}_saved']:.1%}",
                 "-" if ratio is None else f"{ratio:.2f}",
@@ -217,22 +210,13 @@ def memory_table(rows: Sequence[dict[str, Any]]) -> str:
     )
 
 
-def operator_table(rows: Sequence[dict[str, Any]]) -> str:
-    """Milliseconds by operator as a Markdown table."""
-    names = [name for name in rows[0] if name != "operator"]
-    lines = [[f"`{row['operator']}`", *(f"{row[name]:.1f}" for name in names)] for row in rows]
-    lines.append(["*sum*", *(f"{sum(row[name] for row in rows):.1f}" for name in names)])
-    return markdown(["ms", *names], lines)
-
-
 def main(argv: Sequence[str] | None = None) -> None:
     """Print tables and optionally write JSON."""
     parts: dict[str, Callable[[], tuple[list[dict[str, Any]], Callable[[Sequence[dict[str, Any]]], str]]]] = {
-        "efficiency": lambda: (efficiency(given.shape, given.batch, given.shares, given.repeats, **size), table),
-        "schemes": lambda: (schemes(given.shape, given.batch, given.repeats, **size), table),
-        "scaling": lambda: (scaling(given.shape, given.image_tokens, given.batch, given.repeats, **size), table),
+        "efficiency": lambda: (efficiency(given.shape, given.batch, given.shares, given.repeats, **timed), table),
+        "schemes": lambda: (schemes(given.shape, given.batch, given.repeats, **timed), table),
+        "scaling": lambda: (scaling(given.shape, given.image_tokens, given.batch, given.repeats, **timed), table),
         "memory": lambda: (memory(given.shape, given.shares, **size), memory_table),
-        "operators": lambda: (operators(given.shape, given.repeats, **size), operator_table),
     }
     parser = command(__name__, __doc__, repeats=7, file=None)
     parser.add_argument("--part", nargs="+", choices=parts, default=["efficiency"], help="(default efficiency)")
@@ -242,8 +226,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--batch", type=int, nargs="+", default=[1], help="batch sizes (default 1)")
     parser.add_argument("--image-tokens", type=int, nargs="+", default=[64, 256, 576, 1024, 2304], help="for scaling")
     parser.add_argument("--shares", type=float, nargs="+", default=[0.75, 0.5, 0.25], help="tokens that run each layer")
+    parser.add_argument(
+        "--compiled", action=argparse.BooleanOptionalAction, default=True, help="the untouched model compiled, too"
+    )
     given = parser.parse_args(argv)
-    size = {name: it for name in ("layers", "dtype") if (it := getattr(given, name)) is not None}
+    size: dict[str, Any] = {name: it for name in ("layers", "dtype") if (it := getattr(given, name)) is not None}
+    timed = {**size, "compiled": given.compiled}
     found: dict[str, list[dict[str, Any]]] = {}
     for part in given.part:
         print(f"\n{part}: shape {given.shape}, {torch.get_num_threads()} threads, {TEXT_TOKENS} text tokens")

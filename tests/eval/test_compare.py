@@ -3,6 +3,7 @@
 import json
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -49,6 +50,17 @@ def comparison() -> Comparison:
 def cells(table: str, label: str) -> list[str]:
     line = next(line for line in table.splitlines() if line.startswith("\N{BOX DRAWINGS LIGHT VERTICAL} " + label))
     return [cell.strip() for cell in line.split("\N{BOX DRAWINGS LIGHT VERTICAL}")[2:-1]]
+
+
+def test_the_compiled_dense_model_is_the_other_baseline(comparison: Comparison) -> None:
+    assert "`skipit eval` compares with it compiled (torch.compile), too." in comparison.table()
+    assert comparison.to_json()["dense"]["compiled"] is None
+    found = replace(comparison, compiled=Latency(5.0, 1.0, 2.0, 2.1, 15))
+    assert cells(found.table(), "  over dense compiled, 5.00 ms") == ["0.50x", "0.81x"]
+    assert cells(found.table(), "  over dense compiled, 1.00 ms") == ["0.48x", "0.60x"]
+    assert "too." not in found.table()
+    assert found.to_json()["dense"]["compiled"]["prefill_ms"] == 5.0
+    assert "compiled: no compiler" in replace(comparison, compiled="no compiler").table()
 
 
 def test_table(comparison: Comparison) -> None:

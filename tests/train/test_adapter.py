@@ -199,7 +199,17 @@ def test_eval_command_takes_an_adapter(
         ("recorded", made.adapter, []),
         ("moved", moved[0], ["--base", str(moved[1])]),
     ):
-        line = ["eval", str(folder), str(tmp_path / "data"), *options, "--repeats", "1", "--out", str(tmp_path / name)]
+        line = [
+            "eval",
+            str(folder),
+            str(tmp_path / "data"),
+            *options,
+            "--repeats",
+            "1",
+            "--no-compiled",
+            "--out",
+            str(tmp_path / name),
+        ]
         assert main(line) == 0, capsys.readouterr().err
         figures = json.loads((tmp_path / name / "eval.json").read_text())
         kept = ("accuracy", "compute", "skip_rate", "same_answer", "rows")
@@ -207,7 +217,16 @@ def test_eval_command_takes_an_adapter(
     assert found["merged"] == found["recorded"] == found["moved"]
     assert found["moved"]["gated"]["compute"] < 1 == found["moved"]["dense"]["compute"]
     budget = next(iter(find_router(skipit.load(made.adapter)[0])[1].config.operating_points))
-    line = ["eval", str(made.adapter), str(tmp_path / "data"), "--repeats", "1", "--out", str(tmp_path / "at")]
+    line = [
+        "eval",
+        str(made.adapter),
+        str(tmp_path / "data"),
+        "--repeats",
+        "1",
+        "--no-compiled",
+        "--out",
+        str(tmp_path / "at"),
+    ]
     assert main([*line, "--budget", budget]) == 0
     assert main([*line, "--budget", "fast", "--overwrite"]) == 1
     assert "`budget`: got 'fast', this router is calibrated for" in capsys.readouterr().err

@@ -45,6 +45,12 @@ def add_arguments(verb: Parser) -> None:
     )
     verb.add_columns()
     verb.add_argument("--repeats", type=positive_int, default=15, help="of the timing (default %(default)s)")
+    verb.add_argument(
+        "--compiled",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="time the dense model compiled by torch.compile, too, which takes a minute or more (default: on)",
+    )
     verb.add_flag("--resume", "go on from OUT.partial of an evaluation that was stopped")
 
 

@@ -13,8 +13,8 @@ from families.family import picture
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from skipit.eval.measure import latency, stopwatch
-from skipit.eval.measure.latency import Subject, hardware, time_models
+from skipit.eval.measure import latency, stopwatch, twin
+from skipit.eval.measure.latency import Subject, compiled_subject, hardware, time_models
 from skipit.router import FixedUnits, attach, running
 
 INPUTS = {"input_ids": torch.tensor([[5, 6, 7]]), "attention_mask": torch.ones(1, 3, dtype=torch.long)}
@@ -166,3 +166,26 @@ def test_the_processor_is_named(tmp_path: Path) -> None:
 
 def test_it_is_never_empty(tmp_path: Path) -> None:
     assert not hardware(tmp_path / "none").startswith(",")
+
+
+def test_the_compiled_model_answers_as_it_did(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(twin, "BACKEND", "eager")
+    model = build("llava")
+    batch = inputs("llava", [[5, "image", 6, 7]])
+    fast = compiled_subject(model, batch)
+    assert isinstance(fast, Subject)
+    assert fast.model is not model
+    assert next(fast.model.parameters()) is next(model.parameters())
+    with torch.no_grad():
+        torch.testing.assert_close(fast.model(**batch).logits, model(**batch).logits)
+
+
+def test_why_a_model_could_not_be_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: object) -> None:
+        raise RuntimeError("no compiler\nand a long trace")
+
+    monkeypatch.setattr(twin, "BACKEND", broken)
+    why = compiled_subject(build("llava"), INPUTS)
+    assert isinstance(why, str)
+    assert "no compiler" in why
+    assert "\n" not in why

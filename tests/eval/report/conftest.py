@@ -75,6 +75,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "reference",
         samples=8,
         repeats=2,
+        compiled=False,
         profile=at / "profile",
         also=[("neutral <script>", at / "zero"), ("neutral <script>", at / "zero"), ("again", at / "theory")],
         baselines=at / "baselines",

@@ -119,6 +119,18 @@ class TestSaving:
         }
         assert words in said(saving(values))
 
+    def test_the_compiled_model_is_the_other_baseline(self, values: dict[str, Any]) -> None:
+        values["dense"]["compiled"] = None
+        assert "It was not compiled; compiled it may be faster." in body(saving(values))
+        values["dense"]["compiled"] = "RuntimeError: no C++ compiler"
+        assert "It was not compiled: RuntimeError: no C++ compiler;" in body(saving(values))
+        for latency, ups in ((values["gated"]["latency"], (1.5, 1.2)), (values["dense"]["latency"], (1.0, 1.0))):
+            latency |= {"prefill_speed_up": ups[0], "decode_speed_up": ups[1]}
+        fast = {**values["dense"]["latency"], "prefill_ms": 5.0, "decode_ms": 2.0}
+        values["dense"]["compiled"] = {**fast, "prefill_speed_up": 2.0, "decode_speed_up": 2.0}
+        assert "takes 5.00 ms and 2.00 ms: against that it is 0.75x and 0.60x." in said(saving(values))
+        assert "It was not compiled" not in body(saving(values))
+
     def test_flops_are_not_milliseconds(self, values: dict[str, Any]) -> None:
         gated = values["gated"]["latency"]
         values["gated"]["compute"] = 0.5
