@@ -2,11 +2,11 @@
 
 torch.profiler over a prompt and over decoding steps, batch 1: of the reference model with a plan's gates at half of the
 FLOPs, whose decision is made once; and of `bench-small`, where half of the tokens skip each layer, chosen evenly. Self
-times by groups of operators, medians over repeats that take turns, and how often each was called. The profiler itself
-takes about a microsecond a call: sums are above what is measured without it, which `scripts/study speed` gives.
+times by groups of operators, the least of repeats that take turns, because a profiler counts what others took of the
+processor, too; and how often each was called. It takes time itself, a microsecond or so a call: sums are above what
+`scripts/study speed` measures without it.
 """
 
-import statistics
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from typing import Any, get_args
@@ -81,7 +81,7 @@ def _by_group(record: Any, steps: int) -> tuple[dict[str, float], dict[str, floa
 
 @torch.no_grad()
 def measure(cases: Cases, inputs: dict[str, Tensor], repeats: int) -> dict[str, list[dict[str, Any]]]:
-    """By phase, a row per group: medians of milliseconds, and calls, by case; after one repeat that does not count."""
+    """By phase, a row per group: least milliseconds, and calls, by case; after one repeat that does not count."""
     found: dict[str, dict[str, list[Any]]] = {phase: {name: [] for name in cases} for phase in ("prompt", "token")}
     for repeat in range(repeats + 1):
         for name, (model, options) in cases.items():
@@ -92,7 +92,7 @@ def measure(cases: Cases, inputs: dict[str, Tensor], repeats: int) -> dict[str, 
         phase: [
             {
                 "group": group,
-                "ms": {name: statistics.median(ms[group] for ms, _ in pairs) for name, pairs in by_case.items()},
+                "ms": {name: min(ms[group] for ms, _ in pairs) for name, pairs in by_case.items()},
                 "calls": {name: pairs[-1][1][group] for name, pairs in by_case.items()},
             }
             for group in (*GROUPS, REST)
