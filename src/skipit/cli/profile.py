@@ -35,7 +35,8 @@ def add_arguments(verb: Parser) -> None:
         type=points,
         default=argparse.SUPPRESS,
         metavar="0,1,2",
-        help="layers by whose states gates will decide, or `each` for itself (default 0: once, for all layers)",
+        help="layers by whose states gates will decide, or `each` for itself (default 0: once, for all layers; "
+        "below a quarter of the FLOPs others may be better)",
     )
     verb.add_argument("--layers", default=None, help="dotted path of the part's layers, where they are not found")
     verb.add_streaming()
