@@ -14,6 +14,7 @@ from .answers import (
 )
 from .compute import ComputeShare, SkipRate, compute_share, skip_rate
 from .confidence import ExpectedCalibrationError, expected_calibration_error
+from .relaxed import RelaxedAccuracy, relaxed_accuracy
 from .vqa import ANLS, VQAAccuracy, anls, vqa_accuracy
 
 __all__ = [
@@ -23,6 +24,7 @@ __all__ = [
     "ExactMatch",
     "ExactMatchByGroup",
     "ExpectedCalibrationError",
+    "RelaxedAccuracy",
     "SkipAlignment",
     "SkipRate",
     "VQAAccuracy",
@@ -32,6 +34,7 @@ __all__ = [
     "exact_match",
     "exact_match_by_group",
     "expected_calibration_error",
+    "relaxed_accuracy",
     "skip_alignment",
     "skip_rate",
     "vqa_accuracy",

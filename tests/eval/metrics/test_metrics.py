@@ -22,6 +22,7 @@ from skipit.eval.metrics import (
     ExactMatch,
     ExactMatchByGroup,
     ExpectedCalibrationError,
+    RelaxedAccuracy,
     SkipAlignment,
     SkipRate,
     VQAAccuracy,
@@ -31,6 +32,7 @@ from skipit.eval.metrics import (
     exact_match,
     exact_match_by_group,
     expected_calibration_error,
+    relaxed_accuracy,
     skip_alignment,
     skip_rate,
     vqa_accuracy,
@@ -154,6 +156,32 @@ def test_anls_of_known_pairs(prediction: str, accepted: list[str], score: float)
     assert anls([prediction], [accepted]) == pytest.approx(score)
 
 
+@pytest.mark.parametrize(
+    ("prediction", "accepted", "right"),
+    [
+        ("105", "100", True),  # exactly at the tolerance
+        ("105.1", "100", False),
+        ("-95", "-100", True),
+        ("0.01", "0", False),
+        ("$1,050.00", "1000", True),
+        ("5.2%", "5", True),
+        ("rome.", "Rome", True),
+        ("12/2", "12/3", False),
+        ("96", ["none", "100"], True),
+        ("nan", "1", False),
+    ],
+)
+def test_relaxed_accuracy_of_known_pairs(prediction: str, accepted: str | list[str], right: bool) -> None:
+    assert relaxed_accuracy([prediction], [accepted]) == right
+
+
+@given(st.lists(st.tuples(st.floats(-1e6, 1e6), st.floats(-1e6, 1e6)), min_size=1, max_size=5))
+def test_without_tolerance_numbers_match_by_value(pairs: list[tuple[float, float]]) -> None:
+    mine, right = zip(*((repr(a), repr(b)) for a, b in pairs), strict=True)
+    share = sum(a == b for a, b in pairs) / len(pairs)
+    assert relaxed_accuracy(mine, right, tolerance=0.0) == pytest.approx(share)
+
+
 def test_a_higher_anls_threshold_forgives_more() -> None:
     assert anls_scores(["ab"], [["ax"]], threshold=0.6).item() == 0.5
 
@@ -220,6 +248,7 @@ CASES: dict[str, tuple[Callable[[], Metric], list[tuple[Any, ...]]]] = {
     "agreement": (AnswerAgreement, [(["1", "2"], ["1", "3"]), (["4"], ["4"]), (["5"], ["6"])]),
     "vqa": (VQAAccuracy, [(["2", "cat"], HUMANS[:2]), (["right"], HUMANS[2:])]),
     "anls": (ANLS, [(["abcd"], [["abcx"]]), (["xyz", "x"], [["abc"], ["x"]])]),
+    "relaxed": (RelaxedAccuracy, [(["97", "x"], ["100", "y"]), (["94"], ["100"]), ([], [])]),
     "groups": (
         lambda: ExactMatchByGroup(["cell", "count", "row"]),
         [(["1", "2", "3"], ["1", "3", "3"], GROUPS), (["1"], ["1"], ["count"])],
@@ -311,6 +340,7 @@ TWINS: dict[type[Metric], Callable[..., Any]] = {
     AnswerAgreement: agreement,
     VQAAccuracy: vqa_accuracy,
     ANLS: anls,
+    RelaxedAccuracy: relaxed_accuracy,
     ExactMatchByGroup: exact_match_by_group,
     SkipRate: skip_rate,
     SkipAlignment: lambda *mask: skip_alignment(*mask, THEORY_SET, WEIGHT),
@@ -334,7 +364,7 @@ def test_the_functions_agree_with_the_classes(case: str) -> None:
 def test_every_class_is_exported_with_its_function_and_stands_in_the_docs() -> None:
     classes = {name for name in metrics.__all__ if isinstance(getattr(metrics, name), type)}
     assert {kind.__name__ for kind in TWINS} == classes == {type(make()).__name__ for make, _ in CASES.values()}
-    assert len(metrics.__all__) == 2 * len(classes) == 18
+    assert len(metrics.__all__) == 2 * len(classes) == 20
     page = PAGE.read_text(encoding="utf-8")
     table = [line for line in page.splitlines() if line.startswith("| `")]
     named = [re.findall(r"`(\w+)`", line)[:2] for line in table]
@@ -366,6 +396,7 @@ def test_the_examples_of_the_docs_print_what_they_say() -> None:
         (lambda: vqa_accuracy(["1"], ["yes!"]), r"`references\[0\]` is 'yes!', expected a list of at least 4"),
         (lambda: anls(["1"], ["1"]), r"`references\[0\]` is '1', expected a list of one or more .* Wrap a single one"),
         (lambda: anls(["1"], [[]]), r"`references\[0\]` is \[\], expected a list of one or more"),
+        (lambda: relaxed_accuracy(["1"], ["1"], tolerance=-1), r"`tolerance` is -1, expected a share of at least 0"),
         (lambda: anls(["1"], [["1"]], threshold=0.0), r"`threshold` is 0.0, expected a relative distance in \(0, 1\]"),
         (lambda: compute_share(1.0, 0.0), r"`executed` is 1.0 and `dense` is 0.0 FLOPs, expected executed >= 0"),
         (lambda: compute_share(math.nan, 1.0), r"`executed` is nan and `dense` is 1.0 FLOPs"),
