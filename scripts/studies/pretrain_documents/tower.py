@@ -1,0 +1,180 @@
+"""Stage one: the tower and the projector learn to say each image token in the decoder's own input embeddings."""
+
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from skipit.train.reference.documents.data import draw_document
+from skipit.train.reference.documents.layouts import KINDS, Kind
+from skipit.train.reference.documents.model import IMAGE_TOKENS
+from skipit.train.reference.documents.page import LINES, Cell, Line, Page, photographed, set_page
+from skipit.train.reference.documents.words import FONTS, Split
+
+from ..state import load_state, save_state
+from .targets import Alphabet, letters_of, tokens_of
+
+Log = Callable[[str], None]
+SAVE_EVERY, MEASURE_EVERY = 25, 200  # steps
+HELD_OUT = 24  # pages of a split on which reading is measured
+LETTERS = 96  # printable ASCII less the space, and none
+
+
+def loose_page(alphabet: Alphabet, rng: np.random.Generator) -> Page:
+    """A page full of words and numbers of the alphabet without order, in a font of the training split."""
+    lines = []
+    for _ in range(int(rng.integers(LINES - 5, LINES + 1))):
+        text = _loose(alphabet, rng)
+        while rng.random() < 0.95 and len(text) < 24:
+            text += " " * int(rng.integers(1, 4)) + _loose(alphabet, rng)
+        lines.append(Line((Cell(text[:30], *(((0.0, "left"), (1.0, "right"))[int(rng.random() < 0.3)])),)))
+    family = FONTS["train"][rng.integers(len(FONTS["train"]))]
+    return photographed(set_page(lines, family[rng.integers(len(family))], rng, bool(rng.random() < 0.2)), rng)
+
+
+def _loose(alphabet: Alphabet, rng: np.random.Generator) -> str:
+    words = alphabet.words if rng.random() < 0.7 else alphabet.listed
+    word, number = words[rng.integers(len(words))], int(10 ** rng.uniform(0, 5))
+    forms = (
+        word, word, word, word, word, word, f"{word}:", f"{word}.", f"{word},",
+        str(number), f"{number}", f"{number / 100:.2f}", f"${number / 100:.2f}", f"{number % 100}%", f"({number % 99})",
+        f"{rng.integers(1, 29):02}{'-./'[rng.integers(3)]}{rng.integers(1, 13):02}", f"{rng.integers(0, 24)}:00", "-",
+    )  # fmt: skip
+    return forms[rng.integers(len(forms))]
+
+
+def laid_page(split: Split, rng: np.random.Generator) -> Page:
+    """A document of a split; charts, which take longest to draw, are rarer."""
+    kind: Kind = KINDS[min(int(rng.integers(2 * len(KINDS) - 1)) // 2, len(KINDS) - 1)]
+    return draw_document(split, kind, rng).page
+
+
+class Reader(nn.Module):
+    """Tower, projector, and a head on the tower's middle that names letters, which teaches its lower half early.
+
+    Args:
+        model: the LLaVA whose tower and projector are trained.
+        tokens: the alphabet's token numbers.
+    """
+
+    table: Tensor
+
+    def __init__(self, model: Any, tokens: list[int]) -> None:
+        super().__init__()
+        self.tower, self.projector = model.model.vision_tower, model.model.multi_modal_projector
+        self.head = nn.Linear(model.config.vision_config.hidden_size, 2 * LETTERS)
+        self.register_buffer("table", model.get_input_embeddings().weight[tokens].detach().float(), persistent=False)
+        self.heard: dict[str, Tensor] = {}
+        self.tower.encoder.stages[-1].layers[1].register_forward_hook(self._hear("middle"))
+        self.projector.register_forward_hook(self._hear("said"))
+
+    def _hear(self, name: str) -> Callable[[nn.Module, Any, Any], None]:
+        def hear(module: nn.Module, inputs: Any, output: Any) -> None:
+            self.heard[name] = output[0] if isinstance(output, tuple) else output
+
+        return hear
+
+    def forward(self, pixels: Float[Tensor, "batch 3 height width"]) -> tuple[Tensor, Tensor]:
+        """What it says, [batch, `IMAGE_TOKENS`, width], and letters, [batch, `IMAGE_TOKENS`, 2, `LETTERS`]."""
+        said = self.projector(self.tower(pixels, output_hidden_states=True).hidden_states[-1])
+        return said.float(), self.head(self.heard["middle"]).float().unflatten(-1, (2, LETTERS))
+
+    def distances(self, said: Tensor) -> Tensor:
+        """Minus the squared distance to each token of the alphabet, less what does not depend on it."""
+        return (2 * said @ self.table.T).float() - self.table.square().sum(-1)
+
+    def spoken(self, said: Tensor, tokens: Int[Tensor, "batch places"]) -> Tensor:
+        """How far what is said is from the tokens: cross-entropy and distance; empty places count a fifth."""
+        weight = torch.where(tokens > 1, 1.0, 0.2)
+        nearest = F.cross_entropy(self.distances(said).transpose(1, 2), tokens, reduction="none")
+        near = (said - self.table[tokens]).square().sum(-1)
+        return ((nearest + 0.1 * near) * weight).sum() / weight.sum()
+
+
+def batch(pages: list[Page], alphabet: Alphabet, processor: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """Pixels, index in the alphabet per place, letters per place."""
+    index = {token: n for n, token in enumerate(alphabet.tokens)}
+    grids = np.stack([tokens_of(page, alphabet).flatten() for page in pages])
+    tokens = torch.tensor([[index.get(int(i), 0) for i in grid] for grid in grids])
+    signs = torch.tensor(np.stack([letters_of(page).reshape(IMAGE_TOKENS, 2) for page in pages]))
+    pixels = processor.image_processor(images=[page.image for page in pages], return_tensors="pt")["pixel_values"]
+    return pixels, tokens, signs
+
+
+@torch.no_grad()
+def reading(reader: Reader, pages: list[Page], alphabet: Alphabet, processor: Any) -> dict[str, float]:
+    """How much of pages is read, in [0, 1]: places with a token, empty places, and pages' first letters."""
+    right, empty, letters = [], [], []
+    for page in pages:
+        pixels, tokens, signs = batch([page], alphabet, processor)
+        with torch.autocast("cpu", torch.bfloat16):
+            said, named = reader(pixels)
+        hit = reader.distances(said).argmax(-1) == tokens
+        right.append(hit[tokens > 1].float())
+        empty.append(hit[tokens == 0].float())
+        letters.append((named.argmax(-1) == signs)[..., 0][signs[..., 0] > 0].float())
+    return {
+        name: round(torch.cat(v).mean().item(), 4)
+        for name, v in (("tokens", right), ("empty", empty), ("letters", letters))
+    }
+
+
+def rate(step: int, peak: float, warmup: int = 100, flat: int = 500) -> float:
+    """Warm up, hold, then fall with the root of the step: no end has to be known, any sitting may be the last."""
+    return peak * min(1.0, (step + 1) / warmup) * min(1.0, (flat / (step + 1)) ** 0.5)
+
+
+def train_tower(model: Any, processor: Any, folder: Path, steps: int, size: int = 4, log: Log = print) -> Reader:
+    """Train tower and projector up to a step; `log.jsonl` has what is read of held-out pages.
+
+    Args:
+        model: the LLaVA; its tower and projector are changed.
+        processor: the model's.
+        folder: the checkpoint, from which it goes on, and the log.
+        steps: in all, those of earlier sittings included.
+        size: pages of a step, half of them of loose words.
+        log: receives a line now and then.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    alphabet = Alphabet(processor.tokenizer)
+    reader = Reader(model, alphabet.tokens).requires_grad_(True).train()
+    optimizer = torch.optim.AdamW(reader.parameters(), lr=1e-3, betas=(0.9, 0.98), weight_decay=0.02)
+    done, started = load_state(folder, {"reader": reader}, optimizer), time.time()
+    held_out = {
+        split: [laid_page(split, np.random.default_rng([7, number])) for number in range(HELD_OUT)]
+        for split in ("train", "calibration")
+    }
+    running = 0.0
+    for step in range(done, steps):
+        rng = np.random.default_rng([1, step])
+        pages = [loose_page(alphabet, rng) if n % 2 else laid_page("train", rng) for n in range(size)]
+        pixels, tokens, signs = batch(pages, alphabet, processor)
+        with torch.autocast("cpu", torch.bfloat16):
+            said, letters = reader(pixels)
+            loss = reader.spoken(said, tokens) + F.cross_entropy(letters.flatten(0, 2), signs.flatten())
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(reader.parameters(), 1.0)
+        optimizer.param_groups[0]["lr"] = rate(step, 1e-3)
+        optimizer.step()
+        running = loss.item() if step == done else 0.95 * running + 0.05 * loss.item()
+        if (step + 1) % SAVE_EVERY == 0 or step + 1 == steps:
+            pace = (time.time() - started) / (step + 1 - done)
+            log(f"tower {step + 1}/{steps} loss {running:.3f} {pace:.2f} s/step")
+            save_state(folder, step + 1, {"reader": reader}, optimizer)
+        if (step + 1) % MEASURE_EVERY == 0 or step + 1 == steps:
+            reader.eval()
+            read = {split: reading(reader, pages, alphabet, processor) for split, pages in held_out.items()}
+            reader.train()
+            record = json.dumps({"step": step + 1, "loss": round(running, 4), **read})
+            log(record)
+            with (folder / "log.jsonl").open("a", encoding="utf-8") as file:
+                file.write(record + "\n")
+    return reader.eval()
