@@ -14,12 +14,14 @@ One hidden state's way through a gated layer, in the order to read it:
 7. `attention.py`: packed tokens become rows again for attention alone.
 8. `cache.py`: where keys and values stay, with the index of the token each belongs to.
 
+`compiled.py` has steps 5 to 7 once more, for layers that `compile` makes graphs of.
+
 Beside it stand `modality.py` (the two kinds of tokens), `views.py` (a layer with other parts inside),
 `measured.py` (which of two ways to run one is faster here), `eviction.py` (how gates learn what their eviction costs
 others) and `subclass.py` (how a live module gets all this).
 """
 
-from .attach import attach, detach, find_router, gate_state, gated_layers, set_gates
+from .attach import attach, compile, detach, find_router, gate_state, gated_layers, set_gates
 from .cache import SkipCache
 from .call import Policy, Step, Trace
 from .config import RouterConfig
@@ -57,6 +59,7 @@ __all__ = [
     "Trace",
     "UnsupportedModelError",
     "attach",
+    "compile",
     "detach",
     "find_router",
     "gate_state",

@@ -1,14 +1,16 @@
 """Adding gates to a loaded model, finding them again, and taking them off without a trace."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from .attention import PREFIX, packed_implementation
-from .config import RouterConfig, decision_points
+from .call import Compiling
+from .config import RouterConfig, check_capacity, decision_points
 from .decoder import find_decoder, image_layers, unsupported_reason
-from .errors import SkipItError, UnsupportedModelError
+from .errors import RouterConfigError, SkipItError, UnsupportedModelError, short
 from .gates import TokenGate
 from .generation import add_budget_argument, remove_budget_argument
 from .layer import GatedLayer
@@ -90,6 +92,43 @@ def detach(model: nn.Module) -> None:
                 del module._forward_pre_hooks[key]
                 module._forward_pre_hooks_with_kwargs.pop(key, None)
     remove_budget_argument(top)
+
+
+def compile(
+    model: nn.Module,
+    *,
+    capacity: float | Sequence[float] | None = None,
+    multiple: int | None = None,
+    **options: Any,
+) -> nn.Module:
+    """Have `torch.compile` make graphs of a gated model's layers, each at the first call that needs it.
+
+    Layers that run for every token, or for some of a prompt, become one graph each for all layers of a kind, whatever
+    the number of tokens. Results are those of the model without, to rounding. While gates learn, nothing is compiled.
+
+    Args:
+        model: with gates.
+        capacity: the share of a prompt's tokens that may run a layer, or one for each layer, rounded up to 64 tokens,
+            so that a prompt is run without the host ever waiting for a count. Of more tokens, those of the highest
+            logits run, in masked execution alike (`measure_capacity` finds shares that hardly any prompt exceeds). None
+            asks once, how many run, and limits nothing.
+        multiple: of which the width of packed rows is. None is 64, so that few shapes come about, and captured graphs
+            can be replayed; on a CPU, where none are, it is 1.
+        **options: of `torch.compile`, such as `mode` or `backend`; `fullgraph` is always true.
+
+    Returns:
+        The model, which now compiles.
+
+    Raises:
+        SkipItError: the model has no gates.
+        RouterConfigError: `capacity` or `multiple` is no such number.
+    """
+    router = find_router(model)[1]
+    if multiple is not None and (type(multiple) is not int or multiple < 1):
+        raise RouterConfigError(f"`multiple`: got {short(multiple)}, expected a number of tokens, at least 1.")
+    router.capacity = None if capacity is None else check_capacity(capacity, router.num_layers)
+    router.compiling = Compiling(options, multiple)
+    return model
 
 
 def find_router(model: nn.Module) -> tuple[nn.Module, Router]:

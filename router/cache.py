@@ -183,17 +183,34 @@ class SkipCacheLayer(DynamicLayer):
             All keys and values of the layer.
         """
         self.settle()
-        if index is not None:
+        if index is None:
+            self._count(tokens)
+        else:
             self.index = index if self.seen == 0 else torch.cat([self.slots(len(keys), keys.device), index], dim=1)
             self.gaps |= len(keys) > 1
-        elif self.partial:
-            self._after += tokens
-        self.seen += tokens
+            self.seen += tokens
         if not self.is_initialized:
             self.lazy_initialization(keys, values)
         self._keys, self._room_for_keys = _extend(self._keys, self._room_for_keys, keys)
         self._values, self._room_for_values = _extend(self._values, self._room_for_values, values)
         return self._keys, self._values
+
+    def grow(self, tokens: int) -> KeysAndValues:
+        """Make room for the next tokens, all of which run; whoever asks writes their keys and values.
+
+        Returns:
+            All keys and values of the layer, the last `tokens` of them still to be written.
+        """
+        self.settle()
+        self._count(tokens)
+        self._keys, self._room_for_keys = _grow(self._keys, self._room_for_keys, tokens)
+        self._values, self._room_for_values = _grow(self._values, self._room_for_values, tokens)
+        return self._keys, self._values
+
+    def _count(self, tokens: int) -> None:
+        if self.partial:
+            self._after += tokens
+        self.seen += tokens
 
     def update(self, key_states: Keys, value_states: Values, *args: Any, **kwargs: Any) -> KeysAndValues:
         """Add tokens all of which run; see `transformers.Cache`."""
@@ -295,10 +312,19 @@ def _extend(
     if slots == 0 or torch.is_grad_enabled() or held.numel() < WORTH_A_ROOM:
         # Contiguous: kernels take a fifth longer over the transposed views that projections leave.
         return torch.cat([held, new], dim=-2) if slots else new.contiguous(), None
+    together, room = _grow(held, room, more)
+    together.narrow(-2, slots, more).copy_(new)
+    return together, room
+
+
+def _grow(
+    held: Float[Tensor, "batch heads slots dim"], room: _Room | None, more: int
+) -> tuple[Float[Tensor, "batch heads all dim"], _Room]:
+    """What is held, in room for as many tokens more; and the room."""
+    slots = held.shape[-2]
     if room is None or not room.ends(held) or slots + more > room.memory.shape[-2]:
         room = _Room(held.new_empty(*held.shape[:2], slots + more + SPARE, held.shape[-1]), slots)
         room.memory.narrow(-2, 0, slots).copy_(held)
-    room.memory.narrow(-2, slots, more).copy_(new)
     room.used = slots + more
     return room.memory.narrow(-2, 0, room.used), room
 

@@ -7,6 +7,7 @@ threads and gradient checkpointing (which replays a layer with the same argument
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from math import ceil
 from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
@@ -24,6 +25,7 @@ from .stretch import Decision, Return, Stretch
 Mode = Literal["masked", "gathered", "dense"]
 Route = Literal["packed", "whole"]
 KWARG = "skipit_call"
+CAPACITY_STEP = 64  # tokens
 DENSE: Mode = "dense"  # what stands in the place of a `Call` where every layer runs for every token
 
 
@@ -53,6 +55,18 @@ class ImageStates(NamedTuple):
 
 
 NO_IMAGES = ImageStates()
+
+
+class Compiling(NamedTuple):
+    """How layers are compiled.
+
+    Attributes:
+        options: of `torch.compile`.
+        multiple: of which the number of tokens in a packed row is; None is 64, or 1 on a CPU.
+    """
+
+    options: dict[str, Any]
+    multiple: int | None = None
 
 
 def image_states(kwargs: dict[str, Any], batch: int, store: SkipCacheLayer | None = None) -> ImageStates:
@@ -141,6 +155,8 @@ class Call:
         granularity: who decides.
         mode: `masked` computes every token and discards; `gathered` computes only the tokens that run.
         route: by which gathered execution runs a layer under `retain`; None is the faster one.
+        compiling: how layers are compiled in gathered execution; None where they are not.
+        capacity: of each layer, the share of a prompt's tokens that may run it; None is no limit.
         modality: 0 text, 1 vision.
         real: False at padding.
         prompt: the tokens that decide for their row under `sequence`.
@@ -160,6 +176,8 @@ class Call:
     granularity: Granularity
     mode: Mode
     route: Route | None
+    compiling: Compiling | None
+    capacity: tuple[float, ...] | None
     modality: Int[Tensor, "batch seq"]
     real: Bool[Tensor, "batch seq"]
     prompt: Bool[Tensor, "batch seq"]
@@ -220,6 +238,10 @@ class Call:
         layers = range(layer, next((point for point in self.points if point > layer), len(self.gates)))
         call = self if self.real.device == hidden.device else self._on(hidden.device)
         decision = recorded = self.policy.decide(layers, hidden, call, self.gates[layers.start : layers.stop])
+        bounds = None
+        if self.capacity is not None and self.past == 0:
+            decision, bounds = self._within(self.capacity[layers.start : layers.stop], decision, call.real)
+            recorded = decision
         if self.learning and not torch.is_grad_enabled() and self._learns(layers):
             raise InputError(
                 "gates get no gradient from checkpoints around decoder layers that are reentrant. Use the model's own "
@@ -228,8 +250,18 @@ class Call:
         if replayed and decision.straight_through() is not None:
             copy = decision.probability.detach().requires_grad_()  # type: ignore[union-attr]
             hidden, decision = Return.apply(hidden, decision.probability, copy), Decision(decision.run, copy)
-        self._stretches.update(dict.fromkeys(layers, Stretch(layer, decision, call.real, recorded)))
+        self._stretches.update(dict.fromkeys(layers, Stretch(layer, decision, call.real, recorded, bounds)))
         return hidden
+
+    @staticmethod
+    def _within(
+        shares: tuple[float, ...], decision: Decision, real: Bool[Tensor, "batch seq"]
+    ) -> tuple[Decision, tuple[int, ...]]:
+        """A decision of which no row exceeds its share, rounded up to whole steps; and what no row can exceed."""
+        share = torch.tensor(shares, dtype=torch.float64, device=real.device)[:, None]
+        most = (share * real.sum(-1) / CAPACITY_STEP).ceil() * CAPACITY_STEP
+        bounds = (ceil(share * real.shape[1] / CAPACITY_STEP) * CAPACITY_STEP for share in shares)
+        return decision.within(real, most), tuple(bounds)
 
     def _learns(self, layers: range) -> bool:
         return any(p.requires_grad for gate in self.gates[layers.start : layers.stop] for p in gate.parameters())

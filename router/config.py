@@ -71,6 +71,26 @@ def check_per_input(decide_at: tuple[int, ...] | None, granularity: Granularity)
         )
 
 
+def check_capacity(capacity: Any, layers: int) -> tuple[float, ...]:
+    """The share of a prompt's tokens that may run each layer.
+
+    Args:
+        capacity: one share for all layers, or one for each.
+        layers: how many the model has.
+
+    Raises:
+        RouterConfigError: not numbers in (0, 1], or not as many as there are layers.
+    """
+    shares = tuple(capacity) if isinstance(capacity, list | tuple) else (capacity,) * layers
+    numbers = all(isinstance(share, int | float) and not isinstance(share, bool) for share in shares)
+    if not numbers or len(shares) != layers or not all(0 < share <= 1 for share in shares):
+        raise RouterConfigError(
+            f"`capacity`: got {short(capacity)}, expected the share of a prompt's tokens that may run a layer, a "
+            f"number in (0, 1], or one for each of the {layers} layers. No layer has room for less than one token."
+        )
+    return tuple(map(float, shares))
+
+
 def point_name(budget: float | str) -> str:
     """The name of an operating point: a budget's number as one writes it, any other name as it is."""
     return f"{budget:g}" if isinstance(budget, int | float) else budget

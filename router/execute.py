@@ -110,12 +110,17 @@ def execute_tokenwise(module: nn.Module, hidden: States, skipped: States, execut
 
 def dense(module: nn.Module, hidden: States, store: SkipCacheLayer | None, past: int, kwargs: dict[str, Any]) -> Any:
     """Run a module for every token; only keys that earlier calls evicted may be missing."""
+    return run(module, hidden, complete(hidden, store, kwargs, past))
+
+
+def complete(hidden: States, store: SkipCacheLayer | None, kwargs: dict[str, Any], past: int) -> dict[str, Any]:
+    """A module's arguments for every token, with a mask over the keys that there are, where some are missing."""
     if store is not None and store.partial:
         # One token sees all that there are.
         alone = hidden.shape[:2] == (1, 1) and kwargs.get("attention_mask") is None and not store.gaps
         if not alone:
-            kwargs = {**kwargs, "attention_mask": _mask_over(hidden, store, kwargs, past)}
-    return run(module, hidden, kwargs)
+            return {**kwargs, "attention_mask": _mask_over(hidden, store, kwargs, past)}
+    return kwargs
 
 
 def masked(module: nn.Module, hidden: States, skipped: States, execution: Execution, kwargs: dict[str, Any]) -> Any:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from .cache import SkipCache
 from .call import KWARG, Call, Mode, image_states
+from .compiled import handles, run_all, run_some
 from .errors import InputError, UnsupportedModelError
 from .execute import Execution, dense, execute, execute_tokenwise, route, states_of, whole
 from .gates import TokenGate
@@ -73,10 +74,16 @@ class GatedLayer(Mixin, _Module):
                 f"`unit`: got {call.unit!r}, but `{type(self).__name__}` is not one attention and one MLP; it has "
                 f"{children}. Use unit='block'."
             )
-        if call.mode == "gathered" and not call.learning and stretch.everyone(self.skipit_index):
+        gathered = call.mode == "gathered" and not call.learning
+        compiles = gathered and call.compiling is not None and not self.skipit_attends_to_images
+        if gathered and stretch.bounds is None and stretch.everyone(self.skipit_index):
+            if compiles:
+                return run_all(self, hidden_states, store, call, kwargs)
             return dense(self, hidden_states, store, call.past, kwargs)
         stretch = stretch.to(hidden_states.device)
         execution = Execution(self.skipit_index, stretch, call, store, self.skipit_attends_to_images)
+        if compiles and handles(self.skipit_parts is not None, hidden_states, execution):
+            return run_some(self, hidden_states, execution, kwargs)
         if call.unit != "block":
             output = run(self._with_parts(execution), hidden_states, kwargs)
         elif route(self.skipit_parts is not None, hidden_states, execution) == "whole":

@@ -83,7 +83,8 @@ def _above(
     logits: Float[Tensor, "layers batch seq"], threshold: float | Float[Tensor, "batch 1"], call: Call
 ) -> Decision:
     wanted = call.step is not None or logits.requires_grad  # for a trace, or to learn
-    return Decision(logits > threshold, torch.sigmoid(logits - threshold) if wanted else None)
+    probability = torch.sigmoid(logits - threshold) if wanted else None
+    return Decision(logits > threshold, probability, None if call.capacity is None else logits.detach())
 
 
 class LayerByLayer:
@@ -94,8 +95,8 @@ class LayerByLayer:
     ) -> Decision:
         """Decide for each layer; either all or none have a probability."""
         every = [self.decide_layer(layer, hidden, call, gate) for layer, gate in zip(layers, gates, strict=True)]
-        run, probability = zip(*every, strict=True)
-        return Decision(torch.stack(run), None if probability[0] is None else torch.stack(probability))
+        stacked = (None if part[0] is None else torch.stack(part) for part in zip(*every, strict=True))
+        return Decision(*stacked)  # type: ignore[arg-type]
 
     def decide_layer(self, layer: int, hidden: Float[Tensor, "batch seq dim"], call: Call, gate: TokenGate) -> Decision:
         """Decide for one layer, from the states at its decision point."""

@@ -21,13 +21,14 @@ from torch import Tensor, nn
 
 from .attention import use_packed
 from .cache import SkipCache, check_complete, take_over
-from .call import DENSE, KWARG, Call, Mode, Policy, Route, Step, Trace
+from .call import DENSE, KWARG, Call, Compiling, Mode, Policy, Route, Step, Trace
 from .config import (
     BudgetPer,
     Granularity,
     KVPolicy,
     RouterConfig,
     Unit,
+    check_capacity,
     check_choice,
     check_per_input,
     decision_points,
@@ -49,6 +50,7 @@ class _Running:
     unit: Unit | None = None
     granularity: Granularity | None = None
     route: Route | None = None
+    capacity: float | tuple[float, ...] | None = None
     prompt: Bool[Tensor, "batch seq"] | None = None
     prompt_length: int | None = None  # which `generate` knows: tokens per row, padding counted
     guided: bool = False  # `generate` also runs another prompt, without conditions
@@ -89,7 +91,9 @@ def running(**options: Any) -> Iterator[None]:
             "input": each row's prompt spends the budget, any number in (0, 1], exactly), `mode` ("masked", "gathered",
             or "dense": as if nothing were attached), `kv` ("retain", "evict"), `unit` ("block", "attention", "mlp"),
             `granularity` ("token", "sequence"), `route` ("packed", "whole": by which of two ways,
-            with the same result, gathered execution runs a layer under `retain`), `prompt` (bool [batch, seq]: where
+            with the same result, gathered execution runs a layer under `retain`), `capacity` (the share of a prompt's
+            tokens that may run a layer, or one for each layer, rounded up to 64 tokens: of more, those of the highest
+            logits run), `prompt` (bool [batch, seq]: where
             answers are part of the input, as in training, the tokens that may decide for their row), `trace` (a
             `Trace` that receives every step).
 
@@ -177,6 +181,8 @@ class Router:
         self.layers = layers
         self.num_layers = len(layers)
         self.image_layers = image_layers
+        self.compiling: Compiling | None = None
+        self.capacity: float | tuple[float, ...] | None = None
 
     def __call__(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         """Add the call to `kwargs`; see `torch.nn.Module.register_forward_pre_hook`."""
@@ -210,6 +216,10 @@ class Router:
         by_prompt = ("granularity", "sequence", "token") if granularity == "sequence" else None
         if isinstance(policy, GatedPerInput):
             by_prompt = ("budget_per", "input", "data")
+        capacity = self.capacity if options.capacity is None else options.capacity
+        if capacity is not None:
+            by_prompt = ("capacity", "a limit", "no limit")
+            capacity = check_capacity(capacity, self.num_layers)
         call = Call(
             policy=policy,
             points=decision_points(getattr(policy, "decide_at", self.config.decide_at), self.num_layers),
@@ -219,6 +229,8 @@ class Router:
             granularity=granularity,
             mode=mode,
             route=options.route,
+            compiling=self.compiling,
+            capacity=capacity,
             modality=modality,
             real=real,
             prompt=_deciding(real, past, options, kwargs, *by_prompt) if by_prompt else real,

@@ -50,6 +50,32 @@ def capture(module: nn.Module, hidden: Float[Tensor, "batch seq dim"], kwargs: d
     )
 
 
+class Taken:
+    """Takes the keys and values of all tokens of a first call, which attend to them and to nothing else."""
+
+    keys: Keys
+    values: Values
+
+    def update(self, keys: Keys, values: Values, *args: Any, **kwargs: Any) -> KeysAndValues:
+        """Keep them, and give them back."""
+        self.keys, self.values = keys, values
+        return keys, values
+
+
+class Ended:
+    """Writes keys and values to the end of those that there are, where room was left for them."""
+
+    def __init__(self, keys: Keys, values: Values) -> None:
+        self.keys, self.values = keys, values
+
+    def update(self, keys: Keys, values: Values, *args: Any, **kwargs: Any) -> KeysAndValues:
+        """Write them, and give all."""
+        first, new = self.keys.shape[-2] - keys.shape[-2], keys.shape[-2]
+        self.keys.narrow(-2, first, new).copy_(keys)
+        self.values.narrow(-2, first, new).copy_(values)
+        return self.keys, self.values
+
+
 class Ready:
     """Has the keys and values of all tokens already; those of the tokens that run are not read."""
 

@@ -20,10 +20,12 @@ class Decision(NamedTuple):
     Attributes:
         run: True where the token runs the layer.
         probability: fp32 with gradient, for straight-through training; None for fixed decisions.
+        score: which of too many tokens run, the highest ones; None where it does not matter which.
     """
 
     run: Bool[Tensor, "*layers batch seq"]
     probability: Float[Tensor, "*layers batch seq"] | None = None
+    score: Float[Tensor, "*layers batch seq"] | None = None
 
     def straight_through(self) -> Float[Tensor, "*layers batch seq"] | None:
         """1 where a token runs, 0 where it skips, with the probability's gradient; None where there is no gradient."""
@@ -33,7 +35,34 @@ class Decision(NamedTuple):
 
     def of(self, layer: int) -> "Decision":
         """That of one of several layers."""
-        return Decision(self.run[layer], None if self.probability is None else self.probability[layer])
+        return Decision(*(None if part is None else part[layer] for part in self))  # type: ignore[arg-type]
+
+    def within(self, real: Bool[Tensor, "batch seq"], most: Float[Tensor, "layers batch"]) -> "Decision":
+        """The same, but of every row at most so many tokens: those of the highest scores, of equal ones the first.
+
+        Args:
+            real: False at padding.
+            most: tokens of each row that may run.
+        """
+        score, run = self.run.float() if self.score is None else self.score, self.run & real
+        order = score.masked_fill(~run, -torch.inf).argsort(dim=-1, descending=True, stable=True)
+        return self._replace(run=run & (order.argsort(dim=-1) < most[..., None]))
+
+
+class Packing(NamedTuple):
+    """Where the tokens that run a layer are in rows of one width, whatever their number.
+
+    Attributes:
+        run: True where a token runs.
+        columns: the place in its row of each that runs, in order; `seq` where there is none.
+        ranks: the place of each token that runs among those.
+        exact: whether the width of a single row's tokens is known, not only a bound.
+    """
+
+    run: Bool[Tensor, "batch seq"]
+    columns: Int[Tensor, "batch width"]
+    ranks: Int[Tensor, "batch seq"]
+    exact: bool
 
 
 class Stretch:
@@ -44,26 +73,40 @@ class Stretch:
         decision: of all of them, stacked.
         real: False at padding.
         recorded: the same for a record of the call, where replayed layers have a copy of the probabilities.
-
-    Attributes:
-        tokens: how many are real, over all rows.
+        bounds: how many tokens of a row may run each layer, where that is known before it is decided.
     """
 
     def __init__(
-        self, first: int, decision: Decision, real: Bool[Tensor, "batch seq"], recorded: Decision | None = None
+        self,
+        first: int,
+        decision: Decision,
+        real: Bool[Tensor, "batch seq"],
+        recorded: Decision | None = None,
+        bounds: tuple[int, ...] | None = None,
     ) -> None:
-        self.first, self.decision, self.recorded = first, decision, recorded or decision
+        self.first, self.decision, self.recorded, self.bounds = first, decision, recorded or decision, bounds
         # The real tokens stand below the layers, as if one more were run by all of them.
         self._chosen = torch.cat([decision.run & real, real[None]])
-        by_span = self._chosen
-        if real.shape[1] > 1:
-            span = min(SPAN, real.shape[1])
-            by_span = F.pad(by_span, (0, -real.shape[1] % span)).unflatten(-1, (-1, span)).sum(-1)
-        # By layer, row and span of columns. This is the one time that the device is waited for.
-        self._counts: list[list[list[int]]] = by_span.tolist()
-        self._totals = [sum(map(sum, rows)) for rows in self._counts]
-        self.tokens = self._totals[-1]
         self._elsewhere: dict[torch.device, Stretch] = {}
+
+    @cached_property
+    def _counts(self) -> list[list[list[int]]]:
+        """How many run, by layer, row and span of columns. This is the one time that the device is waited for."""
+        by_span, tokens = self._chosen, self._chosen.shape[-1]
+        if tokens > 1:
+            span = min(SPAN, tokens)
+            by_span = F.pad(by_span, (0, -tokens % span)).unflatten(-1, (-1, span)).sum(-1)
+        counts: list[list[list[int]]] = by_span.tolist()
+        return counts
+
+    @cached_property
+    def _totals(self) -> list[int]:
+        return [sum(map(sum, rows)) for rows in self._counts]
+
+    @property
+    def tokens(self) -> int:
+        """How many are real, over all rows."""
+        return self._totals[-1]
 
     def count(self, layer: int) -> int:
         """How many tokens run a layer, over all rows."""
@@ -76,6 +119,29 @@ class Stretch:
     def layout(self, layer: int) -> Layout:
         """Where the tokens that run a layer belong."""
         return self._layout(layer - self.first)
+
+    def packing(self, layer: int, multiple: int) -> Packing:
+        """The same in rows of one width, a multiple of some number and no longer than a row."""
+        at, tokens = layer - self.first, self._chosen.shape[-1]
+        width = self.bounds[at] if self.bounds else max(map(sum, self._counts[at]))
+        width = min(-(-width // multiple) * multiple, tokens)
+        return Packing(
+            self._chosen[at],
+            self._columns[at, :, :width].contiguous(),
+            self._ranks[at],
+            self.bounds is None and len(self._chosen[at]) == 1,
+        )
+
+    @cached_property
+    def _ranks(self) -> Int[Tensor, "layers batch seq"]:
+        return self._chosen[:-1].cumsum(-1) - 1
+
+    @cached_property
+    def _columns(self) -> Int[Tensor, "layers batch seq_and_1"]:
+        tokens = self._chosen.shape[-1]
+        places = torch.arange(tokens, device=self._chosen.device).expand_as(self._ranks)
+        none = self._ranks.new_full((*self._ranks.shape[:2], tokens + 1), tokens)
+        return none.scatter_(-1, self._ranks.masked_fill(~self._chosen[:-1], tokens), places)
 
     @property
     def padded(self) -> Layout | None:
@@ -103,7 +169,8 @@ class Stretch:
         if device not in self._elsewhere:
             there = object.__new__(Stretch)
             vars(there).update(vars(self))
-            vars(there).pop("_places", None)
+            for made in ("_places", "_ranks", "_columns"):
+                vars(there).pop(made, None)
             there.decision = Decision(*(None if t is None else t.to(device) for t in self.decision))  # type: ignore[arg-type]
             there._chosen, there._elsewhere = self._chosen.to(device), {}
             self._elsewhere[device] = there

@@ -9,12 +9,14 @@ import ast
 import dataclasses
 import functools
 import sys
+from contextlib import nullcontext
 from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec, PathFinder, SourceFileLoader
 from types import CodeType, ModuleType
 from typing import Any, get_args
 
 import jaxtyping
+import torch
 from beartype import BeartypeConf, beartype
 
 _NAME = "_check_shapes"
@@ -29,6 +31,8 @@ def _names_a_shape(hint: Any) -> bool:
 
 def check_shapes(thing: Any) -> Any:
     """Check what a function, or the constructor of a dataclass, says of shapes; leave everything else as it is."""
+    if torch.compiler.is_dynamo_compiling():  # which cannot trace the checks
+        return thing
     if isinstance(thing, type):
         if dataclasses.is_dataclass(thing) and not hasattr(thing.__init__, "__wrapped__"):
             thing.__init__ = check_shapes(thing.__init__)  # type: ignore[misc]
@@ -40,13 +44,16 @@ def check_shapes(thing: Any) -> Any:
     thing.__annotations__ = {name: shapes.get(name, Any) for name in hints}
     checked = _beartype(thing)
     thing.__annotations__ = hints
-    if any("{" in str(hint) for hint in shapes.values()):
-        return jaxtyping.jaxtyped(checked, typechecker=None)  # its arguments are part of its shapes
+    bound = any("{" in str(hint) for hint in shapes.values())  # its arguments are part of its shapes
+    if bound:
+        checked = jaxtyping.jaxtyped(checked, typechecker=None)
 
     @functools.wraps(thing)
     def within(*args: Any, **kwargs: Any) -> Any:
         __tracebackhide__ = True
-        with jaxtyping.jaxtyped("context"):  # an axis means one size in arguments and result
+        if torch.compiler.is_dynamo_compiling():
+            return thing(*args, **kwargs)
+        with nullcontext() if bound else jaxtyping.jaxtyped("context"):  # an axis means one size throughout
             return checked(*args, **kwargs)
 
     return within

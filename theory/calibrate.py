@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from skipit.router import Gated, Trace, running
+from skipit.router import Gated, InputError, Trace, running
 from skipit.router.call import Mode
 from skipit.router.config import KVPolicy
 
@@ -41,6 +41,35 @@ def measured_share(
         compute: Compute = trace_compute(costs, trace.steps)
         executed, dense = executed + float(compute.executed.sum()), dense + float(compute.dense.sum())
     return executed / dense
+
+
+@torch.no_grad()
+def measure_capacity(
+    model: nn.Module, batches: Iterable[dict[str, Tensor]], *, quantile: float = 0.99
+) -> tuple[float, ...]:
+    """The share of a prompt's tokens that run each layer, which hardly any prompt exceeds: a `capacity` to compile for.
+
+    Args:
+        model: with gates, at the operating point that will be served.
+        batches: prompts such as the model will be asked.
+        quantile: of the prompts that must have room.
+
+    Raises:
+        InputError: no batch.
+    """
+    device, shares = next(model.parameters()).device, []
+    for batch in batches:
+        inputs = {key: value.to(device) for key, value in batch.items() if key != "labels"}
+        prompt = before_answer(batch["labels"]).to(device) if "labels" in batch else None
+        with running(trace=(trace := Trace()), prompt=prompt):
+            model(**inputs, use_cache=False)
+        step = trace.steps[0]
+        asking = step.real if prompt is None else step.real & prompt
+        shares.append((step.run & asking).sum(-1) / asking.sum(-1))
+    if not shares:
+        raise InputError("`batches`: got none, expected prompts to measure how many of their tokens run each layer.")
+    by_layer = torch.cat(shares, dim=1).double().quantile(quantile, dim=1, interpolation="higher")
+    return tuple(by_layer.clamp(min=1e-6).tolist())  # room for one token, where none has run
 
 
 def calibrate(

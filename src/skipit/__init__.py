@@ -10,11 +10,13 @@ if TYPE_CHECKING:
     from skipit.router import SkipItError as SkipItError
     from skipit.router import Trace as Trace
     from skipit.router import attach as attach
+    from skipit.router import compile as compile
     from skipit.router import detach as detach
     from skipit.router import running as running
     from skipit.router import set_gates as set_gates
     from skipit.router.checkpoint import save_gated as save_gated
     from skipit.theory.calibrate import calibrate as calibrate
+    from skipit.theory.calibrate import measure_capacity as measure_capacity
     from skipit.theory.plan import make_plan as make_plan
     from skipit.theory.profile import profile as profile
     from skipit.train.adapter import load as load
@@ -34,10 +36,12 @@ _PUBLIC = {
     "attach": "skipit.router",
     "batches": "skipit.train.data.collate",
     "calibrate": "skipit.theory.calibrate",
+    "compile": "skipit.router",
     "detach": "skipit.router",
     "generate": "skipit.eval.measure.traced",
     "load": "skipit.train.adapter",
     "make_plan": "skipit.theory.plan",
+    "measure_capacity": "skipit.theory.calibrate",
     "profile": "skipit.theory.profile",
     "running": "skipit.router",
     "save_gated": "skipit.router.checkpoint",
