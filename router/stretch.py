@@ -88,6 +88,8 @@ class Stretch:
         # The real tokens stand below the layers, as if one more were run by all of them.
         self._chosen = torch.cat([decision.run & real, real[None]])
         self._elsewhere: dict[torch.device, Stretch] = {}
+        if bounds is None:
+            self._totals  # noqa: B018 (asked now, and in no layer)
 
     @cached_property
     def _counts(self) -> list[list[list[int]]]:
