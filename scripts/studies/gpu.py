@@ -22,7 +22,8 @@ from torch import Tensor
 
 from skipit.eval.measure.stopwatch import now, run_once
 from skipit.eval.measure.twin import twin
-from skipit.router import Decision, Gated, Trace, attach, gated_layers, running, set_gates
+from skipit.router import Decision, Gated, Trace, attach, gate_state, gated_layers, running, set_gates
+from skipit.router import compile as compile_layers
 from skipit.router.call import Call
 from skipit.router.config import KVPolicy
 from skipit.router.decoder import find_decoder
@@ -140,7 +141,7 @@ class Subject:
         return {**row, **self._flops(model, options, steps), "peak_mb": peak / 1e6, "repeats": len(times)}
 
     def _flops(self, model: Any, options: dict[str, Any], steps: int) -> dict[str, float]:
-        if model is not self.gated:
+        if not options:
             return {"prefill_flops": 1.0, "decode_flops": 1.0}
         with running(**options, trace=(trace := Trace())):
             run_once(model, self.inputs, steps)
@@ -182,14 +183,26 @@ def training_step(dense: Any, inputs: dict[str, Tensor], kv: KVPolicy | None, re
     return {"ms": 1000 * median(times), "peak_mb": peak / 1e6, "gates_learn": all(g.grad is not None for g in gates)}
 
 
+def compiled_gates(subject: Subject) -> Any:
+    """The gated model with its layers compiled."""
+    model = twin(subject.dense)
+    attach(model)
+    set_gates(model, **gate_state(subject.gated))
+    return compile_layers(model, backend=backend(model))
+
+
+def backend(model: Any) -> str:
+    """Of torch.compile: on a CPU, where this script is only tried, one that makes no kernels."""
+    return "inductor" if model.device.type == "cuda" else "eager"
+
+
 def compiled(dense: Any, whole: bool) -> Any:
     """The untouched model, its decoder compiled as a whole, or its layers' norms and MLPs, which takes seconds."""
     model = twin(dense)
-    backend = "inductor" if dense.device.type == "cuda" else "eager"
     _, decoder, layers = find_decoder(model, None)
     parts = [decoder] if whole else [m for layer in layers for n, m in layer.named_children() if "attn" not in n]
     for part in parts:
-        part.compile(backend=backend)
+        part.compile(backend=backend(model))
     return model
 
 
@@ -258,3 +271,8 @@ def measure(report: Report, shape: str, dense: Any, prompts: Any, tiny: bool, by
     subject = Subject(dense, prompts(1, 1))
     what = {"shape": shape, "image_tokens": per_image, "batch": 1, "model": "dense, decoder compiled"}
     report.add(partial(subject.speed, compiled(dense, whole=True), {}, *pace), by - 0.1, kind="speed", **what)
+    graphs = compiled_gates(subject)
+    for name in ("gates, all run", "retain, 50% run", "evict, 50% run"):
+        case = subject.cases[name] | {"route": "whole"}
+        what["model"] = f"{name}, layers compiled"
+        report.add(partial(subject.speed, graphs, case, *pace), by - 0.1, kind="speed", **what)
