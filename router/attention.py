@@ -163,9 +163,11 @@ def _wrap(base: str) -> Callable[..., Any]:
         learning: KeyWeights | None = kwargs.pop(KEY_WEIGHT_KWARG, None)
         if learning is not None and kwargs.get("softcap") is None and kwargs.get("s_aux") is None:
             return weighted_attention(query, key, value, *learning, kwargs.get("scaling")), None
-        # "eager" is no entry of the interface: every modeling file has its own, with the family's extras.
-        eager: Any = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
-        function = ALL_ATTENTION_FUNCTIONS.get_interface(base, eager)
+        function: Any
+        if base == "eager":  # no entry of the interface: every modeling file has its own, with the family's extras
+            function = sys.modules[type(module).__module__].eager_attention_forward  # type: ignore[attr-defined]
+        else:
+            function = ALL_ATTENTION_FUNCTIONS[base]
         if observer is not None:
             mask = observer(module, query, key, value, mask, kwargs.get("scaling"))
         if layout is None:

@@ -166,6 +166,7 @@ class Call:
         step: where decisions are recorded, or None.
         learning: whether it was made with gradients.
         held: parameters of gates, kept together for as long as `generate` runs.
+        stretches: of the layers that have been decided.
     """
 
     policy: Policy
@@ -187,7 +188,7 @@ class Call:
     step: Step | None
     learning: bool
     held: dict[nn.Module, Stacked] | None = None
-    _stretches: dict[int, Stretch] = field(default_factory=dict)
+    stretches: dict[int, Stretch] = field(default_factory=dict)
 
     @cached_property
     def position(self) -> Int[Tensor, "batch seq"]:
@@ -197,25 +198,21 @@ class Call:
             return torch.arange(self.past, self.past + length, device=self.real.device).expand(len(self.real), -1)
         return self.seen.cumsum(-1)[:, -length:] - 1
 
-    def stretch(self, layer: int) -> Stretch:
-        """The stretch of layers that a layer was decided in, with who runs it."""
-        return self._stretches[layer]
-
     def decision(self, layer: int) -> Decision:
         """Which tokens run a layer."""
-        stretch = self._stretches[layer]
+        stretch = self.stretches[layer]
         return stretch.decision.of(layer - stretch.first)
 
-    def enter(
+    def decide(
         self, layer: int, hidden: Float[Tensor, "batch seq dim"], replayed: bool
     ) -> Float[Tensor, "batch seq dim"]:
-        """Decide for the layers from here to the next decision point, unless that has been done.
+        """Decide for the layers from here to the next decision point.
 
         A decision point that the model leaves out, as Mllama does without images, is made up for by the next layer: the
         states are the same.
 
         Args:
-            layer: that is about to run.
+            layer: that is about to run, and has not been decided.
             hidden: what enters it.
             replayed: whether reentrant checkpointing will run the layer again, for its gradients.
 
@@ -225,16 +222,6 @@ class Call:
         Raises:
             InputError: gates learn, and are run without gradients.
         """
-        if layer not in self._stretches:
-            hidden = self._decide(layer, hidden, replayed)
-        if self.step is not None:
-            stretch = self._stretches[layer]
-            self.step.decisions.setdefault(layer, stretch.recorded.of(layer - stretch.first))
-        return hidden
-
-    def _decide(
-        self, layer: int, hidden: Float[Tensor, "batch seq dim"], replayed: bool
-    ) -> Float[Tensor, "batch seq dim"]:
         layers = range(layer, next((point for point in self.points if point > layer), len(self.gates)))
         call = self if self.real.device == hidden.device else self._on(hidden.device)
         decision = recorded = self.policy.decide(layers, hidden, call, self.gates[layers.start : layers.stop])
@@ -250,8 +237,14 @@ class Call:
         if replayed and decision.straight_through() is not None:
             copy = decision.probability.detach().requires_grad_()  # type: ignore[union-attr]
             hidden, decision = Return.apply(hidden, decision.probability, copy), Decision(decision.run, copy)
-        self._stretches.update(dict.fromkeys(layers, Stretch(layer, decision, call.real, recorded, bounds)))
+        self.stretches.update(dict.fromkeys(layers, Stretch(layer, decision, call.real, recorded, bounds)))
         return hidden
+
+    def record(self, layer: int) -> None:
+        """Put down in the step what was decided for a layer."""
+        stretch = self.stretches[layer]
+        assert self.step is not None
+        self.step.decisions.setdefault(layer, stretch.recorded.of(layer - stretch.first))
 
     @staticmethod
     def _within(

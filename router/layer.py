@@ -44,7 +44,10 @@ class GatedLayer(Mixin, _Module):
         """Decide, at a decision point, and run the layer; outside what gradient checkpointing runs a second time."""
         call = kwargs.get(KWARG)
         if isinstance(call, Call):
-            hidden_states = call.enter(self.skipit_index, hidden_states, _replayed(self))
+            if self.skipit_index not in call.stretches:
+                hidden_states = call.decide(self.skipit_index, hidden_states, _replayed(self))
+            if call.step is not None:
+                call.record(self.skipit_index)
         return super().__call__(hidden_states, *args, **kwargs)
 
     def forward(self, hidden_states: Float[Tensor, "batch seq dim"], *args: Any, **kwargs: Any) -> Any:
@@ -54,7 +57,8 @@ class GatedLayer(Mixin, _Module):
             InputError: there was no router.
             UnsupportedModelError: it is not clear what the layer's attention is and what its MLP.
         """
-        kwargs = _named(own_class(type(self)), 1, args, kwargs)
+        if args:
+            kwargs = _named(own_class(type(self)), 1, args, kwargs)
         call: Call | Mode | None = kwargs.pop(KWARG, None)
         if call is None:
             raise InputError(
@@ -65,7 +69,7 @@ class GatedLayer(Mixin, _Module):
             return super().forward(hidden_states, **kwargs)
         held: SkipCache | None = kwargs.get("past_key_values")
         store = held.layers[self.skipit_index] if held is not None else None
-        stretch = call.stretch(self.skipit_index)
+        stretch = call.stretches[self.skipit_index]
         if call.step is not None and self.skipit_attends_to_images:
             call.step.images = image_states(kwargs, len(hidden_states), store)
         if call.unit != "block" and self.skipit_parts is None:
@@ -139,7 +143,7 @@ def _refuse_gradient(gradient: Float[Tensor, "batch seq dim"]) -> None:
 
 def _named(own: type, first: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
     """Keyword arguments of a call to `own`'s forward, with its positional ones, from the `first`, by name."""
-    return kwargs | dict(zip(_parameters(own)[first:], args, strict=False)) if args else kwargs
+    return kwargs | dict(zip(_parameters(own)[first:], args, strict=False))
 
 
 @cache
