@@ -165,7 +165,7 @@ def _wrap(base: str) -> Callable[..., Any]:
             return weighted_attention(query, key, value, *learning, kwargs.get("scaling")), None
         function: Any
         if base == "eager":  # no entry of the interface: every modeling file has its own, with the family's extras
-            function = sys.modules[type(module).__module__].eager_attention_forward  # type: ignore[attr-defined]
+            function = sys.modules[type(module).__module__].eager_attention_forward
         else:
             function = ALL_ATTENTION_FUNCTIONS[base]
         if observer is not None:

@@ -68,7 +68,9 @@ def test_gates_of_a_bf16_model_stay_fp32() -> None:
 def test_threshold_is_strict() -> None:
     gate = TokenGate(4, 0)
     x, modality = torch.randn(1, 3, 4), torch.zeros(1, 3, dtype=torch.long)
-    call = type("Call", (), {"modality": modality, "granularity": "token", "step": object(), "held": None, "capacity": None})()
+    call = type(
+        "Call", (), {"modality": modality, "granularity": "token", "step": object(), "held": None, "capacity": None}
+    )()
     assert Gated(TokenGate.OPEN - 1e-3).decide(range(1), x, call, [gate]).run.all()
     decision = Gated(TokenGate.OPEN).decide(range(1), x, call, [gate])
     assert not decision.run.any()
