@@ -173,7 +173,7 @@ def points_table(config: RouterConfig, record: Mapping[str, Any], certificates: 
                 "like those measured are answered otherwise than by the dense model."
             )
     for name, took in (record.get(LATENCIES) or {}).items():
-        body += f"\n\n{f'At `{name}`' if name != UNNAMED else 'There'} a prompt takes {Took(**took).sentence()}."
+        body += f"\n\n{f'At `{name}`' if name != UNNAMED else 'There'} it takes {Took(**took).sentence()}."
     return f"{_START}\n{body}\n{_END}"
 
 

@@ -37,7 +37,7 @@ def test_calibrate(measured: None, chain: Path, tmp_path: Path, monkeypatch: pyt
     assert took["asked"] == 0.6
     assert f"{took['share']:.1%}" in done.out
     assert (
-        f"At `latency-0.6` a prompt takes {took['share']:.1%} of the dense layers' time"
+        f"At `latency-0.6` it takes {took['share']:.1%} of the dense layers' time"
         in (made / "README.md").read_text()
     )
     assert "latency-0.6" in load_router(made)[0].operating_points
@@ -67,7 +67,7 @@ def test_a_plan_in_time_trains_in_time(measured: None, chain: Path, tmp_path: Pa
     assert json.loads((tmp_path / "run" / "run.json").read_text())["config"]["latency"] is None
     plan = skipit("export", tmp_path / "plan", "--model", "reference", "--out", tmp_path / "untrained")
     assert "takes " in plan.out
-    assert "There a prompt takes" in (tmp_path / "untrained" / "README.md").read_text()
+    assert "There it takes" in (tmp_path / "untrained" / "README.md").read_text()
 
 
 def test_a_profile_in_time(measured: None, chain: Path, tmp_path: Path) -> None:
