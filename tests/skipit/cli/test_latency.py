@@ -37,8 +37,7 @@ def test_calibrate(measured: None, chain: Path, tmp_path: Path, monkeypatch: pyt
     assert took["asked"] == 0.6
     assert f"{took['share']:.1%}" in done.out
     assert (
-        f"At `latency-0.6` it takes {took['share']:.1%} of the dense layers' time"
-        in (made / "README.md").read_text()
+        f"At `latency-0.6` it takes {took['share']:.1%} of the dense layers' time" in (made / "README.md").read_text()
     )
     assert "latency-0.6" in load_router(made)[0].operating_points
     assert "has an operating point 'latency-0.6' already" in refused(*line, "--latency", 0.6)
