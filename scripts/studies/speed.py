@@ -18,6 +18,7 @@ from torch import Tensor
 
 from skipit.eval.measure.latency import Subject, compiled_subject, time_models
 from skipit.eval.measure.stopwatch import run_once
+from skipit.eval.measure.twin import compiled as compiled_twin
 from skipit.eval.measure.twin import twin
 from skipit.router import Decision, FixedUnits, LayerByLayer, Trace, attach, running
 from skipit.router.call import Call
@@ -95,6 +96,7 @@ class Bench:
         self.compiled = {COMPILED: fast} if isinstance(fast, Subject) else {}
         if compiled and not self.compiled:
             note(f"the untouched model could not be compiled: {fast}")
+        self.graphs = compiled_twin(self.gated) if compiled else None
 
     def flops_saved(self, options: dict[str, Any]) -> tuple[float, float]:
         """Share of the dense decoder's FLOPs that a prefill, and a few decoding steps after it, do not execute."""
@@ -110,6 +112,10 @@ class Bench:
         subjects = {UNTOUCHED: Subject(self.dense), **self.compiled, ATTACHED: Subject(self.gated)}
         subjects |= {name: Subject(self.gated, _context(options)) for name, options in cases.items()}
         saved = {name: self.flops_saved(options) for name, options in cases.items()}
+        if self.graphs is not None:
+            for name, options in {ATTACHED: {}, **cases}.items():
+                subjects[f"{name}, compiled"] = Subject(self.graphs, _context({**options, "route": "whole"}))
+                saved[f"{name}, compiled"] = saved.get(name, (0.0, 0.0))
         times = time_models(subjects, self.inputs, repeats=repeats, decode_steps=DECODE_STEPS)
         rows = []
         best = {
@@ -227,7 +233,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--image-tokens", type=int, nargs="+", default=[64, 256, 576, 1024, 2304], help="for scaling")
     parser.add_argument("--shares", type=float, nargs="+", default=[0.75, 0.5, 0.25], help="tokens that run each layer")
     parser.add_argument(
-        "--compiled", action=argparse.BooleanOptionalAction, default=True, help="the untouched model compiled, too"
+        "--compiled", action=argparse.BooleanOptionalAction, default=True, help="both models compiled, too"
     )
     given = parser.parse_args(argv)
     size: dict[str, Any] = {name: it for name in ("layers", "dtype") if (it := getattr(given, name)) is not None}

@@ -38,6 +38,8 @@ def test_the_best_untouched_model_counts(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(twin, "BACKEND", "eager")
     rows = {row["name"]: row for row in bench.efficiency("small", [1], [0.5], repeats=1, compiled=True, **TINY)}
     assert list(rows)[:2] == ["untouched", "untouched, compiled"]
+    for name in ("gates attached, all run", "retain, 50% skipped", "evict, 50% skipped"):
+        assert rows[f"{name}, compiled"]["prefill_flops_saved"] == rows[name]["prefill_flops_saved"]
     for kind in ("prefill", "decode"):
         best = max(rows[name][f"{kind}_speed_up"] for name in ("untouched", "untouched, compiled"))
         assert all(row[f"{kind}_over_best"] == row[f"{kind}_speed_up"] / best for row in rows.values())
