@@ -157,6 +157,7 @@ class Call:
         route: by which gathered execution runs a layer under `retain`; None is the faster one.
         compiling: how layers are compiled in gathered execution; None where they are not.
         capacity: of each layer, the share of a prompt's tokens that may run it; None is no limit.
+        adapted: whether adapters are in the model, which may be others when the cache is read.
         modality: 0 text, 1 vision.
         real: False at padding.
         prompt: the tokens that decide for their row under `sequence`.
@@ -179,6 +180,7 @@ class Call:
     route: Route | None
     compiling: Compiling | None
     capacity: tuple[float, ...] | None
+    adapted: bool
     modality: Int[Tensor, "batch seq"]
     real: Bool[Tensor, "batch seq"]
     prompt: Bool[Tensor, "batch seq"]

@@ -158,7 +158,7 @@ def gathered(module: nn.Module, hidden: States, skipped: States, execution: Exec
     call, store = execution.call, execution.store
     batch, tokens = hidden.shape[:2]
     if execution.count == 0 and (
-        call.kv == "evict" or (store is not None and store.owes(capture, module, hidden, kwargs))
+        call.kv == "evict" or (store is not None and not call.adapted and store.owes(capture, module, hidden, kwargs))
     ):
         if call.kv == "evict" and store is not None:
             store.pass_over(tokens)

@@ -197,7 +197,8 @@ class Router:
             return args, {**kwargs, KWARG: DENSE}
         if mode == "gathered" and _wants_attention_weights(model, kwargs):
             mode = "masked"  # the weights of every token, which gathered execution does not compute
-        if mode == "gathered" and hasattr(model, "peft_config"):
+        adapted = hasattr(model, "peft_config")
+        if mode == "gathered" and adapted:
             _check_adapters(self.layers)
         if args:
             kwargs = {**dict(zip(("input_ids", "pixel_values"), args, strict=False)), **kwargs}
@@ -231,6 +232,7 @@ class Router:
             route=options.route,
             compiling=self.compiling,
             capacity=capacity,
+            adapted=adapted,
             modality=modality,
             real=real,
             prompt=_deciding(real, past, options, kwargs, *by_prompt) if by_prompt else real,

@@ -13,13 +13,14 @@ from typing import Any
 
 import pytest
 import torch
-from families import build, inputs, processor, text
+from families import LAYERS, build, inputs, processor, text
 from PIL import Image
 from tiny_models import FAMILIES, PATTERNS, same
 from torch import Tensor
 from transformers import DynamicCache, TextIteratorStreamer, Trainer, TrainerCallback, TrainingArguments, pipeline
 
 from skipit.router import (
+    FixedUnits,
     InputError,
     RouterConfig,
     SkipCache,
@@ -498,3 +499,24 @@ def test_same_gradient_with_lora(kv: str) -> None:
     parts[labels != -100].square().mean().backward()
     found = gradients(tuned)
     assert all(same(found[name], wanted[name]) for name in wanted)
+
+
+@torch.no_grad()
+def test_another_adapter_goes_on_with_what_the_first_one_has_cached() -> None:
+    from peft import LoraConfig, get_peft_model
+
+    config = LoraConfig(r=2, target_modules=["k_proj", "v_proj"], init_lora_weights=False)
+    model = build("llava")
+    attach(model, RouterConfig(kv="retain"))
+    tuned = get_peft_model(model, config, adapter_name="first").eval()
+    tuned.add_adapter("second", config)
+    nobody, everyone = (FixedUnits(torch.full((LAYERS, 2), run)) for run in (False, True))
+    found = []
+    for mode in ("masked", "gathered"):
+        tuned.set_adapter("first")
+        with running(policy=nobody, mode=mode):
+            cache = tuned(**inputs("llava", [["image", 40, 41]]), use_cache=True).past_key_values
+        tuned.set_adapter("second")
+        with running(policy=everyone, mode=mode):
+            found.append(tuned(input_ids=torch.tensor([[42]]), past_key_values=cache).logits)
+    assert same(*found)
