@@ -18,6 +18,7 @@ POINTS = {"0.75": -0.7, "0.5": 0.0, "0.25": 0.7, "all": -1e6}
 WIDTH, NEW = 128, 8
 LONG = [5 + place % 30 for place in range(70)]  # of a length that fills several pages of keys and values
 ROWS: list[families.Row] = [*families.ROWS, [*LONG, "image", *LONG[:50]], [*LONG, "image", 7, "image", 9]]
+ROWS += [[23, 24, "image", 25], LONG[:40]]  # with five budgets more than 32 questions
 
 
 def make(family: str, folder: Path, **settings: Any) -> Path:

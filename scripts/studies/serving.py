@@ -150,19 +150,8 @@ def server(python: Path, folder: Path, log: Path, gated: bool, options: Sequence
         port = free.getsockname()[1]
     # What `vllm serve` starts; the wheel for CPUs has a command that looks for a package called vllm, and fails.
     given = [str(python), "-m", "vllm.entrypoints.openai.api_server", "--model", str(folder), "--dtype", "float32"]
-    given += [
-        "--host",
-        "127.0.0.1",
-        "--port",
-        str(port),
-        "--max-model-len",
-        "1024",
-        "--no-enable-prefix-caching",
-        "--max-num-seqs",
-        "32",
-        *options,
-    ]
-    given += [] if gated else ["--model-impl", "transformers"]
+    given += ["--host", "127.0.0.1", "--port", str(port), "--no-enable-prefix-caching", "--max-num-seqs", "32"]
+    given += options if gated else [*options, "--model-impl", "transformers"]
     variables = {**os.environ, "SKIPIT_VLLM": str(int(gated)), "HF_HUB_OFFLINE": "1"}
     variables.setdefault("VLLM_CPU_KVCACHE_SPACE", "2")
     variables.pop("PYTHONPATH", None)

@@ -3,8 +3,11 @@
 import inspect
 import os
 from collections.abc import Callable
-from functools import partial, wraps
+from functools import cache, partial, wraps
+from types import SimpleNamespace
 from typing import Any
+
+from transformers import AutoConfig
 
 from skipit.router.errors import SkipItError
 from skipit.router.spending import least_share
@@ -78,7 +81,7 @@ def _name_architecture(original: Callable[..., Any], arguments: Any) -> Any:
         return original(arguments)
     if os.environ.get(RUNNER) == "1":
         raise ValueError(f"skipit: gates are decided in vLLM's first model runner, got {RUNNER}=1. Leave it out.")
-    router = _served(arguments)
+    router = _served(arguments.model, arguments.revision)
     publish(names(router.config))
     os.environ[RUNNER] = "0"
     arguments.hf_overrides, arguments.model_impl = {"architectures": [ARCHITECTURE], **overrides}, "auto"
@@ -141,7 +144,7 @@ def _admit(
         return original(processor, request_id, prompt, params, *rest, **named)
     from vllm.exceptions import VLLMValidationError
 
-    router = _served(processor.model_config)
+    router = _served(processor.model_config.model, processor.model_config.revision)
     try:
         asked = spending(router.config, params.extra_args)
     except SkipItError as error:
@@ -190,13 +193,16 @@ def _decide(original: Callable[..., Any], runner: Any, scheduled: Any, padded: i
     return prepared
 
 
-def _served(of: Any) -> Served:
-    """The router of a model's settings."""
+@cache
+def _served(model: str, revision: str | None) -> Served:
+    """The router of a checkpoint, in a process that may have run a model."""
     from vllm.config import VllmConfig, set_current_vllm_config
 
-    # In a process that has run a model, vLLM's decoders can be made under some configuration of its own only.
-    with set_current_vllm_config(VllmConfig()):
-        return served(of.model, of.revision)
+    # From then on vLLM's decoders, which are transformers', can be made under some configuration of its own only.
+    settings = VllmConfig()
+    settings.model_config = SimpleNamespace(hf_config=AutoConfig.from_pretrained(model, revision=revision))
+    with set_current_vllm_config(settings):
+        return served(model, revision)
 
 
 def _version() -> str:
