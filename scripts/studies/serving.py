@@ -68,7 +68,6 @@ def small() -> tuple[Any, Any, int]:
     _, other = load_model("reference")
     model, side = bench_small(), PATCH * 24
     model.config.image_token_id = other.tokenizer.convert_tokens_to_ids(other.image_token)
-    model.generation_config.eos_token_id = None
     size = {"height": side, "width": side}
     processor = LlavaProcessor(
         image_processor=CLIPImageProcessor(size=size, crop_size=size),
@@ -131,6 +130,7 @@ def make(shape: str, budgets: Sequence[float], folder: Path, tokens: int) -> tup
     points = thresholds(model, prompts, budgets)
     router.config = RouterConfig(operating_points=points)
     skipit.save_gated(model, processor, folder)
+    model.generation_config.eos_token_id = None  # answers of one length
     said: dict[str, list[str]] = {}
     for name in (None, *points):
         said[name or "dense"] = []
@@ -178,7 +178,7 @@ def ask(address: str, folder: Path, number: int, side: int, tokens: int, budget:
     picture.save(file, "PNG")
     url = "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
     content = [{"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": text}]
-    body = {"model": str(folder), "max_tokens": tokens, "temperature": 0.0, "stream": True}
+    body = {"model": str(folder), "max_tokens": tokens, "temperature": 0.0, "stream": True, "ignore_eos": True}
     body |= {"messages": [{"role": "user", "content": content}], "stream_options": {"include_usage": True}}
     body |= {"vllm_xargs": {"skipit_budget": budget}} if budget else {}
     request = urllib.request.Request(

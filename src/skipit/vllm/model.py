@@ -23,6 +23,7 @@ from vllm.model_executor.models.transformers import (
     TransformersMultiModalForCausalLM,
 )
 from vllm.multimodal import MULTIMODAL_REGISTRY
+from vllm.utils.torch_utils import direct_register_custom_op
 
 from skipit.router import UnsupportedModelError
 
@@ -44,7 +45,7 @@ class Packed:
     def __call__(self, hidden: Float[Tensor, "batch seq dim"]) -> Float[Tensor, "batch seq dim"]:
         """The MLP's output, 0 for tokens that skip."""
         places = self.decisions.places(self.layer)
-        if places is None:
+        if places is None or len(places) == hidden.shape[-2]:
             return self.own(hidden)
         output = torch.zeros_like(hidden)
         if len(places):
@@ -53,16 +54,18 @@ class Packed:
         return output
 
 
-@torch.library.custom_op("skipit::packed_mlp", mutates_args=())
 def packed_mlp(hidden: Tensor, name: str) -> Tensor:
     """Run the MLP of a layer, by its name among those that vLLM does not compile."""
     output: Tensor = get_forward_context().no_compile_layers[name](hidden)
-    return output.clone() if output.data_ptr() == hidden.data_ptr() else output
+    return output
 
 
-@packed_mlp.register_fake
-def _(hidden: Tensor, name: str) -> Tensor:
+def _like_packed_mlp(hidden: Tensor, name: str) -> Tensor:
     return torch.empty_like(hidden)
+
+
+_LIBRARY = torch.library.Library("skipit", "FRAGMENT")
+direct_register_custom_op("packed_mlp", packed_mlp, fake_impl=_like_packed_mlp, target_lib=_LIBRARY)
 
 
 def _drop_skipped(attention: nn.Module, keep: Float[Tensor, "seq 1"]) -> None:
