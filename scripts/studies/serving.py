@@ -47,12 +47,11 @@ HEAD = ("served", "at once", "requests/s", "TTFT p50 ms", "p99", "ms/token", "sh
 
 
 class Served(NamedTuple):
-    """One answer: its text, seconds to the first token, and to the last, and tokens."""
+    """One answer: its tokens, and seconds to the first of them and to the last."""
 
-    text: str
+    tokens: list[int]
     first: float
     last: float
-    tokens: int
 
 
 def reference() -> tuple[Any, Any, int]:
@@ -119,7 +118,7 @@ def thresholds(model: Any, prompts: list[dict[str, Any]], budgets: Sequence[floa
     return {name: float(np.mean(values)) for name, values in found.items()}
 
 
-def make(shape: str, budgets: Sequence[float], folder: Path, tokens: int) -> tuple[int, dict[str, list[str]]]:
+def make(shape: str, budgets: Sequence[float], folder: Path, tokens: int) -> tuple[int, dict[str, list[list[int]]]]:
     """A gated checkpoint; the side of its pictures, and the first answers at every budget, by its name."""
     model, processor, side = SHAPES[shape]()
     router = skipit.attach(model)
@@ -131,14 +130,13 @@ def make(shape: str, budgets: Sequence[float], folder: Path, tokens: int) -> tup
     router.config = RouterConfig(operating_points=points)
     skipit.save_gated(model, processor, folder)
     model.generation_config.eos_token_id = None  # answers of one length
-    said: dict[str, list[str]] = {}
+    said: dict[str, list[list[int]]] = {}
     for name in (None, *points):
         said[name or "dense"] = []
         for prompt in prompts[:CHECKED]:
             with skipit.running(mode=None if name else "dense"):
                 out = model.generate(**prompt, budget=name, max_new_tokens=tokens, do_sample=False)
-            answer = processor.decode(out[0, prompt["input_ids"].shape[1] :], skip_special_tokens=True)
-            said[name or "dense"].append(answer)
+            said[name or "dense"].append(out[0, prompt["input_ids"].shape[1] :].tolist())
     return side, said
 
 
@@ -179,23 +177,24 @@ def ask(address: str, folder: Path, number: int, side: int, tokens: int, budget:
     url = "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
     content = [{"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": text}]
     body = {"model": str(folder), "max_tokens": tokens, "temperature": 0.0, "stream": True, "ignore_eos": True}
-    body |= {"messages": [{"role": "user", "content": content}], "stream_options": {"include_usage": True}}
+    body["return_token_ids"] = True
+    body |= {"messages": [{"role": "user", "content": content}]}
     body |= {"vllm_xargs": {"skipit_budget": budget}} if budget else {}
     request = urllib.request.Request(
         f"{address}/v1/chat/completions", json.dumps(body).encode(), {"Content-Type": "application/json"}
     )
-    said, times, made = "", [], 0
+    said: list[int] = []
+    times: list[float] = []
     begin = time.perf_counter()
     with urllib.request.urlopen(request, timeout=3600) as lines:
         for line in lines:
             if not line.startswith(b"data: {"):
                 continue
             part = json.loads(line[6:])
-            made = (part.get("usage") or {}).get("completion_tokens", made)
-            if part["choices"] and (new := part["choices"][0]["delta"].get("content")):
+            if part["choices"] and (new := part["choices"][0].get("token_ids")):
                 said += new
                 times.append(time.perf_counter() - begin)
-    return Served(said, times[0] if times else time.perf_counter() - begin, times[-1] if times else 0.0, made)
+    return Served(said, times[0], times[-1])
 
 
 def counted(address: str) -> dict[str, float]:
@@ -216,7 +215,7 @@ def row(
         found = list(pool.map(lambda number: ask(address, folder, number, side, tokens, budget), range(requests)))
     seconds, after = time.perf_counter() - begin, counted(address)
     spent = {name: after[name] - before.get(name, 0.0) for name in after}
-    per_token = [(one.last - one.first) / (one.tokens - 1) for one in found if one.tokens > 1]
+    per_token = [(one.last - one.first) / (len(one.tokens) - 1) for one in found if len(one.tokens) > 1]
     p50, p99 = np.percentile([one.first for one in found], [50, 99])
     return {
         "at_once": at_once,
@@ -227,7 +226,7 @@ def row(
         "tpot": float(np.median(per_token)) if per_token else None,
         "routed": spent["flops_routed"] / spent["flops_dense"] if spent else 1.0,
         "executed": spent["flops_executed"] / spent["flops_dense"] if spent else 1.0,
-        "said": [one.text for one in found[:CHECKED]],
+        "said": [one.tokens for one in found[:CHECKED]],
     }
 
 
@@ -269,7 +268,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                         one = row(address, folder, side, at_once, arguments.requests, arguments.tokens, budget)
                         name = f"gated {budget}" if budget else "dense"
                         pairs = zip(one["said"], expected[budget or "dense"], strict=True)
-                        same = sum(said.strip() == wanted.strip() for said, wanted in pairs)
+                        same = sum(said == wanted for said, wanted in pairs)
                         rows.append({"served": name, "same": f"{same} of {CHECKED}", **one})
                         save_json(arguments.file, {"results": rows, "made_by": provenance()})
     print(table(rows))

@@ -24,9 +24,10 @@ class Server(BaseHTTPRequestHandler):
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         assert body["vllm_xargs"] == {"skipit_budget": "0.5"}
         Server.asked += 1
-        parts = [{"choices": [{"delta": {"content": word}}]} for word in ("", "4", " 2")]
-        end = {"choices": [], "usage": {"completion_tokens": 2}}
-        lines = [f"data: {json.dumps(part)}\n\n" for part in [*parts, end]]
+        assert body["return_token_ids"]
+        assert body["stream"]
+        parts = [{"choices": [{"token_ids": ids}]} for ids in (None, [4], [2])]
+        lines = [f"data: {json.dumps(part)}\n\n" for part in [*parts, {"choices": []}]]
         self._answer("".join([*lines, "data: [DONE]\n\n"]).encode())
 
     def _answer(self, body: bytes) -> None:
@@ -52,7 +53,7 @@ def test_a_row(address: str, tmp_path: Path) -> None:
     found = serving.row(address, tmp_path, 16, at_once=2, requests=4, tokens=2, budget="0.5")
     assert found["routed"] == 0.5
     assert found["executed"] == 0.75
-    assert found["said"] == ["4 2", "4 2"]
+    assert found["said"] == [[4, 2], [4, 2]]
     assert found["per_second"] > 0
     assert found["ttft_p50"] <= found["ttft_p99"]
     printed = serving.table([{"served": "gated 0.5", "same": "2 of 2", **found}])
