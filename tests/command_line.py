@@ -8,7 +8,7 @@ from skipit.cli.main import main
 
 # So little of both that each takes seconds.
 TRAIN = ("--steps", 4, "--batch-size", 4, "--calibration-samples", 8, "--lora-rank", 2)
-EVAL = ("--samples", 12, "--repeats", 2, "--controlled-samples", 2, "--no-compiled")
+EVAL = ("--samples", 12, "--repeats", 2, "--no-compiled", "--controlled-samples", 2)
 
 
 class Result(NamedTuple):

@@ -55,7 +55,9 @@ def load_decoder(source: str | Path | None = None) -> tuple[Any, Any]:
             gguf = _checked(_gguf(source, Path(scratch)))
             with new_directory(folder, overwrite=True) as new:
                 _convert(gguf, new)
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16), AutoTokenizer.from_pretrained(folder)
+    how: dict[str, Any] = {"trust_remote_code": False}
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16, **how)
+    return model, AutoTokenizer.from_pretrained(folder, **how)
 
 
 def _gguf(source: str | Path | None, scratch: Path) -> Path:
@@ -118,7 +120,7 @@ def _convert(gguf: Path, folder: Path) -> None:
     import torch
     import transformers
 
-    where: dict[str, Any] = {"gguf_file": gguf.name}
+    where: dict[str, Any] = {"gguf_file": gguf.name, "trust_remote_code": False}
     # Releases that can compute on packed weights have to be told to unpack them.
     packed = getattr(transformers, "GgufConfig", None)
     unpacked = {} if packed is None else {"quantization_config": packed(dequantize=True)}
