@@ -200,7 +200,9 @@ def _served(model: str, revision: str | None) -> Served:
 
     # From then on vLLM's decoders, which are transformers', can be made under some configuration of its own only.
     settings = VllmConfig()
-    settings.model_config = SimpleNamespace(hf_config=AutoConfig.from_pretrained(model, revision=revision))
+    settings.model_config = SimpleNamespace(
+        hf_config=AutoConfig.from_pretrained(model, revision=revision, trust_remote_code=False)
+    )
     with set_current_vllm_config(settings):
         return served(model, revision)
 
