@@ -105,6 +105,7 @@ def run(line: str, names: dict[str, str]) -> None:
 @pytest.mark.parametrize(("family", "form"), [("llava", "files"), *product(OTHERS, ("files", "folder"))])
 def test_every_line_runs(family: str, form: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("SKIPIT_CACHE", str(tmp_path / "cache"))  # where `skipit bench` writes
     make_data(Path("my_data"))
     make_model(family, tmp_path / "base")
     data = {f"my_data/{name}.jsonl": str(tmp_path / f"my_data/{name}.jsonl") for name in ROWS}
@@ -136,7 +137,11 @@ def test_every_line_runs(family: str, form: str, tmp_path: Path, monkeypatch: py
             continue  # what is little depends on the model, and a tiny one's images are few tokens:
         reads = data[f"my_data/{READS.get(line.split()[1], 'train')}.jsonl"]
         base = str(tmp_path / "base")
-        names = {"reference reference": f"{base} {reads}", "--model reference": f"--model {base}"}
+        names = {
+            "reference reference": f"{base} {reads}",
+            "--model reference": f"--model {base}",
+            "bench reference": f"bench {base}",
+        }
         run(line, {**names, " reference ": f" {reads} ", "both --budget 0.6": "both --budget 0.9"})
     certificate = load_json(Path("runs/early/certificates.json"))["certified"]
     assert certificate["risk"] == 0.05
