@@ -9,19 +9,16 @@ tokens alone, `evict` in the middle of a prompt, and the rows of a decoding step
 """
 
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int, Shaped
-from torch import Tensor, nn
-from torch.utils._pytree import tree_map
+from torch import nn
 
 from .attention import visible_keys
 from .cache import Keys, KeysAndValues, SkipCacheLayer, Values
 from .call import Call
 from .errors import UnsupportedModelError
-from .execute import Execution, States, complete, route, states_of, with_states
+from .execute import Execution, States, complete, pack_arguments, route, states_of, with_states
 from .stand_ins import Ended, Taken
 from .stretch import Packing
 from .views import Part, run, with_parts
@@ -41,7 +38,7 @@ def run_some(layer: nn.Module, hidden: States, execution: Execution, kwargs: dic
         return _whole(layer, hidden, packing, store, call, complete(hidden, store, kwargs, call.past))
     output, keys, values = _call(_evicting, call, layer, hidden, packing, _bare(kwargs))
     if store is not None:
-        index = _index(packing)
+        index = packing.indices
         if packing.exact:
             width = execution.count
             keys, values, index = keys[:, :, :width], values[:, :, :width], index[:, :width]
@@ -132,8 +129,8 @@ def _run(layer: nn.Module, hidden: States, packing: Packing | None, block: bool,
     def some(states: States, *args: Any, **kwargs: Any) -> Any:
         if args or kwargs:
             return mlp(states, *args, **kwargs)
-        output = mlp(_pack(states, packing))
-        return with_states(output, _unpack(states_of(output), packing, torch.zeros_like(states)))
+        output = mlp(packing.pack(states))
+        return with_states(output, packing.unpack(states_of(output), torch.zeros_like(states)))
 
     output = run(with_parts(layer, **{name: Part(mlp, some)}), hidden, kwargs)
     kept = torch.where(packing.run[..., None], states_of(output), hidden) if block else states_of(output)
@@ -142,39 +139,12 @@ def _run(layer: nn.Module, hidden: States, packing: Packing | None, block: bool,
 
 def _evicting(layer: nn.Module, hidden: States, packing: Packing, kwargs: dict[str, Any]) -> tuple[Any, Keys, Values]:
     """A layer for the tokens that run alone: what it gives for all, and the keys and values of a packed row."""
-    taken, pack = Taken(), partial(_pack, packing=packing)
-    packed = {**kwargs, "past_key_values": taken}
-    if kwargs.get("position_embeddings") is not None:
-        packed["position_embeddings"] = tree_map(pack, kwargs["position_embeddings"])
-    if kwargs.get("position_ids") is not None:
-        packed["position_ids"] = pack(kwargs["position_ids"][..., None])[..., 0]
+    taken = Taken()
+    packed = pack_arguments(kwargs, packing) | {"past_key_values": taken}
     if kwargs.get("attention_mask") is not None:
-        index = _index(packing)
-        packed["attention_mask"] = visible_keys(kwargs["attention_mask"], index, index, 0)
-    output = run(layer, pack(hidden), packed)
-    return with_states(output, _unpack(states_of(output), packing, hidden)), taken.keys, taken.values
-
-
-def _pack(
-    tokens: Shaped[Tensor, "*any batch_or_1 seq dim"], packing: Packing
-) -> Shaped[Tensor, "*any batch width dim"]:
-    """The tokens that run, row by row; the last one of all in the places after them."""
-    batch, width = packing.columns.shape
-    tokens = tokens.expand(*tokens.shape[:-3], batch, -1, -1)
-    places = packing.columns.clamp(max=tokens.shape[-2] - 1)[..., None]
-    return tokens.gather(-2, places.expand(*tokens.shape[:-2], width, tokens.shape[-1]))
-
-
-def _unpack(
-    tokens: Float[Tensor, "batch width dim"], packing: Packing, others: Float[Tensor, "batch seq dim"]
-) -> Float[Tensor, "batch seq dim"]:
-    """Each packed token at its place, `others` where none was packed."""
-    ranks = packing.ranks.clamp(0, tokens.shape[1] - 1)[..., None].expand(-1, -1, tokens.shape[2])
-    return torch.where(packing.run[..., None], tokens.gather(1, ranks), others)
-
-
-def _index(packing: Packing) -> Int[Tensor, "batch width"]:
-    return packing.columns.masked_fill(packing.columns == packing.run.shape[1], -1)
+        packed["attention_mask"] = visible_keys(kwargs["attention_mask"], packing.indices, packing.indices, 0)
+    output = run(layer, packing.pack(hidden), packed)
+    return with_states(output, packing.unpack(states_of(output), hidden)), taken.keys, taken.values
 
 
 def _bare(kwargs: dict[str, Any]) -> dict[str, Any]:

@@ -31,7 +31,7 @@ from .errors import UnsupportedModelError
 from .eviction import KEY_WEIGHT_KWARG, KeyWeights
 from .measured import packing_pays
 from .stand_ins import HeldImages, Marked, Packed, Ready, capture
-from .stretch import Decision, Stretch
+from .stretch import Decision, Packing, Stretch
 from .views import run, without
 
 States = Float[Tensor, "batch seq dim"]
@@ -183,7 +183,7 @@ def gathered(module: nn.Module, hidden: States, skipped: States, execution: Exec
         key = torch.cat([_indices(store, call.past, 0, hidden), index], dim=1) if call.past else index
     if call.kv == "retain" or not plain:
         mask = visible_keys(mask, index, key, call.past)
-    packed = _pack(kwargs, layout) | {"past_key_values": held, LAYOUT_KWARG: layout, "attention_mask": mask}
+    packed = pack_arguments(kwargs, layout) | {"past_key_values": held, LAYOUT_KWARG: layout, "attention_mask": mask}
     return _unpack(skipped, run(module, layout.pack(hidden), packed), layout)
 
 
@@ -225,7 +225,7 @@ def gathered_over_images(
     if execution.count == 0:
         return skipped
     layout = execution.layout
-    packed = _pack(kwargs, layout) | {"past_key_values": HeldImages(store), LAYOUT_KWARG: layout}
+    packed = pack_arguments(kwargs, layout) | {"past_key_values": HeldImages(store), LAYOUT_KWARG: layout}
     packed |= {"cross_attention_states": None, name: layout.to_rows(layout.pack(mask.transpose(0, 1)))}
     if rows is not None:
         packed["full_text_row_masked_out_mask"] = layout.pack(rows.transpose(0, 1))
@@ -275,7 +275,7 @@ def _unpack(skipped: States, output: Any, layout: Layout) -> Any:
     return with_states(output, layout.unpack(states_of(output), skipped))
 
 
-def _pack(kwargs: dict[str, Any], layout: Layout) -> dict[str, Any]:
+def pack_arguments(kwargs: dict[str, Any], layout: Layout | Packing) -> dict[str, Any]:
     """A module's arguments for the packed tokens: positions are gathered, never renumbered."""
     packed = {k: v for k, v in kwargs.items() if k not in ("position_ids", "position_embeddings")}
     if kwargs.get("position_embeddings") is not None:
@@ -289,7 +289,7 @@ def _keys_and_values(module: nn.Module, hidden: States, layout: Layout | None, k
     """Keys and values of all tokens, without attention or MLP; zeros at padding, where `layout` leaves some out."""
     if layout is None:
         return capture(module, hidden, {**kwargs, "attention_mask": None})
-    packed = _pack(kwargs, layout) | {"attention_mask": None}
+    packed = pack_arguments(kwargs, layout) | {"attention_mask": None}
     keys, values = capture(module, layout.pack(hidden), packed)
     return layout.to_columns(keys), layout.to_columns(values)
 

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
 from .attention import SPAN, Layout
@@ -63,6 +63,25 @@ class Packing(NamedTuple):
     columns: Int[Tensor, "batch width"]
     ranks: Int[Tensor, "batch seq"]
     exact: bool
+
+    @property
+    def indices(self) -> Int[Tensor, "batch width"]:
+        """The sequence index of each slot, -1 where a row has no token."""
+        return self.columns.masked_fill(self.columns == self.run.shape[1], -1)
+
+    def pack(self, tokens: Shaped[Tensor, "*any batch_or_1 seq dim"]) -> Shaped[Tensor, "*any batch width dim"]:
+        """The tokens that run, row by row; the last one of all in the places after them."""
+        batch, width = self.columns.shape
+        tokens = tokens.expand(*tokens.shape[:-3], batch, -1, -1)
+        places = self.columns.clamp(max=tokens.shape[-2] - 1)[..., None]
+        return tokens.gather(-2, places.expand(*tokens.shape[:-2], width, tokens.shape[-1]))
+
+    def unpack(
+        self, tokens: Float[Tensor, "batch width dim"], others: Float[Tensor, "batch seq dim"]
+    ) -> Float[Tensor, "batch seq dim"]:
+        """Each packed token at its place, `others` where none was packed."""
+        ranks = self.ranks.clamp(0, tokens.shape[1] - 1)[..., None].expand(-1, -1, tokens.shape[2])
+        return torch.where(self.run[..., None], tokens.gather(1, ranks), others)
 
 
 class Stretch:
