@@ -31,7 +31,9 @@ def main(argv: Sequence[str]) -> int:
     """Run a study; returns the exit status."""
     found = studies()
     if not argv or argv[0] in ("-h", "--help"):
-        print("\n".join(["scripts/study NAME [options], where NAME is:", *(f"  {k:15}{v}" for k, v in found.items())]))
+        width = max(map(len, found)) + 2
+        lines = (f"  {name:{width}}{what}" for name, what in found.items())
+        print("\n".join(["scripts/study NAME [options], where NAME is:", *lines]))
         return 0
     name, *rest = argv
     if name not in found:

@@ -105,7 +105,7 @@ def test_every_study_is_listed_and_says_what_it_takes(capsys: pytest.CaptureFixt
     listed = capsys.readouterr().out
     assert {"peers", "profile-cost", "stability", "pretrain"} < set(studies())
     for name, what in studies().items():
-        assert f"  {name:15}{what}\n" in listed
+        assert f"  {name:20}{what}\n" in listed  # two spaces after the longest
         with pytest.raises(SystemExit) as done:
             main([name, "--help"])
         assert done.value.code == 0
