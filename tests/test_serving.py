@@ -7,15 +7,11 @@ import os
 import re
 import shlex
 import shutil
-import signal
-import socket
-import subprocess
 import sys
-import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +23,7 @@ from transformers.utils.import_utils import is_serve_available
 import skipit
 from skipit.router import RouterConfig, Trace, attach, gate_state, running, set_gates
 from skipit.train.data.sources import load_data, load_model
+from studies.local_server import free_port, running_server
 
 pytestmark = [
     pytest.mark.slow,
@@ -59,40 +56,13 @@ def server(log: Path, *options: str) -> AbstractContextManager[str]:
         "from transformers.cli.transformers import main; main()"
     )
     command = [bare(log.parent), "-c", code, "serve", "--host", "127.0.0.1", "--port", str(free_port()), *options]
-    return running_server(command, log, log.parent, bare_variables(HF_MODULES_CACHE=str(log.parent / "modules")))
+    return started(command, log, log.parent, bare_variables(HF_MODULES_CACHE=str(log.parent / "modules")))
 
 
-def free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return int(free.getsockname()[1])
-
-
-@contextmanager
-def running_server(command: list[str], log: Path, place: Path, variables: Mapping[str, str]) -> Iterator[str]:
-    """The address of a server that a command with `--port` starts; stopped at the end."""
+def started(command: list[str], log: Path, place: Path, variables: Mapping[str, str]) -> AbstractContextManager[str]:
+    """The address of a server on one thread of the processor."""
     environment = {**variables, "OMP_NUM_THREADS": "1"}
-    with log.open("w") as file:
-        process = subprocess.Popen([*command, "--device", "cpu"], env=environment, cwd=place, stdout=file, stderr=file)
-    address = f"http://127.0.0.1:{command[command.index('--port') + 1]}"
-    try:
-        for _ in range(600):
-            try:
-                urllib.request.urlopen(f"{address}/health", timeout=5)
-                break
-            except (urllib.error.URLError, ConnectionError):
-                assert process.poll() is None, log.read_text()
-                time.sleep(0.5)
-        else:
-            pytest.fail(f"the server did not start: {log.read_text()}")
-        yield address
-    finally:
-        process.send_signal(signal.SIGTERM)
-        try:
-            process.wait(30)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait(30)
+    return running_server([*command, "--device", "cpu"], log, environment, place=place)
 
 
 def ask(address: str, folder: Path, row: dict[str, Any], budget: str | None = None) -> dict[str, Any]:
@@ -250,7 +220,7 @@ def test_no_request_runs_code_under_a_command_of_the_page(command: str, tmp_path
     model, processor = skipit.load(tmp_path / "runs" / "checkpoint")
     with running(mode="gathered" if gated else "dense"):
         expected = [answer(model, processor, row) for row in rows]
-    with running_server(words, tmp_path / "log", place, variables) as address:
+    with started(words, tmp_path / "log", place, variables) as address:
         refusals = attack(address, evil)
         if gated:
             assert all('"choices"' not in text and '"ready"' not in text for text in refusals), refusals

@@ -12,16 +12,14 @@ import io
 import json
 import os
 import re
-import signal
-import socket
-import subprocess
 import tempfile
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager
+from math import inf
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -39,6 +37,7 @@ from skipit.router.spending import row_thresholds
 from skipit.theory.cost import CostModel
 from skipit.train.data.sources import load_model
 
+from .local_server import free_port, running_server
 from .options import command, markdown
 from .shapes import PATCH, bench_small
 
@@ -140,33 +139,16 @@ def make(shape: str, budgets: Sequence[float], folder: Path, tokens: int) -> tup
     return side, said
 
 
-@contextmanager
-def server(python: Path, folder: Path, log: Path, gated: bool, options: Sequence[str]) -> Iterator[str]:
+def server(python: Path, folder: Path, log: Path, gated: bool, options: Sequence[str]) -> AbstractContextManager[str]:
     """The address of `vllm serve` on a free port; stopped at the end."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
     # What `vllm serve` starts; the wheel for CPUs has a command that looks for a package called vllm, and fails.
     given = [str(python), "-m", "vllm.entrypoints.openai.api_server", "--model", str(folder), "--dtype", "float32"]
-    given += ["--host", "127.0.0.1", "--port", str(port), "--no-enable-prefix-caching", "--max-num-seqs", "32"]
+    given += ["--host", "127.0.0.1", "--port", str(free_port()), "--no-enable-prefix-caching", "--max-num-seqs", "32"]
     given += options if gated else [*options, "--model-impl", "transformers"]
     variables = {**os.environ, "SKIPIT_VLLM": str(int(gated)), "HF_HUB_OFFLINE": "1"}
     variables.setdefault("VLLM_CPU_KVCACHE_SPACE", "2")
     variables.pop("PYTHONPATH", None)
-    with log.open("w") as file:
-        process = subprocess.Popen(given, env=variables, stdout=file, stderr=file, start_new_session=True)
-    try:
-        while True:
-            with suppress(urllib.error.URLError, ConnectionError):
-                urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5)
-                break
-            if process.poll() is not None:
-                raise RuntimeError(f"the server did not start: {log.read_text()[-3000:]}")
-            time.sleep(0.5)
-        yield f"http://127.0.0.1:{port}"
-    finally:
-        process.send_signal(signal.SIGTERM)
-        process.wait(120)
+    return running_server(given, log, variables, seconds=inf)  # a large model takes its time to load
 
 
 def ask(address: str, folder: Path, number: int, side: int, tokens: int, budget: str | None) -> Served:

@@ -5,16 +5,11 @@ import io
 import json
 import os
 import re
-import signal
-import socket
-import subprocess
 import sys
-import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +22,7 @@ import torch
 import skipit
 from skipit.router import RouterConfig, gate_state
 from skipit.train.data.sources import load_data, load_model
+from studies.local_server import free_port, running_server
 
 pytestmark = pytest.mark.slow
 POINTS = {"0.5": 0.0, "0.25": 0.7}
@@ -44,37 +40,14 @@ def make(folder: Path) -> Path:
     return folder
 
 
-@contextmanager
-def server(folder: Path, log: Path, *options: str) -> Iterator[str]:
+def server(folder: Path, log: Path, *options: str) -> AbstractContextManager[str]:
     """The address of a server on a free port; stopped at the end."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
     # What `vllm serve` starts; the wheel for CPUs has a command that looks for a package called vllm, and fails.
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(folder)]
-    command += ["--host", "127.0.0.1", "--port", str(port)]
+    command += ["--host", "127.0.0.1", "--port", str(free_port())]
     settings = ["--dtype", "float32", "--enforce-eager", "--max-model-len", "512", "--max-num-batched-tokens", "512"]
     variables = {**os.environ, "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1"}
-    with log.open("w") as file:
-        process = subprocess.Popen([*command, *settings, *options], env=variables, stdout=file, stderr=file)
-    try:
-        for _ in range(1200):
-            try:
-                urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5)
-                break
-            except (urllib.error.URLError, ConnectionError):
-                assert process.poll() is None, log.read_text()[-5000:]
-                time.sleep(0.5)
-        else:
-            pytest.fail(f"the server did not start: {log.read_text()[-5000:]}")
-        yield f"http://127.0.0.1:{port}"
-    finally:
-        process.send_signal(signal.SIGTERM)
-        try:
-            process.wait(60)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait(30)
+    return running_server([*command, *settings, *options], log, variables)
 
 
 def question(row: dict[str, Any]) -> str:
