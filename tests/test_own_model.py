@@ -25,7 +25,7 @@ from skipit.train.data.collate import Collator
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8").split("## On your own model", 1)[1]
 POINTS = (ROOT / "docs" / "operating-points.md").read_text(encoding="utf-8")
-# Beside these pages' blocks, from the tables of docs/evaluation.md and from docs/findings.md.
+# Beside these pages' blocks, from the tables of docs/evaluation.md and from docs/evidence.md.
 MORE = """
 skipit theory runs/profile --model reference --data reference --samples 4
 skipit probe reference reference --samples 600 --out runs/probes

@@ -98,7 +98,7 @@ def tempered_damage(
 
     For regressing a token's damage on its state. How sure a row is of its answer spreads over many decades, of which a
     token's state predicts a part. Kept whole, this factor drowns the slopes; left out, gates spend the budget on rows
-    that no skip can change. Temperature 2 lies between (ours; docs/findings.md has the trial, which is small).
+    that no skip can change. Temperature 2 lies between (ours; docs/evidence.md has the trial, which is small).
     """
     half = margin.detach().float() / 2
     return torch.sigmoid(half) * torch.sigmoid(-half) * drop.square()

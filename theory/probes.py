@@ -24,7 +24,7 @@ from skipit.router.errors import InputError
 from .pooling import SITES, PooledStates
 
 FEWEST = 8  # rows that an answer must have to be told from the others, half of them to fit on
-PENALTY = 1e-2  # on |W|^2 / 2, the same for every layer; docs/findings.md says how much depends on it
+PENALTY = 1e-2  # on |W|^2 / 2, the same for every layer; docs/evidence.md says how much depends on it
 SPLITS = 4  # in halves; one alone leaves more to chance than its standard error over rows says
 TOLERANCE = 1e-5  # of the solver's gradient; leaves about 1e-4 nats
 
