@@ -12,8 +12,9 @@ One hidden state's way through a gated layer, in the order to read it:
 5. `execute.py`: masked, gathered or dense; the layer's own `forward` is called here.
 6. `stand_ins.py`: what that `forward` meets in the cache's place.
 7. `attention.py`: packed tokens become rows again for attention alone.
-8. `cache.py`: where keys and values stay, with the index of the token each belongs to.
+8. `cache.py`: where keys and values stay, with the index of each's token; `room.py` has memory to spare.
 
+`lossless.py` has the gated model draft tokens that the dense one verifies; `generation.py` is how a caller asks for it.
 `compiled.py` has steps 5 to 7 once more, for layers that `compile` makes graphs of.
 
 Beside it stand `modality.py` (the two kinds of tokens), `views.py` (a layer with other parts inside),
@@ -25,6 +26,7 @@ from .attach import attach, compile, detach, find_router, gate_state, gated_laye
 from .cache import SkipCache
 from .call import Policy, Step, Trace
 from .config import RouterConfig
+from .drafts import Drafts
 from .errors import (
     CheckpointError,
     DecoderNotFoundError,
@@ -45,6 +47,7 @@ __all__ = [
     "CheckpointError",
     "Decision",
     "DecoderNotFoundError",
+    "Drafts",
     "FixedUnits",
     "Gated",
     "InputError",

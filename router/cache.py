@@ -8,8 +8,8 @@ Where keys and values are kept (`retain`) and no token runs a layer, nobody read
 are made, for all tokens at once, when somebody first looks; often nobody does.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from typing import Any, NamedTuple
 from weakref import ref
 
@@ -20,30 +20,12 @@ from torch.utils._pytree import tree_map
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
 from .errors import UnsupportedModelError
+from .room import Room, extend, grow
 
 # Those of some tokens, and those of all that a layer holds, in rows.
 Keys = Float[Tensor, "batch heads tokens head_dim"]
 Values = Float[Tensor, "batch heads tokens value_dim"]
 KeysAndValues = tuple[Float[Tensor, "rows heads slots head_dim"], Float[Tensor, "rows heads slots value_dim"]]
-WORTH_A_ROOM = 2**16  # numbers in the keys, or values, of a layer
-SPARE = 32  # tokens of room that a layer makes when it is extended: so many decoding steps without a copy
-
-
-@dataclass
-class _Room:
-    """Memory for keys or values with space to spare, of which the first `used` slots are taken.
-
-    Whoever holds its end alone may go on in place; layers that were copied, or cropped, make room of their own, so that
-    nobody writes over what another still reads.
-    """
-
-    memory: Float[Tensor, "batch heads room dim"]
-    used: int
-
-    def ends(self, held: Float[Tensor, "batch heads slots dim"]) -> bool:
-        """Whether what is held is all that there is: not what was selected, repeated, moved, cropped or copied."""
-        same = self.memory.data_ptr() == held.data_ptr() and len(held) == len(self.memory)
-        return same and self.used == held.shape[-2]
 
 
 class _Owed(NamedTuple):
@@ -79,8 +61,8 @@ class SkipCacheLayer(DynamicLayer):
         self.decided: Float[Tensor, "batch modalities"] | None = None
         self.threshold: Float[Tensor, " batch"] | None = None
         self.learned = False
-        self._room_for_keys: _Room | None = None
-        self._room_for_values: _Room | None = None
+        self._room_for_keys: Room | None = None
+        self._room_for_values: Room | None = None
 
     @property
     def keys(self) -> Any:
@@ -164,9 +146,29 @@ class SkipCacheLayer(DynamicLayer):
         self.append(keys, values, None, hidden.shape[1])
 
     def __getstate__(self) -> dict[str, Any]:
-        """For a copy, which has no model."""
+        """For a copy, which has no model, and reads the same memory."""
         self.settle()
+        for room, _ in self._rooms():
+            room.shared = True
         return vars(self)
+
+    def _rooms(self) -> list[tuple[Room, Tensor]]:
+        """Memory with room to spare, and what is held of it."""
+        both = ((self._room_for_keys, self._keys), (self._room_for_values, self._values))
+        return [(room, held) for room, held in both if room is not None]
+
+    @contextmanager
+    def undone(self) -> Iterator[None]:
+        """Forget in the end what was done within; nothing that is held by then is copied, nor made for it."""
+        self.settle()
+        before = dict(vars(self))
+        ends = [(room, room.used) for room, held in self._rooms() if room.ends(held)]
+        try:
+            yield
+        finally:
+            vars(self).update(before)
+            for room, used in ends:
+                room.used = used
 
     def append(
         self, keys: Keys, values: Values, index: Int[Tensor, "batch tokens"] | None, tokens: int
@@ -191,8 +193,8 @@ class SkipCacheLayer(DynamicLayer):
             self.seen += tokens
         if not self.is_initialized:
             self.lazy_initialization(keys, values)
-        self._keys, self._room_for_keys = _extend(self._keys, self._room_for_keys, keys)
-        self._values, self._room_for_values = _extend(self._values, self._room_for_values, values)
+        self._keys, self._room_for_keys = extend(self._keys, self._room_for_keys, keys)
+        self._values, self._room_for_values = extend(self._values, self._room_for_values, values)
         return self._keys, self._values
 
     def grow(self, tokens: int) -> KeysAndValues:
@@ -203,8 +205,8 @@ class SkipCacheLayer(DynamicLayer):
         """
         self.settle()
         self._count(tokens)
-        self._keys, self._room_for_keys = _grow(self._keys, self._room_for_keys, tokens)
-        self._values, self._room_for_values = _grow(self._values, self._room_for_values, tokens)
+        self._keys, self._room_for_keys = grow(self._keys, self._room_for_keys, tokens)
+        self._values, self._room_for_values = grow(self._values, self._room_for_values, tokens)
         return self._keys, self._values
 
     def _count(self, tokens: int) -> None:
@@ -252,6 +254,8 @@ class SkipCacheLayer(DynamicLayer):
         if not self.is_initialized:
             return
         if index is None:
+            for room, held in self._rooms():
+                room.crop(held, self.seen)
             self.keys, self.values = self.keys[..., : self.seen, :], self.values[..., : self.seen, :]
             return
         index = index.masked_fill(index >= self.seen, -1)
@@ -297,38 +301,6 @@ class ImageCacheLayer(SkipCacheLayer):
         """Keep everything: images are forgotten with no token."""
 
 
-def _extend(
-    held: Float[Tensor, "batch heads slots dim"] | Float[Tensor, " 0"],
-    room: _Room | None,
-    new: Float[Tensor, "batch heads tokens dim"],
-) -> tuple[Float[Tensor, "batch heads all dim"], _Room | None]:
-    """Append `new` to `held`, without a copy of `held` where its room has space.
-
-    Returns:
-        Both together, a view of the room; and the room.
-    """
-    slots, more = held.shape[-2] if held.dim() == 4 else 0, new.shape[-2]
-    # A backward pass may read what a later step would write over; and a small copy takes less time than avoiding it.
-    if slots == 0 or torch.is_grad_enabled() or held.numel() < WORTH_A_ROOM:
-        # Contiguous: kernels take a fifth longer over the transposed views that projections leave.
-        return torch.cat([held, new], dim=-2) if slots else new.contiguous(), None
-    together, room = _grow(held, room, more)
-    together.narrow(-2, slots, more).copy_(new)
-    return together, room
-
-
-def _grow(
-    held: Float[Tensor, "batch heads slots dim"], room: _Room | None, more: int
-) -> tuple[Float[Tensor, "batch heads all dim"], _Room]:
-    """What is held, in room for as many tokens more; and the room."""
-    slots = held.shape[-2]
-    if room is None or not room.ends(held) or slots + more > room.memory.shape[-2]:
-        room = _Room(held.new_empty(*held.shape[:2], slots + more + SPARE, held.shape[-1]), slots)
-        room.memory.narrow(-2, 0, slots).copy_(held)
-    room.used = slots + more
-    return room.memory.narrow(-2, 0, room.used), room
-
-
 class SkipCache(DynamicCache):
     """A cache for gated models; a gated model makes one by itself wherever transformers would make its own."""
 
@@ -336,6 +308,14 @@ class SkipCache(DynamicCache):
 
     def __init__(self, num_layers: int, image_layers: frozenset[int] = frozenset()) -> None:
         Cache.__init__(self, layers=[*_new_layers(num_layers, image_layers)])
+
+    @contextmanager
+    def undone(self) -> Iterator[None]:
+        """Forget in the end what was done within: tokens that were tried, and whatever they have left."""
+        with ExitStack() as layers:
+            for layer in self.layers:
+                layers.enter_context(layer.undone())
+            yield
 
     def num_bytes(self) -> int:
         """Memory of the keys and values that are held, in bytes, without room to spare."""

@@ -34,6 +34,7 @@ from .config import (
     decision_points,
 )
 from .costs import LayerCost, layer_costs
+from .drafts import Drafts
 from .errors import InputError, RouterConfigError, UnsupportedModelError
 from .gates import Stacked
 from .modality import token_modality
@@ -56,6 +57,7 @@ class _Running:
     guided: bool = False  # `generate` also runs another prompt, without conditions
     held: dict[nn.Module, Stacked] | None = None  # in `generate`, see `Call.held`
     trace: Trace | None = None
+    drafts: Drafts | None = None
 
     def __post_init__(self) -> None:
         for name, kind in (
@@ -95,7 +97,7 @@ def running(**options: Any) -> Iterator[None]:
             tokens that may run a layer, or one for each layer, rounded up to 64 tokens: of more, those of the highest
             logits run), `prompt` (bool [batch, seq]: where
             answers are part of the input, as in training, the tokens that may decide for their row), `trace` (a
-            `Trace` that receives every step).
+            `Trace` that receives every step), `drafts` (a `Drafts` that counts what lossless decoding does).
 
     A thread does not see the options of the one that started it, unless `model.generate` was taken inside the block, as
     in `Thread(target=model.generate)`; a thread that was started inside a block, and would run the default by mistake,

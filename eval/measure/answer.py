@@ -8,7 +8,7 @@ from textwrap import shorten
 from typing import Any
 
 from skipit.eval.metrics.vqa import answer_scores
-from skipit.router import InputError, running
+from skipit.router import Drafts, InputError, running
 from skipit.router.config import BudgetPer
 from skipit.train.data.collate import Collator
 from skipit.train.data.pictures import read_picture
@@ -44,9 +44,10 @@ class Reply:
     Attributes:
         prompt: the question.
         text: what was generated.
-        compute: share of the dense decoder's FLOPs executed; None for a dense run.
+        compute: share of the dense decoder's FLOPs executed; None for a dense run or a lossless one.
         images: that were asked about, open.
-        lay_out: makes `depth` of what ran; None for a dense run.
+        lay_out: makes `depth` of what ran; None as above.
+        drafts: what a lossless run has drafted; None for any other.
     """
 
     prompt: str
@@ -54,10 +55,11 @@ class Reply:
     compute: float | None
     images: list[Any]
     lay_out: Callable[[], Depth] | None = None
+    drafts: Drafts | None = None
 
     @cached_property
     def depth(self) -> Any:
-        """Layers executed per token, a `Depth`; None for a dense run.
+        """Layers executed per token, a `Depth`; None for a dense run or a lossless one.
 
         Raises:
             InputError: where its patches lie in the picture is not known.
@@ -101,6 +103,9 @@ def answer(
     budget: float | str | None = None,
     budget_per: BudgetPer | None = None,
     dense: bool = False,
+    lossless: bool = False,
+    draft_budget: float | str | None = None,
+    draft_tokens: int | None = None,
     max_new_tokens: int = 64,
 ) -> Reply:
     """Ask a gated model about images.
@@ -113,6 +118,9 @@ def answer(
         budget: a calibrated operating point, by its number or its name; None is the default one.
         budget_per: as of `model.generate`.
         dense: run every layer for every token.
+        lossless: the dense model's answer, drafted by the gated one; as of `model.generate`.
+        draft_budget: the same.
+        draft_tokens: the same.
         max_new_tokens: longest answer.
 
     Raises:
@@ -124,14 +132,18 @@ def answer(
     batch = Collator(processor, with_completion=False)([row])
     inputs = {name: value.to(model.device) for name, value in batch.items()}
     settings = {**inputs, **ONE_PASS, "max_new_tokens": max_new_tokens, "do_sample": False}
+    trace = drafts = None
     if dense:
         with running(mode="dense"):
-            ids, trace = model.generate(**settings), None
+            ids = model.generate(**settings)
+    elif lossless:
+        drafting = {"draft_budget": draft_budget, "draft_tokens": draft_tokens}
+        ids, drafts = generate(model, return_trace=True, lossless=True, **drafting, **settings)  # type: ignore[arg-type]
     else:
         ids, trace = generate(model, return_trace=True, budget=budget, budget_per=budget_per, **settings)
     reply = processor.decode(ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
     if trace is None:
-        return Reply(prompt, reply, None, images)
+        return Reply(prompt, reply, None, images, drafts=drafts)
 
     def lay_out() -> Depth:
         views = picture_views(model, processor, row) if images else []

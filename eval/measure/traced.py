@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from skipit.router import InputError, Trace, find_router, running
+from skipit.router import Drafts, InputError, Trace, find_router, running
 from skipit.theory.cost import CostModel, trace_flops
 
 # One row per answer, and one pass over each of its tokens, whatever a checkpoint's `generation_config` asks for.
@@ -60,12 +60,13 @@ def generate(model: Any, *, return_trace: bool = False, budget: float | str | No
 
     Args:
         model: gated.
-        return_trace: return what ran, too.
+        return_trace: return what ran, too; with `lossless`, what was drafted and accepted.
         budget: a calibrated operating point, by its number or its name, as `model.generate` itself takes it.
-        **kwargs: of transformers' `generate`.
+        **kwargs: of `model.generate`: transformers' own, `budget_per`, and `lossless`, `draft_budget`, `draft_tokens`.
 
     Returns:
-        What `model.generate` returns; with `return_trace` a pair of that and a `GenerationTrace`.
+        What `model.generate` returns; with `return_trace` a pair of that and a `GenerationTrace`, or with `lossless` of
+        that and its `Drafts`.
 
     Raises:
         SkipItError: the model has no gates.
@@ -74,14 +75,18 @@ def generate(model: Any, *, return_trace: bool = False, budget: float | str | No
             token more than once; or of a dense run, which records nothing.
     """
     _, router = find_router(model)
+    if not return_trace:
+        return model.generate(budget=budget, **kwargs)
+    if kwargs.get("lossless") or getattr(kwargs.get("generation_config"), "lossless", None):
+        drafts = Drafts()
+        with running(drafts=drafts):
+            return model.generate(budget=budget, **kwargs), drafts
     beams = kwargs.get("num_beams") or getattr(kwargs.get("generation_config"), "num_beams", None)
-    if return_trace and (beams or model.generation_config.num_beams or 1) > 1:
+    if (beams or model.generation_config.num_beams or 1) > 1:
         raise InputError(
             "`return_trace`: beam search moves rows while generating, so no row has a trace of its own. "
             "Leave `num_beams` at 1, or record steps with `running(trace=...)`."
         )
-    if not return_trace:
-        return model.generate(budget=budget, **kwargs)
     trace = Trace()
     with running(trace=trace):
         output = model.generate(budget=budget, **kwargs)

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from skipit.eval.measure.traced import generate as generate
+    from skipit.router import Drafts as Drafts
     from skipit.router import Gated as Gated
     from skipit.router import RouterConfig as RouterConfig
     from skipit.router import SkipItError as SkipItError
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 # nor transformers. A name of a folder, such as `train`, cannot be one: it is the folder as soon as that is imported.
 _PUBLIC = {
     "Collator": "skipit.train.data.collate",
+    "Drafts": "skipit.router",
     "Gated": "skipit.router",
     "RouterConfig": "skipit.router",
     "SkipItError": "skipit.router",

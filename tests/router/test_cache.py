@@ -1,6 +1,7 @@
 """A cache whose layers hold different tokens keeps count of them through everything transformers does to a cache."""
 
 import copy
+from contextlib import suppress
 
 import pytest
 import torch
@@ -11,7 +12,8 @@ from transformers import DynamicCache, EncoderDecoderCache, StaticCache
 from transformers.cache_utils import DynamicSlidingWindowLayer
 
 from skipit.router import SkipCache, UnsupportedModelError
-from skipit.router.cache import SPARE, SkipCacheLayer, take_over
+from skipit.router.cache import SkipCacheLayer, take_over
+from skipit.router.room import SPARE
 
 
 def states(index: Tensor, heads: int = 2) -> Tensor:
@@ -159,7 +161,7 @@ def test_caches_that_cannot_be_taken_over() -> None:
 
 @torch.no_grad()
 def test_decoding_steps_do_not_copy_what_is_held(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("skipit.router.cache.WORTH_A_ROOM", 0)
+    monkeypatch.setattr("skipit.router.room.WORTH_A_ROOM", 0)
     layer = SkipCacheLayer()
     whole = torch.randn(2, 3, 10 + 2 * SPARE, 4)
     layer.append(whole[:, :, :10], whole[:, :, :10], None, 10)
@@ -257,3 +259,47 @@ def test_the_object_that_is_taken_over_stays_its_owners() -> None:
             UnsupportedModelError, match=rf"got {type(other).__name__}, a gated model takes `SkipCache`"
         ):
             take_over(other, 3)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("room", [0, 2**16])
+def test_what_is_undone_leaves_nothing_and_copies_nothing(room: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("skipit.router.room.WORTH_A_ROOM", room)
+    cache, whole, wrong = SkipCache(2), torch.randn(1, 2, 20, 4), torch.randn(1, 2, 20, 4)
+    for layer in range(2):
+        cache.update(whole[:, :, :5], whole[:, :, :5], layer)
+        cache.update(whole[:, :, 5:8], whole[:, :, 5:8], layer)
+    places = {layer.keys.data_ptr() for layer in cache.layers}
+    for _ in range(3):
+        with cache.undone():
+            cache.layers[0].append(wrong[:, :, :1], wrong[:, :, :1], torch.tensor([[8]]), 2)  # of two tokens, the first
+            cache.layers[1].pass_over(2)
+            cache.update(wrong[:, :, 1:2], wrong[:, :, 1:2], 1)
+            assert [layer.partial for layer in cache.layers] == [True, True]
+        for layer in cache.layers:
+            assert (layer.seen, layer.partial, layer.gaps) == (8, False, False)
+            assert torch.equal(layer.keys, whole[:, :, :8])
+    for layer in range(2):
+        cache.update(whole[:, :, 8:12], whole[:, :, 8:12], layer)
+    cache.crop(-2)
+    for layer in range(2):
+        keys, _ = cache.update(whole[:, :, 10:], whole[:, :, 10:], layer)
+        assert torch.equal(keys, whole)
+        assert (keys.data_ptr() in places) == (room == 0)
+    with suppress(KeyError), cache.undone():
+        cache.layers[0].pass_over(1)
+        raise KeyError
+    assert cache.get_seq_length() == 20
+
+
+@torch.no_grad()
+def test_a_crop_in_place_leaves_copies_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("skipit.router.room.WORTH_A_ROOM", 0)
+    layer, start, one = SkipCacheLayer(), torch.randn(1, 1, 6, 4), torch.randn(1, 1, 1, 4)
+    layer.append(start[:, :, :5], start[:, :, :5], None, 5)
+    layer.append(start[:, :, 5:], start[:, :, 5:], None, 1)
+    twin = copy.copy(layer)
+    layer.crop(-2)
+    layer.append(one, one, None, 1)
+    assert torch.equal(twin.keys, start)
+    assert torch.equal(layer.keys, torch.cat([start[:, :, :4], one], dim=2))

@@ -4,7 +4,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from .options import CHECKPOINT, Parser, chosen
+from .options import CHECKPOINT, Parser, chosen, operating_point, positive_int
 
 ABOUT = "answer a question about an image"
 EXAMPLE = 'skipit generate runs/checkpoint --image grid.png --prompt "read the top row ."'
@@ -26,6 +26,16 @@ def add_arguments(verb: Parser) -> None:
     verb.add_max_new_tokens()
     verb.add_argument("--depth-map", type=picture, default=None, help="PNG or SVG of the layers run per patch and word")
     verb.add_flag("--dense", "run every layer")
+    verb.add_flag("--lossless", "the answer of --dense, of which the gated model drafts several tokens at a time")
+    verb.add_argument(
+        "--draft-budget",
+        type=operating_point,
+        default=None,
+        help="calibrated budget or named point at which --lossless drafts (default: the trained)",
+    )
+    verb.add_argument(
+        "--draft-tokens", type=positive_int, default=None, help="most tokens that --lossless drafts at once (default 5)"
+    )
 
 
 def picture(text: str) -> Path:
@@ -49,14 +59,26 @@ def run(arguments: argparse.Namespace) -> None:
         raise InputError(
             "a dense run executes every layer for every token: leave out --depth-map, --budget and --budget-per."
         )
+    if arguments.lossless and (arguments.dense or arguments.depth_map or arguments.budget or arguments.budget_per):
+        raise InputError(
+            "a lossless run answers as the dense model: leave out --dense, --depth-map, --budget and --budget-per. "
+            "What drafts runs at --draft-budget."
+        )
+    if not arguments.lossless and (arguments.draft_budget or arguments.draft_tokens):
+        raise InputError(
+            "nothing is drafted without --lossless: add it, or leave out --draft-budget and --draft-tokens."
+        )
     images = open_images(arguments.image)
     with loading("loading"):
         model, processor = load(arguments.checkpoint, arguments.base)
-    settings = chosen(arguments, "budget", "budget_per", "dense", "max_new_tokens")
+    names = ("budget", "budget_per", "dense", "lossless", "draft_budget", "draft_tokens", "max_new_tokens")
+    settings = chosen(arguments, *names)
     reply = answer(model, processor, images, arguments.prompt, **settings)
     print(reply.text)
     if reply.compute is not None:
         print(f"({reply.compute:.1%} of the dense decoder's FLOPs)", file=sys.stderr)
+    if reply.drafts is not None:
+        print(f"({reply.drafts})", file=sys.stderr)
     if arguments.depth_map is not None:
         reply.draw(arguments.depth_map)
         print(f"depth map: {arguments.depth_map}", file=sys.stderr)

@@ -35,6 +35,26 @@ def test_a_budget_of_this_prompt(chain: Path) -> None:
     assert "expected more than 0." in refused(*ask, "--budget-per", "input", "--budget", 0.01)
 
 
+def test_lossless(chain: Path) -> None:
+    ask = ("generate", chain / "checkpoint", "--image", chain / "grid.png", "--prompt", "read the top row .")
+    dense = skipit(*ask, "--dense")
+    for more in ((), ("--draft-budget", 0.6, "--draft-tokens", 2)):
+        result = skipit(*ask, "--lossless", *more)
+        assert (result.code, result.out) == (0, dense.out)
+        assert re.fullmatch(
+            r"\(\d+ of \d+ drafted tokens accepted in \d+ passes of the dense model: \d\.\d tokens a pass\)\n",
+            result.err,
+        )
+    assert "`budget`: got '0.3', this router is calibrated for: 0.6." in refused(
+        *ask, "--lossless", "--draft-budget", 0.3
+    )
+    for flag in (("--budget", 0.6), ("--budget-per", "input"), ("--depth-map", "d.png"), ("--dense",)):
+        said = refused(*ask, "--lossless", *flag)
+        assert said.startswith("skipit: a lossless run answers as the dense model: leave out --dense, --depth-map")
+    for flag in (("--draft-budget", 0.6), ("--draft-tokens", 2)):
+        assert refused(*ask, *flag).startswith("skipit: nothing is drafted without --lossless: add it, or leave out")
+
+
 @pytest.mark.parametrize("verb", ["generate", "eval"])
 def test_not_a_checkpoint(chain: Path, tmp_path: Path, verb: str) -> None:
     rest = {"generate": ("--image", chain / "grid.png", "--prompt", "?"), "eval": ("reference", "--out", "x")}[verb]
