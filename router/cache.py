@@ -152,7 +152,7 @@ class SkipCacheLayer(DynamicLayer):
             room.shared = True
         return vars(self)
 
-    def _rooms(self) -> list[tuple[Room, Tensor]]:
+    def _rooms(self) -> list[tuple[Room, Float[Tensor, "batch heads slots dim"]]]:
         """Memory with room to spare, and what is held of it."""
         both = ((self._room_for_keys, self._keys), (self._room_for_values, self._values))
         return [(room, held) for room, held in both if room is not None]

@@ -23,11 +23,12 @@ BESIDE = {
     "views": "how a layer's own code runs with another part inside; which part, is said on the way",
     "spending": "the threshold of each row at which its prompt spends a budget; `policies` compares with it",
     "costs": "FLOPs of the layers, read off their modules; no tensor",
+    "room": "where there is memory for more keys and values than are held; which these are, `cache` says",
     "eviction": "the derivative for gates that learn under `evict`; its values are those of the mask",
 }
 ENGINE = (
     *("attention", "cache", "call", "compiled", "eviction", "execute", "gates", "generation"),
-    *("layer", "modality", "policies", "running", "spending", "stand_ins", "stretch", "views"),
+    *("layer", "lossless", "modality", "policies", "room", "running", "spending", "stand_ins", "stretch", "views"),
 )
 
 
