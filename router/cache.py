@@ -317,6 +317,11 @@ class SkipCache(DynamicCache):
                 layers.enter_context(layer.undone())
             yield
 
+    @property
+    def partial(self) -> bool:
+        """Whether some layer lacks tokens."""
+        return any(layer.partial for layer in self.layers)
+
     def num_bytes(self) -> int:
         """Memory of the keys and values that are held, in bytes, without room to spare."""
         return sum(
@@ -366,7 +371,7 @@ def check_complete(cache: Any) -> None:
     Raises:
         UnsupportedModelError: says so.
     """
-    if isinstance(cache, SkipCache) and any(layer.partial for layer in cache.layers):
+    if isinstance(cache, SkipCache) and cache.partial:
         raise UnsupportedModelError(
             "`past_key_values`: a gated run with kv='evict' has left keys out of this cache, and a dense run "
             "needs them all. Start from an empty cache."

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from .cache import SkipCache, SkipCacheLayer
+from .cache import SkipCache
 from .config import Granularity, KVPolicy, Unit
 from .errors import InputError
 from .gates import Stacked, TokenGate
@@ -26,13 +26,13 @@ Mode = Literal["masked", "gathered", "dense"]
 Route = Literal["packed", "whole"]
 KWARG = "skipit_call"
 CAPACITY_STEP = 64  # tokens
-DENSE: Mode = "dense"  # what stands in the place of a `Call` where every layer runs for every token
 
 
 class Policy(Protocol):
     """Decides, at a decision point, which tokens run the layers up to the next. Causal: a token's own past only.
 
-    A policy that does not follow the router's decision points has an attribute `decide_at`, as `RouterConfig` has.
+    A policy that does not follow the router's decision points has an attribute `decide_at`, as `RouterConfig` has; one
+    that has `skips_nothing`, and it is true, is not asked.
     """
 
     def decide(
@@ -69,11 +69,11 @@ class Compiling(NamedTuple):
     multiple: int | None = None
 
 
-def image_states(kwargs: dict[str, Any], batch: int, store: SkipCacheLayer | None = None) -> ImageStates:
-    """What a layer that attends to images attends to in a call, from its arguments and before it has run."""
+def image_states(kwargs: dict[str, Any], batch: int, seen: int = 0) -> ImageStates:
+    """What a layer that attends to images attends to in a call, from its arguments and how many it has seen before."""
     states = kwargs.get("cross_attention_states")
     new = 0 if states is None else states.shape[:-1].numel() // batch
-    return ImageStates(new + (0 if store is None else store.get_seq_length()), new)
+    return ImageStates(new + seen, new)
 
 
 @dataclass
@@ -90,6 +90,7 @@ class Step:
         layers: of the model; those without a decision were left out by the model itself, and no token ran them. 0
             stands for as many as have one.
         images: what cross-attention layers attend to.
+        decided: False where nothing could be skipped, and no gate was asked.
     """
 
     modality: Int[Tensor, "batch seq"]
@@ -100,6 +101,7 @@ class Step:
     decisions: dict[int, Decision] = field(default_factory=dict)
     layers: int = 0
     images: ImageStates = NO_IMAGES
+    decided: bool = True
 
     @property
     def run(self) -> Bool[Tensor, "layers batch seq"]:
@@ -140,6 +142,23 @@ class Trace:
                     "prompt lookup, an assistant, guidance, or `use_cache=False`. Leave that out, or read the steps of "
                     "`running(trace=...)` one by one."
                 )
+
+
+class Dense(NamedTuple):
+    """In the place of a `Call`: every token runs every layer, and nothing is decided.
+
+    Attributes:
+        compiling: how layers are compiled; None where they are not.
+        step: where that is recorded, or None.
+    """
+
+    compiling: Compiling | None = None
+    step: Step | None = None
+
+    def record(self, layer: int) -> None:
+        """Put down in the step that all tokens run a layer."""
+        assert self.step is not None
+        self.step.decisions.setdefault(layer, Decision(self.step.real))
 
 
 @dataclass(frozen=True)

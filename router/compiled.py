@@ -16,7 +16,7 @@ from torch import nn
 
 from .attention import visible_keys
 from .cache import Keys, KeysAndValues, SkipCacheLayer, Values
-from .call import Call
+from .call import Compiling
 from .errors import UnsupportedModelError
 from .execute import Execution, States, complete, pack_arguments, route, states_of, with_states
 from .stand_ins import Ended, Taken
@@ -24,19 +24,23 @@ from .stretch import Packing
 from .views import Part, run, with_parts
 
 
-def run_all(layer: nn.Module, hidden: States, store: SkipCacheLayer | None, call: Call, kwargs: dict[str, Any]) -> Any:
+def run_all(
+    layer: nn.Module, hidden: States, store: SkipCacheLayer | None, compiling: Compiling, kwargs: dict[str, Any]
+) -> Any:
     """Run a layer for every token."""
-    return _whole(layer, hidden, None, store, call, complete(hidden, store, kwargs, call.past))
+    return _whole(layer, hidden, None, store, compiling, kwargs)
 
 
-def run_some(layer: nn.Module, hidden: States, execution: Execution, kwargs: dict[str, Any]) -> Any:
+def run_some(
+    layer: nn.Module, hidden: States, execution: Execution, compiling: Compiling, kwargs: dict[str, Any]
+) -> Any:
     """Run a layer for some tokens, where `handles` says so."""
     call, store = execution.call, execution.store
-    assert call.compiling is not None
-    packing = execution.stretch.packing(execution.layer, call.compiling.multiple or (1 if hidden.is_cpu else 64))
+    packing = execution.stretch.packing(execution.layer, compiling.multiple or (1 if hidden.is_cpu else 64))
     if call.kv == "retain" or call.unit == "mlp":
-        return _whole(layer, hidden, packing, store, call, complete(hidden, store, kwargs, call.past))
-    output, keys, values = _call(_evicting, call, layer, hidden, packing, _bare(kwargs))
+        kwargs = complete(hidden, store, kwargs, call.past)
+        return _whole(layer, hidden, packing, store, compiling, kwargs, block=call.unit == "block")
+    output, keys, values = _call(_evicting, compiling, layer, hidden, packing, _bare(kwargs))
     if store is not None:
         index = packing.indices
         if packing.exact:
@@ -53,24 +57,23 @@ def _whole(
     hidden: States,
     packing: Packing | None,
     store: SkipCacheLayer | None,
-    call: Call,
+    compiling: Compiling,
     kwargs: dict[str, Any],
+    block: bool = True,
 ) -> Any:
-    block = call.unit == "block"
     if store is not None:
         store.settle()
     if store is None or not store.is_initialized:
-        output, keys, values = _call(_first, call, layer, hidden, packing, block, _bare(kwargs))
+        output, keys, values = _call(_first, compiling, layer, hidden, packing, block, _bare(kwargs))
         if store is not None:
             store.append(keys, values, None, hidden.shape[1])
         return output
-    return _call(_later, call, layer, hidden, packing, block, store.grow(hidden.shape[1]), _bare(kwargs))
+    return _call(_later, compiling, layer, hidden, packing, block, store.grow(hidden.shape[1]), _bare(kwargs))
 
 
-def _call(function: Callable[..., Any], call: Call, layer: nn.Module, hidden: States, *args: Any) -> Any:
-    assert call.compiling is not None
+def _call(function: Callable[..., Any], compiling: Compiling, layer: nn.Module, hidden: States, *args: Any) -> Any:
     try:
-        return _compiled(function, call.compiling.options)(layer, hidden, *args)
+        return _compiled(function, compiling.options)(layer, hidden, *args)
     except torch._dynamo.exc.Unsupported as error:
         raise UnsupportedModelError(
             f"`compile`: `{type(layer).__name__}` cannot be compiled as one graph: {str(error).splitlines()[0]} "

@@ -12,6 +12,7 @@ KVPolicy = Literal["retain", "evict"]
 Unit = Literal["block", "attention", "mlp"]
 Granularity = Literal["token", "sequence"]
 BudgetPer = Literal["data", "input"]
+EVERYTHING = -float_info.max  # a threshold below every logit, which is in fp32
 # 1 had no decision points: every layer decided for itself. 1 and 2 had the gates at the top of the folder.
 FORMAT_VERSION = 3
 
@@ -153,7 +154,7 @@ class RouterConfig:
         object.__setattr__(self, "operating_points", points)
 
     def threshold_at(self, budget: float | str | None) -> float:
-        """The threshold of a named operating point; None is the default one.
+        """The threshold of a named operating point; None is the default one. At a budget of 1 nothing is skipped.
 
         Raises:
             RouterConfigError: no operating point has this name.
@@ -161,6 +162,8 @@ class RouterConfig:
         if budget is None:
             return self.threshold
         name = point_name(budget)
+        if name == "1":
+            return EVERYTHING
         if not isinstance(name, str) or name not in self.operating_points:
             known = ", ".join(self.operating_points) or "none"
             raise RouterConfigError(

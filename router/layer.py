@@ -12,10 +12,10 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from .cache import SkipCache
-from .call import KWARG, Call, Mode, image_states
+from .call import KWARG, Call, Dense, image_states
 from .compiled import handles, run_all, run_some
 from .errors import InputError, UnsupportedModelError
-from .execute import Execution, dense, execute, execute_tokenwise, route, states_of, whole
+from .execute import Execution, complete, dense, execute, execute_tokenwise, route, states_of, whole
 from .gates import TokenGate
 from .subclass import Mixin, own_class
 from .views import Part, run, with_parts
@@ -42,12 +42,11 @@ class GatedLayer(Mixin, _Module):
 
     def __call__(self, hidden_states: Float[Tensor, "batch seq dim"], *args: Any, **kwargs: Any) -> Any:
         """Decide, at a decision point, and run the layer; outside what gradient checkpointing runs a second time."""
-        call = kwargs.get(KWARG)
-        if isinstance(call, Call):
-            if self.skipit_index not in call.stretches:
-                hidden_states = call.decide(self.skipit_index, hidden_states, _replayed(self))
-            if call.step is not None:
-                call.record(self.skipit_index)
+        call: Call | Dense | None = kwargs.get(KWARG)
+        if isinstance(call, Call) and self.skipit_index not in call.stretches:
+            hidden_states = call.decide(self.skipit_index, hidden_states, _replayed(self))
+        if call is not None and call.step is not None:
+            call.record(self.skipit_index)
         return super().__call__(hidden_states, *args, **kwargs)
 
     def forward(self, hidden_states: Float[Tensor, "batch seq dim"], *args: Any, **kwargs: Any) -> Any:
@@ -59,19 +58,23 @@ class GatedLayer(Mixin, _Module):
         """
         if args:
             kwargs = _named(own_class(type(self)), 1, args, kwargs)
-        call: Call | Mode | None = kwargs.pop(KWARG, None)
+        call: Call | Dense | None = kwargs.pop(KWARG, None)
         if call is None:
             raise InputError(
                 f"`{type(self).__name__}` has a gate and was reached without its router, which would run every token. "
                 "Call the whole model, or the model inside it that takes `input_ids`."
             )
-        if isinstance(call, str):
-            return super().forward(hidden_states, **kwargs)
-        held: SkipCache | None = kwargs.get("past_key_values")
-        store = held.layers[self.skipit_index] if held is not None else None
-        stretch = call.stretches[self.skipit_index]
+        held = kwargs.get("past_key_values")
+        store = held.layers[self.skipit_index] if isinstance(held, SkipCache) else None
         if call.step is not None and self.skipit_attends_to_images:
-            call.step.images = image_states(kwargs, len(hidden_states), store)
+            seen = 0 if held is None else held.get_seq_length(self.skipit_index)
+            call.step.images = image_states(kwargs, len(hidden_states), seen)
+        compiling = None if self.skipit_attends_to_images else call.compiling
+        if isinstance(call, Dense):
+            if compiling is not None:
+                return run_all(self, hidden_states, store, compiling, kwargs)
+            return super().forward(hidden_states, **kwargs)
+        stretch = call.stretches[self.skipit_index]
         if call.unit != "block" and self.skipit_parts is None:
             children = ", ".join(f"{name} ({type(child).__name__})" for name, child in self.named_children())
             raise UnsupportedModelError(
@@ -79,15 +82,14 @@ class GatedLayer(Mixin, _Module):
                 f"{children}. Use unit='block'."
             )
         gathered = call.mode == "gathered" and not call.learning
-        compiles = gathered and call.compiling is not None and not self.skipit_attends_to_images
         if gathered and stretch.bounds is None and stretch.everyone(self.skipit_index):
-            if compiles:
-                return run_all(self, hidden_states, store, call, kwargs)
+            if compiling is not None:
+                return run_all(self, hidden_states, store, compiling, complete(hidden_states, store, kwargs, call.past))
             return dense(self, hidden_states, store, call.past, kwargs)
         stretch = stretch.to(hidden_states.device)
         execution = Execution(self.skipit_index, stretch, call, store, self.skipit_attends_to_images)
-        if compiles and handles(self.skipit_parts is not None, hidden_states, execution):
-            return run_some(self, hidden_states, execution, kwargs)
+        if compiling is not None and handles(self.skipit_parts is not None, hidden_states, execution):
+            return run_some(self, hidden_states, execution, compiling, kwargs)
         if call.unit != "block":
             output = run(self._with_parts(execution), hidden_states, kwargs)
         elif route(self.skipit_parts is not None, hidden_states, execution) == "whole":

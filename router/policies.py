@@ -12,6 +12,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from .call import Call
+from .config import EVERYTHING
 from .costs import LayerCost
 from .errors import InputError
 from .gates import TokenGate, logits_of
@@ -24,6 +25,11 @@ class Gated:
     """The learned gates: run where the logit exceeds `threshold`."""
 
     threshold: float = 0.0
+
+    @property
+    def skips_nothing(self) -> bool:
+        """Whether no logit can be so low."""
+        return self.threshold <= EVERYTHING
 
     def decide(
         self, layers: range, hidden: Float[Tensor, "batch seq dim"], call: Call, gates: Sequence[TokenGate]
@@ -44,6 +50,11 @@ class GatedPerInput:
 
     share: float
     costs: tuple[LayerCost, ...]
+
+    @property
+    def skips_nothing(self) -> bool:
+        """Whether a prompt spends all there is to spend."""
+        return self.share >= 1
 
     def decide(
         self, layers: range, hidden: Float[Tensor, "batch seq dim"], call: Call, gates: Sequence[TokenGate]

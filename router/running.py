@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from .attention import use_packed
 from .cache import SkipCache, check_complete, take_over
-from .call import DENSE, KWARG, Call, Compiling, Mode, Policy, Route, Step, Trace
+from .call import KWARG, Call, Compiling, Dense, Mode, Policy, Route, Step, Trace
 from .config import (
     BudgetPer,
     Granularity,
@@ -196,30 +196,40 @@ class Router:
             use_packed(config)  # `set_attn_implementation` may have been called
         if mode == "dense":
             check_complete(kwargs.get("past_key_values"))
-            return args, {**kwargs, KWARG: DENSE}
+            return args, {**kwargs, KWARG: Dense()}
         if mode == "gathered" and _wants_attention_weights(model, kwargs):
             mode = "masked"  # the weights of every token, which gathered execution does not compute
+        if args:
+            kwargs = {**dict(zip(("input_ids", "pixel_values"), args, strict=False)), **kwargs}
+        kv, unit = options.kv or self.config.kv, options.unit or self.config.unit
+        granularity = options.granularity or self.config.granularity
+        policy = options.policy or self._gated(options, granularity)
+        capacity = self.capacity if options.capacity is None else options.capacity
+        cache, compiling = kwargs.get("past_key_values"), None
+        if mode == "gathered" and not torch.is_grad_enabled():
+            compiling = self.compiling
+        partial = isinstance(cache, SkipCache) and cache.partial  # a mask must say which keys were evicted
+        dense = capacity is None and not partial and getattr(policy, "skips_nothing", False)
+        if compiling is not None or not dense:
+            cache = self._cache(model, kwargs)
+            if cache is not None:
+                kwargs = {**kwargs, "past_key_values": cache}
+        if dense and options.trace is None:  # not even which tokens there are is asked
+            return (), {**kwargs, KWARG: Dense(compiling)}
+        past = cache.get_seq_length() if cache is not None else 0
+        modality, real, seen = self._tokens(model, kwargs, past)
+        step = None
+        if options.trace is not None:
+            step = Step(modality, real, past, kv, unit, layers=self.num_layers, decided=not dense)
+            options.trace.steps.append(step)
+        if dense:
+            return (), {**kwargs, KWARG: Dense(compiling, step)}
         adapted = hasattr(model, "peft_config")
         if mode == "gathered" and adapted:
             _check_adapters(self.layers)
-        if args:
-            kwargs = {**dict(zip(("input_ids", "pixel_values"), args, strict=False)), **kwargs}
-        cache = self._cache(model, kwargs)
-        if cache is not None:
-            kwargs = {**kwargs, "past_key_values": cache}
-        past = cache.get_seq_length() if cache is not None else 0
-        modality, real, seen = self._tokens(model, kwargs, past)
-        kv, unit = options.kv or self.config.kv, options.unit or self.config.unit
-        granularity = options.granularity or self.config.granularity
-        step = None
-        if options.trace is not None:
-            step = Step(modality, real, past, kv, unit, layers=self.num_layers)
-            options.trace.steps.append(step)
-        policy = options.policy or self._gated(options, granularity)
         by_prompt = ("granularity", "sequence", "token") if granularity == "sequence" else None
         if isinstance(policy, GatedPerInput):
             by_prompt = ("budget_per", "input", "data")
-        capacity = self.capacity if options.capacity is None else options.capacity
         if capacity is not None:
             by_prompt = ("capacity", "a limit", "no limit")
             capacity = check_capacity(capacity, self.num_layers)
@@ -232,7 +242,7 @@ class Router:
             granularity=granularity,
             mode=mode,
             route=options.route,
-            compiling=self.compiling,
+            compiling=compiling,
             capacity=capacity,
             adapted=adapted,
             modality=modality,

@@ -28,9 +28,11 @@ from skipit.router import (
 )
 from skipit.router import call as call_module
 from skipit.router import compiled as compiled_module
+from skipit.router.config import EVERYTHING
 from studies.counts import counting, models
 from studies.shapes import prompt
 
+ALL_RUN = -1e9  # a threshold above which all logits happen to be
 KV = pytest.mark.parametrize("kv", ["retain", "evict"])
 
 
@@ -131,10 +133,11 @@ class TestGraphs:
             assert counter.graphs == 1, row
 
     @torch.no_grad()
-    def test_one_graph_for_every_step(self) -> None:
+    @pytest.mark.parametrize("threshold", [ALL_RUN, EVERYTHING])
+    def test_one_graph_for_every_step(self, threshold: float) -> None:
         counter = Counter()
         _, model = pair("llava", counter)
-        with running(policy=Gated(-torch.inf)):
+        with running(policy=Gated(threshold)):
             model.generate(**inputs("llava", [["image", 40, 41]]), max_new_tokens=2, do_sample=False)
             before = counter.graphs
             model.generate(**inputs("llava", [["image", 40, 41]]), max_new_tokens=9, do_sample=False)
@@ -151,7 +154,7 @@ class TestGraphs:
 
         attention.forward = prints
         with pytest.raises(UnsupportedModelError, match=r"cannot be compiled as one graph.*without `skipit.compile`"):
-            logits(model, inputs("llava", ROWS), policy=Gated(-torch.inf))
+            logits(model, inputs("llava", ROWS), policy=Gated(ALL_RUN))
 
     def test_the_model_can_still_be_sent(self) -> None:
         _, model = pair("llava", "eager")
@@ -189,11 +192,12 @@ class TestCapacity:
             assert torch.equal(model.generate(**batch, **NEW_TOKENS), answer)
 
     @torch.no_grad()
-    def test_the_highest_logits_run(self) -> None:
+    @pytest.mark.parametrize("threshold", [ALL_RUN, EVERYTHING])
+    def test_the_highest_logits_run(self, threshold: float) -> None:
         model, batch = gated("llava"), inputs("llava", ROWS)
-        with running(trace=(free := Trace()), policy=Gated(-1e9)):
+        with running(trace=(free := Trace()), policy=Gated(ALL_RUN)):
             model(**batch)
-        with running(trace=(limited := Trace()), policy=Gated(-1e9), capacity=0.3):
+        with running(trace=(limited := Trace()), policy=Gated(threshold), capacity=0.3):
             model(**batch)
         real = batch["attention_mask"].bool()
         for layer in range(len(free.steps[0].run)):

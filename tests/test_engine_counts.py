@@ -46,6 +46,20 @@ def test_the_host_waits_once_per_decision(decide_at: tuple[int, ...] | None, bat
                 assert set(got.reads) <= {OUTSIDE}  # no layer waits
 
 
+@pytest.mark.parametrize("batch", [1, 4])
+@pytest.mark.parametrize("decide_at", POINTS)
+def test_a_budget_of_one_launches_and_reads_what_the_dense_model_does(
+    decide_at: tuple[int, ...] | None, batch: int
+) -> None:
+    dense, gated = models(decide_at, image_tokens=16)
+    given = prompt(16, 12, batch)
+    base = count_calls(dense, given)
+    for options in ({}, {"kv": "evict"}, {"mode": "masked"}):
+        assert count_calls(gated, given, budget=1, **options) == base
+    if decide_at == (0,):
+        assert count_calls(gated, given, budget=1, budget_per="input") == base
+
+
 @pytest.mark.parametrize("family", ["qwen2.5-vl", "gemma3"])
 def test_other_families_wait_no_more(family: str) -> None:
     dense, gated = build(family), build(family)

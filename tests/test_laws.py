@@ -20,6 +20,7 @@ from transformers import AutoModelForImageTextToText, DynamicCache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from skipit.router import (
+    Gated,
     Policy,
     RouterConfig,
     SkipCache,
@@ -37,6 +38,7 @@ from skipit.router import (
 from skipit.router.cache import ImageCacheLayer
 from skipit.router.call import Route
 from skipit.router.checkpoint import load, load_router, save_gated
+from skipit.theory.cost import CostModel, trace_compute
 
 EVERY_FAMILY = pytest.mark.parametrize("family", FAMILIES)
 EVERY_POLICY = pytest.mark.parametrize("kv", ["retain", "evict"])
@@ -167,6 +169,75 @@ class TestAllRun:
             ours = model.generate(**batch, **NEW_TOKENS, return_dict_in_generate=True, output_logits=True)
         assert isinstance(ours.past_key_values, DynamicCache)
         assert all(map(torch.equal, ours.logits, base.logits))
+
+
+class TestBudgetOfOne:
+    """Where nothing may be skipped nothing is decided: the base model bit for bit, whatever the gates say."""
+
+    @EVERY_FAMILY
+    @EVERY_POLICY
+    @pytest.mark.parametrize("options", [{}, {"mode": "masked"}, {"granularity": "sequence"}], ids=str)
+    def test_generate(self, family: str, kv: str, options: dict[str, Any]) -> None:
+        model, batch = build(family), inputs(family, ROWS)
+        how = {**NEW_TOKENS, "return_dict_in_generate": True, "output_logits": True}
+        base = model.generate(**batch, **how)
+        attach(model, RouterConfig(kv=kv))  # type: ignore[arg-type]
+        _no_gates(model)
+        for asked in ({}, {"trace": Trace()}):
+            with running(**options, **asked):
+                ours = model.generate(**batch, **how, budget=1.0)
+            assert all(map(torch.equal, ours.logits, base.logits))
+        steps = asked["trace"].steps
+        assert len(steps) == NEW_TOKENS["max_new_tokens"]
+        assert all(torch.equal(step.run, step.real.expand_as(step.run)) for step in steps)
+        compute = trace_compute(CostModel.of(model), steps)
+        assert torch.equal(compute.executed, compute.dense)  # no gates among them
+
+    @EVERY_FAMILY
+    def test_hidden_states_and_gradients(self, family: str) -> None:
+        model, batch = build(family).train(), inputs(family, ROWS, "right")
+        outputs, gradients = [], []
+        for budget in (None, 1):
+            model.zero_grad()
+            if budget:
+                attach(model)
+                _no_gates(model)
+            with running(budget=budget):
+                outputs.append(model(**batch, use_cache=False, output_hidden_states=True))
+            outputs[-1].logits.square().mean().backward()
+            gradients.append({n: p.grad for n, p in model.named_parameters() if p.grad is not None})
+        assert all(map(torch.equal, outputs[0].hidden_states, outputs[1].hidden_states))
+        assert gradients[0].keys() == gradients[1].keys()
+        assert all(torch.equal(gradients[1][name], grad) for name, grad in gradients[0].items())
+
+    @pytest.mark.parametrize("family", [name for name in FAMILIES if name != "mllama"])
+    def test_a_prompt_may_spend_all(self, family: str) -> None:
+        model, batch = build(family), inputs(family, ROWS)
+        base = model.generate(**batch, **NEW_TOKENS)
+        attach(model)
+        _no_gates(model)
+        assert torch.equal(model.generate(**batch, **NEW_TOKENS, budget=1, budget_per="input"), base)
+
+    @EVERY_FAMILY
+    @EVERY_POLICY
+    def test_the_budget_may_change_between_calls(self, family: str, kv: str) -> None:
+        model, batch = build(family), inputs(family, ROWS)
+        attach(model, RouterConfig(kv=kv))  # type: ignore[arg-type]
+        policy, batch = PATTERNS["gates"](model), placed(model, batch)
+        length, real = batch["input_ids"].shape[1], batch["attention_mask"].bool()
+        cuts = ((0, length - 3), (length - 3, length - 1), (length - 1, length))
+        for order in ((1, None, 1), (None, 1, None)):
+            if family == "gemma3" and order[0]:
+                continue  # its dense cache drops tokens outside the sliding window
+            found = []
+            for everything in ({"budget": 1}, {"policy": Gated(-1e9)}):  # the second one decides
+                cache, pieces = None, []
+                for (start, stop), budget in zip(cuts, order, strict=True):
+                    with running(**everything if budget else {"policy": policy}), torch.no_grad():
+                        output = model(**part(batch, start, stop), past_key_values=cache, use_cache=True)
+                    cache, pieces = output.past_key_values, [*pieces, output.logits]
+                found.append(torch.cat(pieces, dim=1)[real])
+            assert same(*found)
 
 
 class TestMaskedIsGathered:
@@ -712,6 +783,13 @@ class TestTraining:
         detach(model)
         assert _anatomy(twin)["types"] == _anatomy(model)["types"]
         assert torch.equal(logits(twin, batch), logits(model, batch))
+
+
+def _no_gates(model: nn.Module) -> None:
+    """Gates that would skip everything, and cannot be asked."""
+    _skip_all_by_gates(model)
+    for layer in gated_layers(model):
+        layer.layer_gate.register_forward_pre_hook(lambda *_: pytest.fail("a gate was asked"))
 
 
 def _skip_all_by_gates(model: Any) -> None:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from skipit.router import Gated, InputError, Trace, running
 from skipit.router.call import Mode
-from skipit.router.config import KVPolicy
+from skipit.router.config import EVERYTHING, KVPolicy
 
 from .cost import Compute, CostModel, Costs, trace_compute
 from .labels import before_answer
@@ -102,7 +102,8 @@ def calibrate(
     Returns:
         The threshold and the share measured at it.
     """
-    check_budget(budget)
+    if check_budget(budget) == 1:
+        return EVERYTHING, 1.0  # nothing is decided then, so gates cost nothing
     low, high = -LIMIT, LIMIT
     best: tuple[float, float] | None = None
     threshold = 0.0

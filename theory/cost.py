@@ -191,7 +191,7 @@ def trace_flops(costs: Costs, steps: list[Step]) -> tuple[list[Tensor], list[Ten
             held = seen = None
         run = step.run.double()
         spent, full = costs.spend(run, step.real, step.kv, held, seen, step.unit, step.images)
-        executed.append(spent)
+        executed.append(spent if step.decided else full)
         dense.append(full)
         kept = run if step.kv == "evict" and step.unit != "mlp" else step.real.double().expand_as(run)
         held = kept.sum(-1) if held is None else held + kept.sum(-1)

@@ -163,7 +163,7 @@ def points_table(config: RouterConfig, record: Mapping[str, Any], certificates: 
             share = shares.get(name)
             shown = "-" if share is None else f"{share:.1%}"
             mark = " (default)" if threshold == config.threshold else ""
-            lines.append(f"| {name}{mark} | {threshold:.4f} | {shown} |")
+            lines.append(f"| {name}{mark} | {threshold:.4g} | {shown} |")
         chosen = next(iter(config.operating_points))
         call = f"model.generate(**inputs, budget={chosen if _is_number(chosen) else repr(chosen)})"
         body = "\n".join([f"`{call}` chooses one of these for a call.", "", *lines])

@@ -100,7 +100,8 @@ def _packed(outcome: Outcome) -> tuple[dict[str, Any], dict[str, Tensor]]:
     for number, record in enumerate(recorded.records):
         tensors |= {f"{number}.{name}": getattr(record, name) for name in ("run", "stratum", "real")}
         tensors |= {f"{number}.kinds.{name}": mask for name, mask in record.kinds.items()}
-        records.append({"kinds": list(record.kinds), "kv": record.kv, "unit": record.unit, "images": record.images})
+        kept = {name: getattr(record, name) for name in ("kv", "unit", "images", "decided")}
+        records.append({"kinds": list(record.kinds), **kept})
     figures = {name: getattr(outcome, name) for name in ("accuracy", "by_kind", "compute", "scored_by")}
     return {**figures, "answers": recorded.answers, "records": records}, tensors
 
@@ -113,6 +114,7 @@ def _unpacked(values: dict[str, Any], tensors: dict[str, Tensor]) -> Outcome:
             kv=record["kv"],
             unit=record["unit"],
             images=ImageStates(*record["images"]),
+            decided=record.get("decided", True),  # parts kept by a version before have no such figure
         )
         for number, record in enumerate(values["records"])
     ]

@@ -32,6 +32,7 @@ class Record:
         kv: what skipped tokens leave behind.
         unit: what a token skips.
         images: what cross-attention layers attend to.
+        decided: False where nothing could be skipped, and no gate was asked.
     """
 
     run: Bool[Tensor, "layers batch seq"]
@@ -41,6 +42,7 @@ class Record:
     kv: KVPolicy = "retain"
     unit: Unit = "block"
     images: ImageStates = NO_IMAGES
+    decided: bool = True
 
     @classmethod
     def of(
@@ -83,6 +85,7 @@ class Record:
             first.kv,
             first.unit,
             first.images,
+            any(step.decided for step in steps),
         )
 
     def flops(
@@ -91,7 +94,7 @@ class Record:
         """FLOPs per token over all layers, executed and dense; `run` may be another, soft one (rates)."""
         run = self.run.double() if run is None else run
         spent, full = costs.spend(run, self.real, self.kv, unit=self.unit, images=self.images)
-        return spent.sum(0), full.sum(0)
+        return (spent if self.decided else full).sum(0), full.sum(0)
 
 
 @dataclass(frozen=True)

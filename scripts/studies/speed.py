@@ -32,7 +32,8 @@ from .memory import cache_bytes, peak_bytes
 from .shapes import SHAPES, prompt, to_model
 from .study import command, markdown
 
-UNTOUCHED, COMPILED, ATTACHED = "untouched", "untouched, compiled", "gates attached, all run"
+UNTOUCHED, COMPILED = "untouched", "untouched, compiled"
+ATTACHED, WHOLE = "gates decide, all run", "budget 1, nothing is decided"
 KINDS = ("prefill", "decode")
 DECODE_STEPS = 8
 Cases = dict[str, dict[str, Any]]  # options of `running`, by name
@@ -108,8 +109,12 @@ class Bench:
         return 1 - float(prefill.share), 1 - float(decode)
 
     def time(self, cases: Cases, repeats: int) -> list[dict[str, Any]]:
-        """Time the untouched model, eager and compiled, the gated one with everything running, and cases."""
+        """Time the untouched model, eager and compiled, the gated one with everything running, and cases.
+
+        Gates whose logits all exceed the threshold decide for every token all the same; a budget of 1 asks none.
+        """
         subjects = {UNTOUCHED: Subject(self.dense), **self.compiled, ATTACHED: Subject(self.gated)}
+        cases = {WHOLE: {"budget": 1}, **cases}
         subjects |= {name: Subject(self.gated, _context(options)) for name, options in cases.items()}
         saved = {name: self.flops_saved(options) for name, options in cases.items()}
         if self.graphs is not None:

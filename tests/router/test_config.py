@@ -10,7 +10,7 @@ import pytest
 from tiny_models import build
 
 from skipit.router import RouterConfig, RouterConfigError, attach
-from skipit.router.config import decision_points
+from skipit.router.config import EVERYTHING, decision_points
 
 FULL = RouterConfig(kv="evict", layers="model.layers", threshold=-0.25, operating_points={"0.5": -0.25, "0.25": 1.5})
 
@@ -80,6 +80,7 @@ def test_a_file_that_is_not_json(content: bytes, tmp_path: Path) -> None:
 def test_thresholds_by_budget() -> None:
     assert FULL.threshold_at(None) == -0.25
     assert FULL.threshold_at("0.25") == FULL.threshold_at(0.25) == 1.5
+    assert FULL.threshold_at(1) == FULL.threshold_at("1") == EVERYTHING  # not calibrated
     with pytest.raises(
         RouterConfigError,
         match=r"^`budget`: got '0.3', this router is calibrated for: 0.5, 0.25. Choose one of these, or calibrate",

@@ -27,7 +27,7 @@ from skipit.router import (
     detach,
     running,
 )
-from skipit.router.call import DENSE, KWARG, Call
+from skipit.router.call import KWARG, Call, Dense
 from skipit.router.running import _running
 
 SKIP_ALL = FixedUnits(torch.zeros(4, 2, dtype=torch.bool))
@@ -79,7 +79,7 @@ def test_what_layers_are_told() -> None:
     with running(policy=SKIP_ALL):
         assert seen(model, batch).policy is SKIP_ALL
     with running(mode="dense"):
-        assert seen(model, batch) == DENSE
+        assert seen(model, batch) == Dense()
     assert seen(model.train(), batch).mode == "masked"
 
 

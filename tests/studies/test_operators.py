@@ -19,7 +19,7 @@ def test_small(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: 
     operators.main([*size, "--out", str(tmp_path / "found.json")])
     found = json.loads((tmp_path / "found.json").read_text())["small"]
     prefill = calls(found["prompt"])
-    assert prefill["attention"]["untouched"] == prefill["attention"]["gates attached, all run"]
+    assert prefill["attention"]["untouched"] == prefill["attention"]["gates decide, all run"]
     assert prefill["packing and copies"]["evict, 50% skipped"] > prefill["packing and copies"]["untouched"]
     assert all(ms >= 0 for row in found["token"] for ms in row["ms"].values())
     assert capsys.readouterr().out.count("| *sum* |") == 2
@@ -31,4 +31,4 @@ def test_reference() -> None:
     found = operators.measure(cases, inputs, 1)
     for rows in (calls(found["prompt"]), calls(found["token"])):
         # The gates' logits are linear maps, too.
-        assert rows["linear maps"]["untouched"] < rows["linear maps"]["gates attached, all run"]
+        assert rows["linear maps"]["untouched"] < rows["linear maps"]["gates decide, all run"]

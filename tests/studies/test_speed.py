@@ -19,26 +19,28 @@ def test_efficiency() -> None:
     rows = bench.efficiency("small", [2], [0.5], repeats=1, **TINY)
     assert [row["name"] for row in rows] == [
         "untouched",
-        "gates attached, all run",
+        "gates decide, all run",
+        "budget 1, nothing is decided",
         "retain, 50% skipped",
         "evict, 50% skipped",
     ]
-    untouched, attached, retain, evict = rows
+    untouched, attached, whole, retain, evict = rows
     assert untouched["prefill_speed_up"] == untouched["decode_speed_up"] == 1
     assert untouched["prefill_efficiency"] is attached["prefill_efficiency"] is None
+    assert whole["prefill_flops_saved"] == whole["decode_flops_saved"] == 0
     assert 0.3 < retain["prefill_flops_saved"] < evict["prefill_flops_saved"] < 0.7
     for row in (retain, evict):
         for kind in ("prefill", "decode"):
             assert row[f"{kind}_saved"] == pytest.approx(1 - 1 / row[f"{kind}_speed_up"])
             assert row[f"{kind}_efficiency"] == pytest.approx(row[f"{kind}_saved"] / row[f"{kind}_flops_saved"])
-    assert bench.table(rows).count("\n") == 5
+    assert bench.table(rows).count("\n") == 6
 
 
 def test_the_best_untouched_model_counts(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(twin, "BACKEND", "eager")
     rows = {row["name"]: row for row in bench.efficiency("small", [1], [0.5], repeats=1, compiled=True, **TINY)}
     assert list(rows)[:2] == ["untouched", "untouched, compiled"]
-    for name in ("gates attached, all run", "retain, 50% skipped", "evict, 50% skipped"):
+    for name in ("gates decide, all run", "retain, 50% skipped", "evict, 50% skipped"):
         assert rows[f"{name}, compiled"]["prefill_flops_saved"] == rows[name]["prefill_flops_saved"]
     for kind in ("prefill", "decode"):
         best = max(rows[name][f"{kind}_speed_up"] for name in ("untouched", "untouched, compiled"))
@@ -47,16 +49,16 @@ def test_the_best_untouched_model_counts(monkeypatch: pytest.MonkeyPatch) -> Non
 
 def test_schemes_save_what_they_say() -> None:
     rows = {row["name"]: row for row in bench.schemes("small", [1], repeats=1, **TINY)}
-    assert len(rows) == 10
+    assert len(rows) == 11
     for name, row in rows.items():
-        if name not in ("untouched", "gates attached, all run"):
+        if name not in ("untouched", "gates decide, all run", "budget 1, nothing is decided"):
             assert 0.1 < row["prefill_flops_saved"] < 0.6, name
     assert rows["vision frozen in layers (ShortV)"]["decode_flops_saved"] == pytest.approx(0, abs=0.01)
 
 
 def test_scaling_and_sizes() -> None:
     rows = bench.scaling("small", [16, 64], [2], repeats=1, **TINY)
-    assert [(row["batch"], row["image_tokens"]) for row in rows[::4]] == [(1, 16), (1, 64), (2, 576)]
+    assert [(row["batch"], row["image_tokens"]) for row in rows[::5]] == [(1, 16), (1, 64), (2, 576)]
     with pytest.raises(ValueError, match="`image_tokens`: got 20, expected a square number"):
         prompt(20, 8, 1)
 
@@ -114,7 +116,7 @@ def test_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest
     ]
     bench.main([*arguments, "--out", str(out)])
     written = json.loads(out.read_text())
-    assert len(written["efficiency"]) == 4
+    assert len(written["efficiency"]) == 5
     assert len(written["memory"]) == 4
     assert "versions" in written["made_by"]
     assert "K/V MB" in capsys.readouterr().out

@@ -27,7 +27,7 @@ from skipit.router import (
     running,
     set_gates,
 )
-from skipit.router.call import DENSE, KWARG
+from skipit.router.call import KWARG, Dense
 from skipit.router.config import KVPolicy
 from skipit.router.folders import save_tensors
 from skipit.theory.artefact import (
@@ -227,7 +227,7 @@ class TestProfile:
             with running(policy=FixedUnits(run), kv="evict", mode="masked"), recorded(layers) as skipping:
                 model(**batch, use_cache=False)
             entered = dense[layer].entered.detach()
-            kwargs = {**dense[layer].kwargs, KWARG: DENSE}  # by itself, and for every token
+            kwargs = {**dense[layer].kwargs, KWARG: Dense()}  # by itself, and for every token
             apart = apart_output(layers[layer], entered, kwargs, modality.masked_fill(~real, -1))
             got = torch.where(chosen[..., None], entered, apart)
             torch.testing.assert_close(got[real], skipping[layer].left[real], atol=1e-4, rtol=1e-4)
@@ -461,6 +461,11 @@ class TestCalibrate:
         with running(budget=0.6, trace=trace, kv=kv), torch.no_grad():
             model(**prompts(batches[0]))
         assert not trace.steps[0].run.all()
+
+    def test_a_budget_of_one_is_met_exactly(self) -> None:
+        model, costs = build("llava"), CostModel(())
+        attach(model)
+        assert calibrate(model, [], costs, 1.0, "retain") == (find_router(model)[1].config.threshold_at(1.0), 1.0)
 
     def test_budget(self) -> None:
         with pytest.raises(ValueError, match="`budget`: got 2"):

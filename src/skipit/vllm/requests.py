@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from skipit.router import RouterConfig
-from skipit.router.config import BudgetPer, check_choice, check_per_input, point_name
+from skipit.router.config import EVERYTHING, BudgetPer, check_choice, check_per_input, point_name
 from skipit.router.errors import RouterConfigError, short
 
 BUDGET, BUDGET_PER = (
@@ -69,12 +69,13 @@ def spending(config: RouterConfig, asked: Mapping[str, Any] | None) -> Spending:
     if per == "data":
         return Spending(DEFAULT if budget is None else point_name(budget), config.threshold_at(budget))
     check_per_input(config.decide_at, config.granularity)
-    return Spending(INPUT, None, config.share_at(_number(budget)))
+    share = config.share_at(_number(budget))
+    return Spending(INPUT, EVERYTHING if share == 1 else None, share)
 
 
 def names(config: RouterConfig) -> list[str]:
     """All names under which requests are counted."""
-    return list(dict.fromkeys([DEFAULT, INPUT, *config.operating_points]))
+    return list(dict.fromkeys([DEFAULT, INPUT, point_name(1), *config.operating_points]))
 
 
 def _number(budget: Any) -> Any:

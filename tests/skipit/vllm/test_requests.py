@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 
 from skipit.router import RouterConfig, RouterConfigError
+from skipit.router.config import EVERYTHING
 from skipit.vllm.requests import Spending, check_servable, names, spending
 
 POINTS = {"0.5": 0.25, "fast": 1.5}
@@ -40,6 +41,8 @@ def test_others_are_served(settings: dict[str, Any]) -> None:
         ({"skipit_budget": "fast"}, Spending("fast", 1.5)),
         ({"skipit_budget": "0.3", "skipit_budget_per": "input"}, Spending("input", None, 0.3)),
         ({"skipit_budget": 0.3, "skipit_budget_per": "input"}, Spending("input", None, 0.3)),
+        ({"skipit_budget": 1}, Spending("1", EVERYTHING)),
+        ({"skipit_budget": 1, "skipit_budget_per": "input"}, Spending("input", EVERYTHING, 1.0)),
     ],
 )
 def test_what_a_request_spends(asked: dict[str, Any] | None, expected: Spending) -> None:
