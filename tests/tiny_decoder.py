@@ -45,8 +45,8 @@ def tiny_documents_model(seed: int = 0) -> tuple[Any, Any]:
     """Model and processor, with a tower that takes milliseconds."""
     processor = build_processor(tiny_tokenizer())
     vision = FocalNetConfig(
-        image_size=[HEIGHT, WIDTH], patch_size=8, embed_dim=8, depths=[1, 2], focal_levels=[1, 1], focal_windows=[3, 3],
-        drop_path_rate=0.0,
+        image_size=[HEIGHT, WIDTH], patch_size=4, use_conv_embed=True, embed_dim=4, depths=[1, 1, 1],
+        focal_levels=[1, 1, 1], focal_windows=[3, 3, 3], drop_path_rate=0.0,
     )  # fmt: skip
     torch.manual_seed(seed)
     return build_model(tiny_decoder(seed), processor, vision), processor

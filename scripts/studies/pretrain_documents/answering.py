@@ -1,4 +1,8 @@
-"""Stage two: LoRA on the decoder learns to answer, and tower and projector go on, for which the first loss stays."""
+"""Stages two and three: LoRA on the decoder learns to answer.
+
+First from what an ideal tower would say, so that it needs no trained one and may run beside the first stage; then from
+what the tower does say, and tower and projector go on, for which the first stage's loss stays.
+"""
 
 import json
 import time
@@ -16,7 +20,7 @@ from torch.utils.data import Dataset
 from skipit.train.reference.documents.data import Document, draw_document, questions_of
 from skipit.train.reference.documents.layouts import KINDS
 from skipit.train.reference.documents.model import IMAGE_TOKEN, IMAGE_TOKENS
-from skipit.train.reference.documents.weights import add_lora
+from skipit.train.reference.documents.questions import TASKS, Task
 from skipit.train.reference.documents.words import Split
 
 from ..state import load_state, save_state
@@ -25,6 +29,7 @@ from .tower import Log, Reader, batch, in_turn, rate
 
 SAVE_EVERY, MEASURE_EVERY = 10, 100  # steps
 HELD_OUT = 24  # pages on whose questions answers are measured
+MISREAD = 0.03  # of the tokens
 
 
 @dataclass(frozen=True)
@@ -34,7 +39,7 @@ class Packed:
     Attributes:
         ids: [1, seq].
         positions: [1, seq], of which every question's begin where the prompt ends.
-        mask: [1, 1, seq, seq], true where a token may look.
+        mask: [1, 1, seq, seq], added to the scores: 0 where a token may look.
         answers: places that predict a token of an answer, [answer tokens].
         questions: which question each of these belongs to.
     """
@@ -70,15 +75,22 @@ def pack(tokenizer: Any, questions: Sequence[tuple[str, str]]) -> Packed:
         positions += range(start, start + len(asked) + len(said))
     segment = torch.tensor(segments)
     sees = (segment[:, None] == segment) | (segment == 0)
-    mask = (sees & torch.ones_like(sees).tril())[None, None]
+    mask = torch.zeros(1, 1, len(ids), len(ids)).masked_fill(~(sees & torch.ones_like(sees).tril()), -1e4)
     return Packed(torch.tensor([ids]), torch.tensor([positions]), mask, torch.tensor(answers), torch.tensor(numbers))
 
 
-def answer_logits(model: Any, packed: Packed, pixels: Tensor) -> tuple[Tensor, Tensor]:
-    """Logits at the answers, [answer tokens, vocabulary], and the tokens that are right there."""
+def answer_logits(model: Any, packed: Packed, said: Tensor) -> tuple[Tensor, Tensor]:
+    """Logits at the answers, [answer tokens, vocabulary], and the tokens that are right there.
+
+    Args:
+        model: the LLaVA.
+        packed: the page's text.
+        said: what the decoder is given of the page, [1, `IMAGE_TOKENS`, width].
+    """
+    embeddings = model.get_input_embeddings()(packed.ids)
+    image = (packed.ids == model.config.image_token_id)[..., None]
     out = model(
-        input_ids=packed.ids,
-        pixel_values=pixels,
+        inputs_embeds=embeddings.masked_scatter(image, said.to(embeddings.dtype)),
         attention_mask=packed.mask,
         position_ids=packed.positions,
         logits_to_keep=packed.answers,
@@ -87,22 +99,24 @@ def answer_logits(model: Any, packed: Packed, pixels: Tensor) -> tuple[Tensor, T
     return out.logits[0].float(), packed.ids[0, packed.answers + 1]
 
 
-def drawn(split: Split, rng: np.random.Generator) -> tuple[Document, list[tuple[str, str, str]]]:
-    """A page with a question of every task that it can be asked: task, question, answer."""
+def drawn(split: Split, rng: np.random.Generator) -> tuple[Document, list[tuple[Task, str, str]]]:
+    """A page with two questions of every task that it can be asked, but one to read it: task, question, answer."""
     document = draw_document(split, KINDS[rng.integers(len(KINDS))], rng)
-    return document, [(task, question, answer) for task, question, answer in questions_of(document, split, rng)]
+    return document, [*questions_of(document, split, rng), *questions_of(document, split, rng, TASKS[:-1])]
 
 
 @torch.no_grad()
-def right(model: Any, processor: Any, alphabet: Alphabet, split: Split, pages: int) -> dict[str, float]:
+def right(
+    model: Any, reader: Reader, processor: Any, alphabet: Alphabet, split: Split, pages: int, ideal: bool
+) -> dict[str, float]:
     """Share of answers that are right to the token, per task, under teacher forcing."""
-    hits: dict[str, list[float]] = {}
+    hits: dict[Task, list[float]] = {}
     for number in range(pages):
         document, asked = drawn(split, np.random.default_rng([8, number]))
         packed = pack(processor.tokenizer, [(question, answer) for _, question, answer in asked]).to(model.device)
-        pixels = batch([document.page], alphabet, processor)[0].to(model.device)
+        pixels, tokens, _ = (part.to(model.device) for part in batch([document.page], alphabet, processor))
         with torch.autocast(model.device.type, torch.bfloat16):
-            logits, wanted = answer_logits(model, packed, pixels)
+            logits, wanted = answer_logits(model, packed, reader.table[tokens] if ideal else reader(pixels)[0])
         hit = logits.argmax(-1) == wanted
         for place, (task, _, _) in enumerate(asked, start=1):
             hits.setdefault(task, []).append(float(hit[packed.questions == place].all()))
@@ -110,19 +124,20 @@ def right(model: Any, processor: Any, alphabet: Alphabet, split: Split, pages: i
 
 
 class AnswerSteps(Dataset[list[tuple[Packed, Tensor, Tensor]]]):
-    """What each step of the second stage sees, by its number alone: per page its questions, pixels and tokens.
+    """What each step of the later stages sees, by its number alone: per page its questions, pixels and tokens.
 
     Args:
         alphabet: what the tower says.
         processor: the model's.
         size: pages of a step.
+        seed: another one gives other pages.
     """
 
-    def __init__(self, alphabet: Alphabet, processor: Any, size: int) -> None:
-        self.alphabet, self.processor, self.size = alphabet, processor, size
+    def __init__(self, alphabet: Alphabet, processor: Any, size: int, seed: int) -> None:
+        self.alphabet, self.processor, self.size, self.seed = alphabet, processor, size, seed
 
     def __getitem__(self, step: int) -> list[tuple[Packed, Tensor, Tensor]]:
-        rng, pages = np.random.default_rng([2, step]), []
+        rng, pages = np.random.default_rng([self.seed, step]), []
         for _ in range(self.size):
             document, asked = drawn("train", rng)
             packed = pack(self.processor.tokenizer, [(question, answer) for _, question, answer in asked])
@@ -131,44 +146,69 @@ class AnswerSteps(Dataset[list[tuple[Packed, Tensor, Tensor]]]):
         return pages
 
 
-def train_answers(
-    model: Any, processor: Any, folder: Path, steps: int, size: int = 2, workers: int = 0, log: Log = print
-) -> Any:
-    """Train LoRA, tower and projector up to a step, going on from `folder`; the decoder itself is frozen.
+def misread(tokens: Tensor, written: int, step: int) -> Tensor:
+    """Tokens of which a few are others, as a tower that is good and not perfect would say them.
 
     Args:
-        model: the LLaVA, its tower trained; it is changed and returned.
+        tokens: indices in the alphabet.
+        written: the alphabet's size.
+        step: by which they are drawn.
+    """
+    random = torch.Generator().manual_seed(step)
+    wrong = torch.rand(tokens.shape, generator=random) < MISREAD
+    return torch.where(wrong & (tokens > 1), torch.randint(2, written, tokens.shape, generator=random), tokens)
+
+
+def train_answers(
+    model: Any,
+    processor: Any,
+    folder: Path,
+    steps: int,
+    ideal: bool,
+    size: int = 2,
+    workers: int = 0,
+    log: Log = print,
+) -> Any:
+    """Train LoRA up to a step, going on from `folder`; the decoder itself is frozen.
+
+    Args:
+        model: the LLaVA, with LoRA (`add_lora`); it is changed and returned.
         processor: the model's.
         folder: the checkpoint and the log.
         steps: in all, those of earlier sittings included.
-        size: pages of a step, each with about seven questions.
+        ideal: give the decoder what an ideal tower would say; otherwise the tower's own words, and train it, too.
+        size: pages of a step, each with about thirteen questions.
         workers: processes that draw pages ahead.
         log: receives a line now and then.
     """
     folder.mkdir(parents=True, exist_ok=True)
     alphabet, device = Alphabet(processor.tokenizer), model.device
+    model.set_attn_implementation("eager")  # on a CPU half of the time that the backward pass of sdpa takes
     model.requires_grad_(False)
     model.model.language_model.to(torch.bfloat16)
-    add_lora(model)
+    lora = [p for name, p in model.named_parameters() if ".lora_" in name]
     reader = Reader(model, alphabet.tokens).to(device)
-    seeing = [*reader.tower.parameters(), *reader.projector.parameters()]
-    for parameter in seeing:
+    seeing = [] if ideal else [*reader.tower.parameters(), *reader.projector.parameters()]
+    for parameter in (*lora, *seeing):
         parameter.requires_grad_(True)
-    lora = [p for p in model.model.language_model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW([{"params": lora}, {"params": seeing}], weight_decay=0.0)
+        parameter.data = parameter.data.float()  # small steps would be lost in bf16
+    optimizer = torch.optim.AdamW([{"params": each} for each in (lora, seeing) if each], weight_decay=0.0)
     done, started = load_state(folder, {"model": model}, optimizer), time.time()
-    peaks, running = [5e-4, 1e-4], 0.0
-    for step, pages in enumerate(in_turn(AnswerSteps(alphabet, processor, size), done, steps, workers), start=done):
+    peaks, running = ([1e-3] if ideal else [5e-4, 2e-4]), 0.0
+    drawn_steps = AnswerSteps(alphabet, processor, size, seed=2 if ideal else 3)
+    for step, pages in enumerate(in_turn(drawn_steps, done, steps, workers), start=done):
         total = 0.0
         optimizer.zero_grad()
         for page in pages:
             packed, pixels, tokens = (part.to(device) for part in page)
             with torch.autocast(device.type, torch.bfloat16):
-                logits, wanted = answer_logits(model, packed, pixels)
-                # A long answer counts more than a short one, but not in proportion to its length.
-                weight = torch.bincount(packed.questions)[packed.questions].float().rsqrt()
-                answer = (F.cross_entropy(logits, wanted, reduction="none") * weight).sum() / weight.sum()
-                loss = answer + 0.1 * reader.spoken(reader.heard["said"].float(), tokens)
+                given = misread(page[-1], len(alphabet.tokens), step).to(device)
+                said = reader.table[given] if ideal else reader(pixels)[0]
+                logits, wanted = answer_logits(model, packed, said)
+            # A long answer counts more than a short one, but not in proportion to its length.
+            weight = torch.bincount(packed.questions)[packed.questions].float().rsqrt()
+            answer = (F.cross_entropy(logits, wanted, reduction="none") * weight).sum() / weight.sum()
+            loss = answer if ideal else answer + 0.1 * reader.spoken(said, tokens)
             (loss / size).backward()
             total += answer.item() / size
         nn.utils.clip_grad_norm_([*lora, *seeing], 1.0)
@@ -178,10 +218,10 @@ def train_answers(
         running = total if step == done else 0.95 * running + 0.05 * total
         if (step + 1) % SAVE_EVERY == 0 or step + 1 == steps:
             pace = (time.time() - started) / (step + 1 - done)
-            log(f"answers {step + 1}/{steps} loss {running:.3f} {pace:.1f} s/step")
+            log(f"{folder.name} {step + 1}/{steps} loss {running:.3f} {pace:.1f} s/step")
             save_state(folder, step + 1, {"model": model}, optimizer)
         if (step + 1) % MEASURE_EVERY == 0 or step + 1 == steps:
-            held_out = right(model, processor, alphabet, "calibration", HELD_OUT)
+            held_out = right(model, reader, processor, alphabet, "calibration", HELD_OUT, ideal)
             record = json.dumps({"step": step + 1, "loss": round(running, 4), **held_out})
             log(record)
             with (folder / "log.jsonl").open("a", encoding="utf-8") as file:

@@ -92,21 +92,20 @@ def tokens_of(page: Page, alphabet: Alphabet) -> NDArray[np.int64]:
 
 
 def letters_of(page: Page) -> NDArray[np.int64]:
-    """The first two characters within each image token, [`ROWS`, `COLUMNS`, 2]: 0 for none, else code - 31."""
-    grid = np.zeros((ROWS, COLUMNS, 2), dtype=np.int64)
+    """The character in each quarter of an image token, [2 * `ROWS`, 2 * `COLUMNS`]: 0 for none, else code - 31."""
+    grid = np.zeros((2 * ROWS, 2 * COLUMNS), dtype=np.int64)
     for word in page.words:
         for letter, x in zip(word.text, word.xs, strict=True):
-            cell = grid[_row(word.y), _column(x)]
-            cell[int(cell[0] > 0)] = ord(letter) - 31
+            grid[_row(word.y, 2), _column(x, 2)] = ord(letter) - 31
     return grid
 
 
-def _row(y: float) -> int:
-    return int(np.clip(y * HEIGHT / SIDE / TOKEN, 0, ROWS - 1))
+def _row(y: float, parts: int = 1) -> int:
+    return int(np.clip(y * HEIGHT / SIDE / TOKEN * parts, 0, ROWS * parts - 1))
 
 
-def _column(x: float) -> int:
-    return int(np.clip(x * WIDTH / SIDE / TOKEN, 0, COLUMNS - 1))
+def _column(x: float, parts: int = 1) -> int:
+    return int(np.clip(x * WIDTH / SIDE / TOKEN * parts, 0, COLUMNS * parts - 1))
 
 
 def shown(grid: NDArray[np.int64], alphabet: Alphabet) -> str:

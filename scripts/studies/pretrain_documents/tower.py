@@ -15,7 +15,6 @@ from torch.utils.data import DataLoader, Dataset
 
 from skipit.train.reference.documents.data import draw_document
 from skipit.train.reference.documents.layouts import KINDS, Kind
-from skipit.train.reference.documents.model import IMAGE_TOKENS
 from skipit.train.reference.documents.page import LINES, Cell, Line, Page, photographed, set_page
 from skipit.train.reference.documents.words import FONTS, Split
 
@@ -25,6 +24,7 @@ from .targets import Alphabet, letters_of, tokens_of
 Log = Callable[[str], None]
 SAVE_EVERY, MEASURE_EVERY = 25, 200  # steps
 HELD_OUT = 24  # pages of a split on which reading is measured
+PEAK = 2e-3  # rate
 LETTERS = 96  # printable ASCII less the space, and none
 
 
@@ -58,7 +58,7 @@ def laid_page(split: Split, rng: np.random.Generator) -> Page:
 
 
 class Reader(nn.Module):
-    """Tower, projector, and a head on the tower's middle that names letters, which teaches its lower half early.
+    """Tower, projector, and a head on the tower's stage before the last that names letters, which teaches it early.
 
     Args:
         model: the LLaVA whose tower and projector are trained.
@@ -70,57 +70,63 @@ class Reader(nn.Module):
     def __init__(self, model: Any, tokens: list[int]) -> None:
         super().__init__()
         self.tower, self.projector = model.model.vision_tower, model.model.multi_modal_projector
-        self.head = nn.Linear(model.config.vision_config.hidden_size, 2 * LETTERS)
+        self.head = nn.Linear(model.config.vision_config.hidden_size // 2, LETTERS)
         self.register_buffer("table", model.get_input_embeddings().weight[tokens].detach().float(), persistent=False)
-        self.heard: dict[str, Tensor] = {}
-        self.tower.encoder.stages[-1].layers[1].register_forward_hook(self._hear("middle"))
-        self.projector.register_forward_hook(self._hear("said"))
+        self.middle = torch.empty(0)
+        self.tower.encoder.stages[-2].layers[-1].register_forward_hook(self._hear)
 
-    def _hear(self, name: str) -> Callable[[nn.Module, Any, Any], None]:
-        def hear(module: nn.Module, inputs: Any, output: Any) -> None:
-            self.heard[name] = output[0] if isinstance(output, tuple) else output
-
-        return hear
+    def _hear(self, module: nn.Module, inputs: Any, output: Tensor) -> None:
+        self.middle = output
 
     def forward(self, pixels: Float[Tensor, "batch 3 height width"]) -> tuple[Tensor, Tensor]:
-        """What it says, [batch, `IMAGE_TOKENS`, width], and letters, [batch, `IMAGE_TOKENS`, 2, `LETTERS`]."""
+        """What it says, [batch, `IMAGE_TOKENS`, width], and letters, [batch, 4 * `IMAGE_TOKENS`, `LETTERS`]."""
         said = self.projector(self.tower(pixels, output_hidden_states=True).hidden_states[-1])
-        return said.float(), self.head(self.heard["middle"]).float().unflatten(-1, (2, LETTERS))
+        return said.float(), self.head(self.middle).float()
 
     def distances(self, said: Tensor) -> Tensor:
         """Minus the squared distance to each token of the alphabet, less what does not depend on it."""
-        return (2 * said @ self.table.T).float() - self.table.square().sum(-1)
+        with torch.autocast(said.device.type, torch.bfloat16):
+            return (2 * said @ self.table.T).float() - self.table.square().sum(-1)
 
     def spoken(self, said: Tensor, tokens: Int[Tensor, "batch places"]) -> Tensor:
         """How far what is said is from the tokens: cross-entropy and distance; empty places count a fifth."""
-        weight = torch.where(tokens > 1, 1.0, 0.2)
-        nearest = F.cross_entropy(self.distances(said).transpose(1, 2), tokens, reduction="none")
         near = (said - self.table[tokens]).square().sum(-1)
-        return ((nearest + 0.1 * near) * weight).sum() / weight.sum()
+        return named(self.distances(said), tokens, tokens > 1) + 0.1 * weighted(near, tokens > 1)
+
+
+def weighted(values: Tensor, written: Tensor) -> Tensor:
+    """The mean of values, in which those where nothing is written count a fifth."""
+    weight = torch.where(written, 1.0, 0.2)
+    return (values * weight).sum() / weight.sum()
+
+
+def named(logits: Float[Tensor, "batch places classes"], right: Tensor, written: Tensor) -> Tensor:
+    """Cross-entropy per place, in which places where nothing is written count a fifth."""
+    return weighted(F.cross_entropy(logits.transpose(1, 2), right, reduction="none"), written)
 
 
 def batch(pages: list[Page], alphabet: Alphabet, processor: Any) -> tuple[Tensor, Tensor, Tensor]:
-    """Pixels, index in the alphabet per place, letters per place."""
+    """Pixels, index in the alphabet per place, letter per quarter of a place."""
     index = {token: n for n, token in enumerate(alphabet.tokens)}
     grids = np.stack([tokens_of(page, alphabet).flatten() for page in pages])
     tokens = torch.tensor([[index.get(int(i), 0) for i in grid] for grid in grids])
-    signs = torch.tensor(np.stack([letters_of(page).reshape(IMAGE_TOKENS, 2) for page in pages]))
+    signs = torch.tensor(np.stack([letters_of(page).flatten() for page in pages]))
     pixels = processor.image_processor(images=[page.image for page in pages], return_tensors="pt")["pixel_values"]
     return pixels, tokens, signs
 
 
 @torch.no_grad()
 def reading(reader: Reader, pages: list[Page], alphabet: Alphabet, processor: Any) -> dict[str, float]:
-    """How much of pages is read, in [0, 1]: places with a token, empty places, and pages' first letters."""
+    """How much of pages is read, in [0, 1]: places with a token, empty places, and letters."""
     right, empty, letters = [], [], []
     for page in pages:
         pixels, tokens, signs = (part.to(reader.table.device) for part in batch([page], alphabet, processor))
         with torch.autocast(pixels.device.type, torch.bfloat16):
-            said, named = reader(pixels)
+            said, letter = reader(pixels)
         hit = reader.distances(said).argmax(-1) == tokens
         right.append(hit[tokens > 1].float())
         empty.append(hit[tokens == 0].float())
-        letters.append((named.argmax(-1) == signs)[..., 0][signs[..., 0] > 0].float())
+        letters.append((letter.argmax(-1) == signs)[signs > 0].float())
     return {
         name: round(torch.cat(v).mean().item(), 4)
         for name, v in (("tokens", right), ("empty", empty), ("letters", letters))
@@ -172,8 +178,14 @@ def train_tower(
     folder.mkdir(parents=True, exist_ok=True)
     alphabet, device = Alphabet(processor.tokenizer), model.device
     reader = Reader(model, alphabet.tokens).requires_grad_(True).train().to(device)
-    optimizer = torch.optim.AdamW(reader.parameters(), lr=2e-3, betas=(0.9, 0.98), weight_decay=0.02)
-    done, started = load_state(folder, {"reader": reader}, optimizer), time.time()
+    # Muon takes the maps from width to width, for which it needs a third of AdamW's steps here.
+    maps = [p for name, p in reader.named_parameters() if p.ndim == 2 and not name.startswith("head.")]
+    rest = [p for name, p in reader.named_parameters() if p.ndim != 2 or name.startswith("head.")]
+    optimizers = [
+        torch.optim.Muon(maps, lr=PEAK, weight_decay=0.02, adjust_lr_fn="match_rms_adamw"),
+        torch.optim.AdamW(rest, lr=PEAK, betas=(0.9, 0.98), weight_decay=0.02),
+    ]
+    done, started = load_state(folder, {"reader": reader}, *optimizers), time.time()
     held_out = {
         split: [laid_page(split, np.random.default_rng([7, number])) for number in range(HELD_OUT)]
         for split in ("train", "calibration")
@@ -184,17 +196,18 @@ def train_tower(
         pixels, tokens, signs = (part.to(device) for part in parts)
         with torch.autocast(device.type, torch.bfloat16):
             said, letters = reader(pixels)
-            loss = reader.spoken(said, tokens) + F.cross_entropy(letters.flatten(0, 2), signs.flatten())
-        optimizer.zero_grad()
+        loss = reader.spoken(said, tokens) + named(letters, signs, signs > 0)
+        reader.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(reader.parameters(), 1.0)
-        optimizer.param_groups[0]["lr"] = rate(step, 2e-3)
-        optimizer.step()
+        for optimizer in optimizers:
+            optimizer.param_groups[0]["lr"] = rate(step, PEAK, flat=1000)
+            optimizer.step()
         running = loss.item() if step == done else 0.95 * running + 0.05 * loss.item()
         if (step + 1) % SAVE_EVERY == 0 or step + 1 == steps:
             pace = (time.time() - started) / (step + 1 - done)
             log(f"tower {step + 1}/{steps} loss {running:.3f} {pace:.2f} s/step")
-            save_state(folder, step + 1, {"reader": reader}, optimizer)
+            save_state(folder, step + 1, {"reader": reader}, *optimizers)
         if (step + 1) % MEASURE_EVERY == 0 or step + 1 == steps:
             reader.eval()
             read = {split: reading(reader, pages, alphabet, processor) for split, pages in held_out.items()}

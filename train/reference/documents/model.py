@@ -59,8 +59,8 @@ def build_processor(tokenizer: Any) -> "LlavaProcessor":
     )
 
 
-def tower_config(width: int = 128, depths: tuple[int, int] = (2, 5)) -> Any:
-    """A small FocalNet: convolutions that see letters, and context of some characters around them.
+def tower_config(width: int = 64, depths: tuple[int, int, int] = (1, 2, 4)) -> Any:
+    """A small FocalNet: overlapping convolutions that see letters, and context of some characters around them.
 
     Unlike a ViT's, its features do not depend on where on the page a letter stands, so a few thousand pages teach it.
     """
@@ -68,11 +68,12 @@ def tower_config(width: int = 128, depths: tuple[int, int] = (2, 5)) -> Any:
 
     return FocalNetConfig(
         image_size=[HEIGHT, WIDTH],
-        patch_size=8,
+        patch_size=4,  # halved twice: 16 pixels
+        use_conv_embed=True,
         embed_dim=width,
         depths=list(depths),
-        focal_levels=[2, 2],
-        focal_windows=[3, 3],
+        focal_levels=[2, 2, 2],
+        focal_windows=[3, 3, 3],
         drop_path_rate=0.0,
     )
 
@@ -86,6 +87,7 @@ def build_model(decoder: "PreTrainedModel", processor: Any, vision: Any = None) 
         vision: the tower's configuration; None is `tower_config()`.
     """
     import torch
+    from torch import nn
     from transformers import LlavaConfig, LlavaForConditionalGeneration
 
     vision = vision or tower_config()
@@ -102,6 +104,12 @@ def build_model(decoder: "PreTrainedModel", processor: Any, vision: Any = None) 
     )
     with torch.device("cpu"):
         model = LlavaForConditionalGeneration(config)
+        for part in (model.model.vision_tower, model.model.multi_modal_projector):
+            for module in part.modules():
+                if isinstance(module, nn.Linear | nn.Conv2d):
+                    # transformers' 0.02 lets a convolution over a channel's nine places say next to nothing, and the
+                    # tower multiplies what two of them say: it learns to read several times later.
+                    module.reset_parameters()
     model.model.language_model.load_state_dict(decoder.model.state_dict())
     model.tie_weights()
     for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
