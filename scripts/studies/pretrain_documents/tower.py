@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from skipit.train.reference.documents.data import draw_document
 from skipit.train.reference.documents.layouts import KINDS, Kind
-from skipit.train.reference.documents.page import LINES, Cell, Line, Page, photographed, set_page
+from skipit.train.reference.documents.page import LINES, SIDE, Cell, Line, Page, Word, photographed, set_page
 from skipit.train.reference.documents.words import FONTS, Split
 
 from ..state import load_state, save_state
@@ -55,6 +55,21 @@ def laid_page(split: Split, rng: np.random.Generator) -> Page:
     """A document of a split; charts, which take longest to draw, are rarer."""
     kind: Kind = KINDS[min(int(rng.integers(2 * len(KINDS) - 1)) // 2, len(KINDS) - 1)]
     return draw_document(split, kind, rng).page
+
+
+def strained(page: Page, rng: np.random.Generator) -> Page:
+    """The page squeezed or stretched, its letters thicker or thinner: five families of fonts are few to learn from."""
+    from PIL import Image, ImageChops, ImageFilter
+
+    right = max((word.xs.max() for word in page.words), default=SIDE / 2)
+    by = float(rng.uniform(0.75, min(1.25, (SIDE - 16) / right)))
+    corner, old = page.image.getpixel((1, 1)), page.image
+    image = Image.new("RGB", old.size, corner)
+    image.paste(old.resize((round(SIDE * by), SIDE), Image.Resampling.BILINEAR))
+    thick = float(rng.uniform(-0.35, 0.7))
+    grown = image.filter(ImageFilter.MaxFilter(3) if thick < 0 else ImageFilter.MinFilter(3))
+    image = ImageChops.blend(image, grown, abs(thick))
+    return Page(image, [Word(word.text, word.xs * by, word.y) for word in page.words])
 
 
 class Reader(nn.Module):
@@ -153,7 +168,7 @@ class TowerSteps(Dataset[tuple[Tensor, Tensor, Tensor]]):
     def __getitem__(self, step: int) -> tuple[Tensor, Tensor, Tensor]:
         rng = np.random.default_rng([1, step])
         pages = [loose_page(self.alphabet, rng) if n % 2 else laid_page("train", rng) for n in range(self.size)]
-        return batch(pages, self.alphabet, self.processor)
+        return batch([strained(page, rng) for page in pages], self.alphabet, self.processor)
 
 
 def in_turn(steps: Dataset[Any], first: int, end: int, workers: int) -> Iterable[Any]:
