@@ -13,6 +13,7 @@ from skipit.eval.measure.latency import COMPILED, Latency, Subject, compiled_sub
 from skipit.eval.measure.recorded import Kinds
 from skipit.eval.measure.runner import Outcome, run_dataset
 from skipit.eval.metrics import agreement
+from skipit.eval.metrics.vqa import Metric
 from skipit.router import find_router
 from skipit.router.config import KVPolicy
 from skipit.theory.cost import CostModel
@@ -151,6 +152,7 @@ def compare(
     *,
     batch_size: int = 32,
     max_new_tokens: int = 64,
+    metric: Metric = "usual",
     repeats: int = 15,
     compile_dense: bool = False,
     contexts: Mapping[str, Callable[[], AbstractContextManager[Any]]] | None = None,
@@ -169,6 +171,7 @@ def compare(
         profile: of the dense model; its tables are compared with the learned skips.
         batch_size: rows per call of `generate`.
         max_new_tokens: longest answer.
+        metric: by which answers are scored.
         repeats: of the timing.
         compile_dense: time the dense model compiled, too, which takes minutes.
         contexts: what a gated model runs in, such as `lambda: running(budget=0.5)`.
@@ -184,8 +187,10 @@ def compare(
     collate = Collator(processor, with_completion=False)
     costs = CostModel.of(dense)
     contexts = contexts or {}
-    how = {"collate": collate, "costs": costs, "batch_size": batch_size, "max_new_tokens": max_new_tokens}
-    ask: Callable[..., Outcome] = partial(run_dataset, processor=processor, rows=rows, **how)  # type: ignore[arg-type]
+    how: dict[str, Any] = {"batch_size": batch_size, "max_new_tokens": max_new_tokens, "metric": metric}
+    ask: Callable[..., Outcome] = partial(
+        run_dataset, processor=processor, rows=rows, collate=collate, costs=costs, **how
+    )
     outcomes = {"dense": keep("dense", lambda: ask(dense, kv="retain", progress=progress))}
     subjects = {"dense": Subject(dense)}
     tracking = {}

@@ -20,6 +20,7 @@ from skipit.eval.measure.latency import hardware
 from skipit.eval.measure.parts import Parts
 from skipit.eval.measure.recorded import Recorded
 from skipit.eval.measure.runner import Outcome, answerable, right_answer, run_dataset
+from skipit.eval.metrics.vqa import Metric
 from skipit.eval.report.sweeps import load_baselines, load_transfer
 from skipit.eval.report.whole import report
 from skipit.eval.statistics import paired_difference
@@ -71,6 +72,7 @@ class Request:
         columns: the data's own names of `images`, `prompt`, `completion` and `answer`, where they differ.
         max_broken_rows: rows that may be unreadable; they are named and left out.
         max_new_tokens: longest answer.
+        metric: by which answers are scored.
         compiled: time the dense model compiled, too.
     """
 
@@ -90,6 +92,7 @@ class Request:
     columns: Mapping[str, str] | None = None
     max_broken_rows: int = 0
     max_new_tokens: int = 64
+    metric: Metric = "usual"
     compiled: bool = True
 
 
@@ -160,6 +163,7 @@ def evaluate(request: Request, out: Path, overwrite: bool = False, resume: bool 
             repeats=request.repeats,
             compile_dense=request.compiled,
             max_new_tokens=request.max_new_tokens,
+            metric=request.metric,
             kinds=asked_cells(model.config) if request.controlled_samples else None,
             keep=keep,
             progress=advance,
@@ -280,12 +284,12 @@ def _further(bench: _Bench, name: str, path: Path, dense: Outcome, kinds: Sequen
     kv = config.kv
     collate, costs = Collator(processor, with_completion=False), CostModel.of(bench.dense)
     rows: Any = bench.rows
-    longest = bench.request.max_new_tokens
+    how: dict[str, Any] = {"max_new_tokens": bench.request.max_new_tokens, "metric": bench.request.metric}
     part = f"also-{len(bench.made) + 1}"
     with progress(name[:10], len(rows)) as advance:
         outcome = bench.parts.outcome(
             part,
-            lambda: run_dataset(model, processor, rows, collate, costs, kv, max_new_tokens=longest, progress=advance),
+            lambda: run_dataset(model, processor, rows, collate, costs, kv, progress=advance, **how),
         )
     router: dict[str, Any] = {
         "name": name,

@@ -15,7 +15,7 @@ from skipit.router.errors import CheckpointError
 from skipit.router.folders import load_json, new_file
 from skipit.theory.calibrate import Took
 from skipit.theory.plan import points_text
-from skipit.train.data.sources import REFERENCE
+from skipit.train.data.sources import BUILT_IN
 from skipit.train.data.used import RECORD, HeldOut
 
 Kind = Literal["run", "adapter", "plan"]
@@ -78,8 +78,8 @@ def _on_hub(base: str) -> bool:
 
 def _name(base: str) -> str:
     """A base as others may know it: where it lies on this machine is nobody's business."""
-    if base == REFERENCE:
-        return "skipit's reference model"
+    if base in BUILT_IN:
+        return f"skipit's {base} model"
     return base if _on_hub(base) else Path(base).name
 
 

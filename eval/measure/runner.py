@@ -11,7 +11,7 @@ from torch import Tensor
 
 from skipit.eval.metrics import SkipRate
 from skipit.eval.metrics.answers import mean_by_group
-from skipit.eval.metrics.vqa import answer_scores
+from skipit.eval.metrics.vqa import Metric, answer_scores
 from skipit.router import InputError, Step, Trace, running
 from skipit.router.config import KVPolicy
 from skipit.router.errors import short
@@ -78,6 +78,7 @@ def run_dataset(
     kinds: Kinds | None = None,
     batch_size: int = 32,
     max_new_tokens: int = 64,
+    metric: Metric = "usual",
     progress: Callable[[int], None] = lambda rows: None,
     **options: Any,
 ) -> Outcome:
@@ -93,6 +94,7 @@ def run_dataset(
         kinds: of the prompt's tokens, for `measure_adaptivity`.
         batch_size: rows per call.
         max_new_tokens: longest answer.
+        metric: by which answers are scored.
         progress: called with the number of rows of each finished batch.
         **options: of `skipit.running`: `policy`, `budget`, `mode`.
 
@@ -122,7 +124,7 @@ def run_dataset(
                 rate.update(step.run.cpu(), step.modality.cpu(), step.real.cpu())
             records.append(Record.of(batch.steps, kinds=None if kinds is None else kinds(batch.rows, batch.inputs)))
         progress(len(batch.rows))
-    scores, scored_by = answer_scores(answers, wanted)
+    scores, scored_by = answer_scores(answers, wanted, metric)
     return Outcome(
         Recorded(answers, scores >= RIGHT, torch.cat(log_probability), torch.cat(tokens), records),
         float(scores.mean()),

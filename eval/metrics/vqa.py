@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 from jaxtyping import Float
@@ -12,7 +12,10 @@ from torchmetrics.functional.text import edit_distance
 from skipit.router.errors import short
 
 from .answers import MeanScore, check_paired, exact_match_scores
+from .relaxed import relaxed_scores
 
+Metric = Literal["usual", "anls", "relaxed"]
+METRICS: tuple[Metric, ...] = get_args(Metric)
 HUMANS = 10  # who answer each question of VQAv2, TextVQA and VizWiz
 
 # Punctuation of the official VQA evaluation; the full stop and the comma between digits have their own rules.
@@ -119,13 +122,14 @@ class VQAAccuracy(MeanScore):
 
 
 def answer_scores(
-    predictions: Sequence[str], references: Sequence[Sequence[str]]
+    predictions: Sequence[str], references: Sequence[Sequence[str]], metric: Metric = "usual"
 ) -> tuple[Float[Tensor, " answers"], str]:
     """Score each answer as data of its kind are scored: VQA accuracy where ten humans answered, else any exact match.
 
     Args:
         predictions: Generated answers.
         references: The accepted answers to each question; ten are those of ten humans, as in VQAv2 and TextVQA.
+        metric: `usual` is the above; `anls` and `relaxed` (relaxed accuracy, 5 %) score every answer.
 
     Returns:
         Scores of shape [answers] in [0, 1], float64; and in words what was used.
@@ -138,6 +142,10 @@ def answer_scores(
         >>> scores.tolist(), how
         ([0.9, 1.0], 'VQA accuracy of 1 row with ten answers, exact match with any of several answers of 1 row')
     """
+    if metric == "anls":
+        return anls_scores(predictions, references), "ANLS"
+    if metric == "relaxed":
+        return relaxed_scores(predictions, references), "relaxed accuracy (5 %)"
     scores = exact_match_scores(predictions, references)
     humans = [index for index, accepted in enumerate(references) if len(accepted) == HUMANS]
     scores[humans] = vqa_scores([predictions[index] for index in humans], [references[index] for index in humans])

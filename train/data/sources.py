@@ -1,7 +1,7 @@
 """What the command line's MODEL and DATA may be."""
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -14,14 +14,15 @@ from skipit.router.paths import is_path, missing
 from .pictures import BesideData
 from .rows import DAMAGE
 
-REFERENCE = "reference"
+REFERENCE, DOCUMENTS = "reference", "documents"
+BUILT_IN = (REFERENCE, DOCUMENTS)  # models and data that need no file; a folder of that name is `./documents`
 _FILES = {".json": "json", ".jsonl": "json", ".parquet": "parquet"}
 _MEDIA = ("images", "videos")
-_KINDS = "Give `reference`, a folder made by save_to_disk, a .jsonl or .parquet file, or a Hub id."
+_KINDS = "Give `reference`, `documents`, a folder made by save_to_disk, a .jsonl or .parquet file, or a Hub id."
 
 
 def load_model(source: str, **options: Any) -> tuple[Any, Any]:
-    """A dense model and its processor: `reference`, a folder, or a Hub id.
+    """A dense model and its processor: `reference`, `documents`, a folder, or a Hub id.
 
     Args:
         source: see above.
@@ -34,22 +35,30 @@ def load_model(source: str, **options: Any) -> tuple[Any, Any]:
 
 
 def resolve_model(source: str) -> str:
-    """The folder of `reference`, or the source itself."""
-    if source != REFERENCE:
-        return source
-    from skipit.train.reference import WEIGHTS
+    """The folder of `reference` or of `documents`, which is made at the first use, or the source itself.
 
-    return str(WEIGHTS)
+    Raises:
+        CheckpointError: `documents` cannot be made; says why.
+    """
+    if source == REFERENCE:
+        from skipit.train.reference import WEIGHTS
+
+        return str(WEIGHTS)
+    if source == DOCUMENTS:
+        from skipit.train.reference.documents.folder import documents_folder
+
+        return str(documents_folder())
+    return source
 
 
 def name_model(source: str) -> str:
     """How a record names a model so that it is found from any folder."""
-    return str(Path(source).resolve()) if source != REFERENCE and Path(source).is_dir() else source
+    return str(Path(source).resolve()) if source not in BUILT_IN and Path(source).is_dir() else source
 
 
 def name_data(source: str) -> str:
     """How a record names data so that it is known from any folder."""
-    return str(Path(source).resolve()) if source != REFERENCE and Path(source).exists() else source
+    return str(Path(source).resolve()) if source not in BUILT_IN and Path(source).exists() else source
 
 
 def load_data(
@@ -65,10 +74,11 @@ def load_data(
     """Rows in the conversational vision format.
 
     Args:
-        source: `reference`, a folder made by `Dataset.save_to_disk`, a .jsonl, .json or .parquet file, or a Hub id.
-        split: of the data set; the reference has train, calibration and test. A file is one split.
-        samples: at most this many rows; None is all (1,000 for the reference).
-        seed: of the reference's random grids, and of the shuffle.
+        source: `reference`, `documents`, a folder made by `Dataset.save_to_disk`, a .jsonl, .json or .parquet file, or
+            a Hub id.
+        split: of the data set; the built-in ones have train, calibration and test. A file is one split.
+        samples: at most this many rows; None is all (1,000 of what is built in).
+        seed: of what is built in, and of the shuffle.
         streaming: rows are read one by one as they are asked for, and never all held; what is returned then has no
             length, and what cannot be read is found when it is reached.
         shuffle_buffer: of a stream, rows among which the next is drawn before `samples` are taken; 0 keeps the order.
@@ -80,22 +90,24 @@ def load_data(
     rows = _rows(source, split, samples, seed, streaming, shuffle_buffer)
     rows = _renamed(rows, columns, source) if columns else rows
     path = Path(source)
-    return rows if source == REFERENCE or not path.exists() else _beside(rows, path if path.is_dir() else path.parent)
+    return rows if source in BUILT_IN or not path.exists() else _beside(rows, path if path.is_dir() else path.parent)
 
 
 def _rows(source: str, split: str, samples: int | None, seed: int, streaming: bool, shuffle_buffer: int) -> Any:
     if shuffle_buffer and not streaming:
         raise InputError(f"a shuffle buffer of {shuffle_buffer} rows is of a stream: add --streaming.")
     if streaming:
-        rows = _rows(source, split, samples, seed, False, 0) if source == REFERENCE else _read(source, split, streaming)
+        rows = _rows(source, split, samples, seed, False, 0) if source in BUILT_IN else _read(source, split, streaming)
         stream = rows.to_iterable_dataset() if hasattr(rows, "to_iterable_dataset") else rows
         stream = stream.shuffle(seed=seed, buffer_size=shuffle_buffer) if shuffle_buffer else stream
         return stream.take(samples) if samples else stream
-    if source == REFERENCE:
+    if source in BUILT_IN:
         from skipit.train.reference.data import reference_dataset
+        from skipit.train.reference.documents.data import documents_dataset
 
+        drawn: Callable[..., Any] = reference_dataset if source == REFERENCE else documents_dataset
         try:
-            return reference_dataset(split, samples or 1000, seed)  # type: ignore[arg-type]
+            return drawn(split, samples or 1000, seed)
         except ValueError as error:
             raise InputError(str(error)) from error
     rows = _read(source, split)
@@ -164,14 +176,14 @@ def load_held_out(
         data: what is trained on.
         split: of the source.
         samples: at most this many rows.
-        seed: of the reference's random grids.
+        seed: of what is built in.
         columns: see `load_data`.
 
     Raises:
         InputError: they cannot be read, or `data` has one split only.
     """
     path = Path(data)
-    if source is None and data != REFERENCE and (path.is_file() or (path / "dataset_info.json").is_file()):
+    if source is None and data not in BUILT_IN and (path.is_file() or (path / "dataset_info.json").is_file()):
         raise InputError(f"data {data!r} has one split, which is trained on. Name held-out rows: --calibration-data.")
     return load_data(source or data, split, samples, seed, columns=columns)
 

@@ -20,6 +20,13 @@ def add_arguments(verb: Parser) -> None:
     verb.add_broken()
     verb.add_max_new_tokens()
     verb.add_argument(
+        "--metric",
+        choices=("usual", "anls", "relaxed"),
+        default="usual",
+        help="how answers are scored: `usual` is exact match, and VQA accuracy where rows have ten answers; `anls` is "
+        "that of DocVQA, `relaxed` ChartQA's accuracy within 5 %% (default %(default)s)",
+    )
+    verb.add_argument(
         "--base",
         default=None,
         help="dense model to compare with (default: the checkpoint's own weights; of an adapter, its base)",

@@ -19,7 +19,9 @@ _SUPPORTED = "yes, by its structure: a block, its attention or its MLP is skippe
 
 def add_arguments(verb: Parser) -> None:
     """A model's configuration."""
-    verb.add_argument("model", help="`reference`, a folder with a config.json, or a Hub id; weights are not needed")
+    verb.add_argument(
+        "model", help="`reference`, `documents`, a folder with a config.json, or a Hub id; weights not needed"
+    )
     verb.add_argument("--layers", default=None, help="dotted path of the decoder layers, where they are not found")
     verb.add_flag("--json", "print JSON")
 

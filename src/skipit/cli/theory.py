@@ -12,7 +12,7 @@ EXAMPLE = "skipit theory runs/profile --model reference --data reference"
 def add_arguments(verb: Parser) -> None:
     """A profile, and a model with rows to measure more of it."""
     verb.add_argument("profile", type=Path, help="folder made by `skipit profile`")
-    verb.add_argument("--model", default=None, help="`reference`, a folder, or a Hub id: measure its tensors too")
+    verb.add_argument("--model", default=None, help="as for `skipit profile`: measure its tensors too")
     verb.add_argument("--data", default=None, help="rows to measure them on; needed with --model")
     verb.add_split("test")
     verb.add_samples(8)

@@ -39,7 +39,7 @@ from skipit.eval.metrics import (
 )
 from skipit.eval.metrics.answers import exact_match_scores, mean_by_group, normalize_answer
 from skipit.eval.metrics.compute import skip_counts, speed_up
-from skipit.eval.metrics.vqa import anls_scores, normalize_vqa_answer, vqa_scores
+from skipit.eval.metrics.vqa import anls_scores, answer_scores, normalize_vqa_answer, vqa_scores
 
 PAGE = Path(__file__).parents[3] / "docs" / "metrics.md"
 HUMANS = [["2"] * 2 + ["3"] * 8, ["cat"] * 10, ["left"] * 4 + ["right"] * 6]
@@ -180,6 +180,17 @@ def test_without_tolerance_numbers_match_by_value(pairs: list[tuple[float, float
     mine, right = zip(*((repr(a), repr(b)) for a, b in pairs), strict=True)
     share = sum(a == b for a, b in pairs) / len(pairs)
     assert relaxed_accuracy(mine, right, tolerance=0.0) == pytest.approx(share)
+
+
+def test_answers_are_scored_by_the_metric_that_is_asked_for() -> None:
+    said, right = ["Acme Corq", "97", "cat"], [["acme corp."], ["100"], ["cat"] * 3 + ["dog"] * 7]
+    for metric, wanted, words in (
+        ("usual", [0.0, 0.0, 0.9], "VQA accuracy of 1 row with ten answers, exact match of 2 rows"),
+        ("anls", [0.8, 0.0, 1.0], "ANLS"),
+        ("relaxed", [0.0, 1.0, 1.0], "relaxed accuracy (5 %)"),
+    ):
+        scores, how = answer_scores(said, right, metric)  # type: ignore[arg-type]
+        assert (scores.tolist(), how) == (pytest.approx(wanted), words)
 
 
 def test_a_higher_anls_threshold_forgives_more() -> None:
