@@ -17,6 +17,7 @@ from skipit.eval.metrics.vqa import Metric
 from skipit.router import find_router
 from skipit.router.config import KVPolicy
 from skipit.theory.cost import CostModel
+from skipit.theory.inputs import to_model
 from skipit.theory.plan import skip_set
 from skipit.theory.profile import Profile
 from skipit.train.data.collate import Collator
@@ -202,7 +203,7 @@ def compare(
         if profile is not None:
             skip_rate = outcomes[name].skip_rate.numpy()
             tracking[name] = track(skip_rate, theory_tables(profile, kv), theory_skips(profile, outcomes[name], kv))
-    first = {name: value.to(dense.device) for name, value in collate([rows[0]]).items()}
+    first = to_model(collate([rows[0]]), dense)
     fast = compiled_subject(dense, first) if compile_dense else None
     latency = time_models(subjects | ({COMPILED: fast} if isinstance(fast, Subject) else {}), first, repeats=repeats)
     same = {name: agreement(outcomes["dense"].answers, outcome.answers) for name, outcome in outcomes.items()}

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from skipit.router import InputError
 
+from .inputs import to_model
 from .labels import predicts_answer
 
 
@@ -48,11 +49,10 @@ def teacher_forced(model: Any, batches: Iterable[dict[str, Tensor]]) -> Iterator
     Raises:
         InputError: there is no batch.
     """
-    device = next(model.parameters()).device
     empty = True
     for batch in batches:
         empty = False
-        moved = {key: value.to(device) for key, value in batch.items()}
+        moved = to_model(batch, model)
         labels = moved.pop("labels")
         yield TeacherForced(moved, predicts_answer(labels), labels)
     if empty:

@@ -18,6 +18,7 @@ from skipit.router.errors import DecoderNotFoundError, InputError, short
 from skipit.router.modality import MODALITIES
 
 from .identity import fingerprint
+from .inputs import to_model
 from .measuring import evaluating
 from .redundancy import Redundancy
 from .states import LayerRun, watching
@@ -92,8 +93,7 @@ def profile_backbone(
     from .accumulate import RedundancyMetric
 
     metric = RedundancyMetric(len(stack))
-    device = next(model.parameters()).device
-    metric.to(device)
+    metric.to(next(model.parameters()).device)
     column, rows = MODALITIES.index(modality), 0
     current: dict[str, Tensor] = {}
 
@@ -105,7 +105,7 @@ def profile_backbone(
 
     with evaluating(model), watching(stack, add):
         for batch in batches:
-            current = {key: value.to(device) for key, value in batch.items() if key in (accepted or batch)}
+            current = to_model({key: value for key, value in batch.items() if key in (accepted or batch)}, model)
             if not current:  # no image in these rows
                 continue
             # Some towers get the patches of all images side by side, and beside them one line per image.

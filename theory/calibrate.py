@@ -12,6 +12,7 @@ from skipit.router.call import Mode
 from skipit.router.config import EVERYTHING, KVPolicy
 
 from .cost import Compute, CostModel, Costs, trace_compute
+from .inputs import to_model
 from .labels import before_answer
 from .plan import check_budget
 from .time_model import TimeModel
@@ -30,10 +31,9 @@ def measured_share(
 ) -> float:
     """Share of what the dense decoder spends, FLOPs or time, that execution spends at a threshold, over all batches."""
     executed = dense = 0.0
-    device = next(model.parameters()).device
     for batch in batches:
         trace = Trace()
-        inputs = {key: value.to(device) for key, value in batch.items() if key != "labels"}
+        inputs = to_model({key: value for key, value in batch.items() if key != "labels"}, model)
         # Where answers are part of the rows, they do not decide for their prompt.
         prompt = before_answer(batch["labels"]) if "labels" in batch else None
         with running(policy=Gated(threshold), mode=mode, kv=kv, prompt=prompt, trace=trace):
@@ -57,10 +57,10 @@ def measure_capacity(
     Raises:
         InputError: no batch.
     """
-    device, shares = next(model.parameters()).device, []
+    shares = []
     for batch in batches:
-        inputs = {key: value.to(device) for key, value in batch.items() if key != "labels"}
-        prompt = before_answer(batch["labels"]).to(device) if "labels" in batch else None
+        inputs = to_model(batch, model)
+        prompt = before_answer(inputs.pop("labels")) if "labels" in inputs else None
         with running(trace=(trace := Trace()), prompt=prompt):
             model(**inputs, use_cache=False)
         step = trace.steps[0]

@@ -13,6 +13,7 @@ from skipit.router.decoder import find_decoder
 from skipit.router.errors import InputError
 
 from .identity import fingerprint
+from .inputs import to_model
 from .labels import IGNORE, predicts_answer, token_kinds
 from .measures import cosine_distance
 from .measuring import evaluating
@@ -124,13 +125,12 @@ def pool_states(model: nn.Module, batches: Iterable[dict[str, Tensor]], layers: 
         InputError: no batch, no row with finite states, or a row without an answer token.
     """
     _, _, stack = find_decoder(model, layers)
-    device = next(model.parameters()).device
     pools = []
     with evaluating(model), running(mode="dense"):
         for batch in batches:
-            inputs = {key: value.to(device) for key, value in batch.items() if key != "labels"}
-            labels = batch.get("labels", torch.full_like(batch["input_ids"], IGNORE))
-            pools.append(Pool(token_kinds(model.config, inputs), labels.to(device)))
+            inputs = to_model(batch, model)
+            labels = inputs.pop("labels", torch.full_like(inputs["input_ids"], IGNORE))
+            pools.append(Pool(token_kinds(model.config, inputs), labels))
             with watching(stack, pools[-1].add_layer):
                 model(**inputs, use_cache=False)
     return join(pools, fingerprint(model, layers))

@@ -25,6 +25,7 @@ from .damage import (
     tempered_damage,
     weighted_change,
 )
+from .inputs import to_model
 from .labels import IGNORE, predicts_answer, token_kinds
 from .profile_sums import POLICIES, ProfileSums
 from .states import LayerRun, recorded
@@ -82,7 +83,7 @@ class BatchMeasurement:
         sums, labels = self.sums, batch.get("labels")
         if labels is None or not bool(predicts_answer(labels).any(-1).all()):
             raise InputError(f"batch {number}: every row needs `labels` with at least one answer token (not {IGNORE}).")
-        inputs = {k: v.to(sums.device) for k, v in batch.items() if k != "labels"}
+        inputs = to_model({k: v for k, v in batch.items() if k != "labels"}, self.model)
         answer = predicts_answer(labels).to(sums.device)
         kinds = token_kinds(self.model.config, inputs)
         attention = CrossAttention(kinds, answer.float().argmax(-1), self.of_images)

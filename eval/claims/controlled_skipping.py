@@ -3,12 +3,11 @@
 from collections.abc import Callable
 from typing import Any
 
-from torch import Tensor
-
 from skipit.eval.measure.runner import completed
 from skipit.router import InputError, RouterConfig, attach, detach
 from skipit.router.config import KVPolicy
 from skipit.theory.cost import CostModel
+from skipit.theory.inputs import to_model
 from skipit.theory.profile import Profile
 from skipit.train.data.collate import Collator, batches
 from skipit.train.display import note, progress
@@ -44,10 +43,8 @@ def controlled_skipping(
     Returns:
         `units`, `growing` and `quadrants` as JSON has them, the last only where there are enough layers and images.
     """
-    device = next(dense.parameters()).device
     complete = [completed(row, number) for number, row in enumerate(rows)]
-    read: list[dict[str, Tensor]] = list(batches(complete, Collator(processor), batch_size))
-    read = [{name: value.to(device) for name, value in batch.items()} for batch in read]
+    read = [to_model(batch, dense) for batch in batches(complete, Collator(processor), batch_size)]
     damage, cost, costs = profile.damage[kv].unit, profile.unit_cost(kv), CostModel.of(dense)
     layers = len(damage)
 

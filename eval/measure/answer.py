@@ -10,6 +10,7 @@ from typing import Any
 from skipit.eval.metrics.vqa import answer_scores
 from skipit.router import Drafts, InputError, running
 from skipit.router.config import BudgetPer
+from skipit.theory.inputs import to_model
 from skipit.train.data.collate import Collator
 from skipit.train.data.pictures import read_picture
 from skipit.train.data.rows import Row, pictures
@@ -130,7 +131,7 @@ def answer(
     images = pictures({"images": images}, "the question")
     row = Row({"images": images, "prompt": prompt}, "the question")
     batch = Collator(processor, with_completion=False)([row])
-    inputs = {name: value.to(model.device) for name, value in batch.items()}
+    inputs = to_model(batch, model)
     settings = {**inputs, **ONE_PASS, "max_new_tokens": max_new_tokens, "do_sample": False}
     trace = drafts = None
     if dense:

@@ -16,6 +16,7 @@ from skipit.router import InputError, Step, Trace, running
 from skipit.router.config import KVPolicy
 from skipit.router.errors import short
 from skipit.theory.cost import CostModel, trace_compute
+from skipit.theory.inputs import to_model
 from skipit.train.data.collate import tried
 from skipit.train.data.rows import check_columns, seen_in
 
@@ -198,10 +199,9 @@ def prompt_batches(
     model: Any, rows: Sequence[Row], collate: Collate, batch_size: int
 ) -> Iterator[tuple[list[Row], dict[str, Tensor]]]:
     """Consecutive rows, and what the model is given for them, on its device."""
-    device = next(model.parameters()).device
     for start in range(0, len(rows), batch_size):
         chunk = [rows[i] for i in range(start, min(start + batch_size, len(rows)))]
-        yield chunk, {key: value.to(device) for key, value in collate(chunk).items()}
+        yield chunk, to_model(collate(chunk), model)
 
 
 def until_end(new: Int[Tensor, "batch new"], end: int | list[int] | None) -> Bool[Tensor, "batch new"]:

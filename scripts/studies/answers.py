@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from skipit.router import Step, Trace, running
 from skipit.theory.cost import CostModel, trace_compute
+from skipit.theory.inputs import to_model
 from skipit.theory.labels import IGNORE, before_answer, predicts_answer
 
 Options = Callable[[dict[str, Tensor]], Mapping[str, Any]]
@@ -65,9 +66,8 @@ def answers(model: nn.Module, batches: Iterable[dict[str, Tensor]], options: Opt
         options: of `running`, given the batch: most need nothing of it.
     """
     out = Answers()
-    device = next(model.parameters()).device
     for batch in batches:
-        moved = {key: value.to(device) for key, value in batch.items()}
+        moved = to_model(batch, model)
         inputs = {key: value for key, value in moved.items() if key != "labels"}
         labels, trace = moved["labels"], Trace()
         with running(**{"mode": "gathered", "prompt": before_answer(labels), "trace": trace, **options(moved)}):

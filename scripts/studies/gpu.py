@@ -29,11 +29,12 @@ from skipit.router.config import KVPolicy
 from skipit.router.decoder import find_decoder
 from skipit.router.gates import TokenGate, logits_of
 from skipit.theory.cost import CostModel, trace_compute
+from skipit.theory.inputs import to_model
 
 from .counts import CALLS, count_calls
 from .memory import most_allocated, peak_bytes
 from .rows import Report
-from .shapes import bench_7b, bench_qwen, bench_small, labelled, prompt, prompt_qwen, to_model
+from .shapes import bench_7b, bench_qwen, bench_small, labelled, prompt, prompt_qwen
 
 SHARES = (0.75, 0.5, 0.25)
 WAYS: tuple[tuple[KVPolicy, str | None], ...] = (("retain", "whole"), ("retain", "packed"), ("evict", None))

@@ -109,14 +109,6 @@ def labelled(image_tokens: int, text_tokens: int, batch: int, answer: int) -> di
     return {**found, "labels": labels}
 
 
-def to_model(inputs: dict[str, Tensor], model: Any) -> dict[str, Tensor]:
-    """Inputs on a model's device, pixels in its dtype."""
-    return {
-        name: value.to(model.device, model.dtype) if value.is_floating_point() else value.to(model.device)
-        for name, value in inputs.items()
-    }
-
-
 def _side(image_tokens: int) -> int:
     side = round(image_tokens**0.5)
     if side * side != image_tokens:

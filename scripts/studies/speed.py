@@ -26,10 +26,11 @@ from skipit.router.config import KVPolicy
 from skipit.router.folders import provenance, save_json
 from skipit.router.gates import TokenGate
 from skipit.theory.cost import CostModel, trace_compute
+from skipit.theory.inputs import to_model
 from skipit.train.display import note
 
 from .memory import cache_bytes, peak_bytes
-from .shapes import SHAPES, prompt, to_model
+from .shapes import SHAPES, prompt
 from .study import command, markdown
 
 UNTOUCHED, COMPILED = "untouched", "untouched, compiled"

@@ -26,6 +26,7 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from skipit.router.folders import provenance, save_json
 from skipit.theory.cost import CostModel
 from skipit.theory.identity import fingerprint
+from skipit.theory.inputs import to_model
 from skipit.theory.labels import IGNORE
 from skipit.theory.plan import Plan
 from skipit.train.config import Precision, TrainConfig
@@ -34,7 +35,7 @@ from skipit.train.run import dense_per_answer, lora_targets, prepare
 from skipit.train.trainer import SkipTrainer
 
 from .memory import most_allocated
-from .shapes import SHAPES, labelled, to_model
+from .shapes import SHAPES, labelled
 from .study import command, markdown
 
 PLAIN = "plain LoRA"

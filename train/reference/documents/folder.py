@@ -10,7 +10,7 @@ from .decoder import cache_folder, load_decoder
 from .model import build_model, build_processor
 from .weights import add_weights
 
-OURS = Path(__file__).with_name("weights") / "ours.safetensors"  # tower, projector and LoRA, fp16
+OURS = Path(__file__).with_name("ours.safetensors")  # tower, projector and LoRA, fp16
 
 
 def documents_folder() -> Path:

@@ -10,9 +10,13 @@ from safetensors.torch import save_file
 from tiny_decoder import tiny_decoder, tiny_documents_model
 from transformers import AutoModelForImageTextToText, AutoProcessor, LlavaForConditionalGeneration
 
+from skipit.eval.measure.answer import answer
 from skipit.router import CheckpointError, attach, running
 from skipit.router.decoder import find_decoder
+from skipit.theory.plan import make_plan
 from skipit.train.data.collate import Collator
+from skipit.train.gating import gate_by_plan
+from skipit.train.profiling import profile_model
 from skipit.train.reference.documents.data import documents_dataset, draw_document
 from skipit.train.reference.documents.model import (
     HEIGHT,
@@ -152,3 +156,13 @@ def test_a_picture_of_any_size_is_a_page(parts: tuple[Any, Any]) -> None:
     with torch.no_grad():
         (features,) = model.get_image_features(pixel_values=pixels).pooler_output
     assert features.shape == (IMAGE_TOKENS, model.config.text_config.hidden_size)
+
+
+def test_a_model_in_bf16_is_profiled_calibrated_and_asked() -> None:
+    """Its tower does not cast pixels to its own dtype, as those of most other models do."""
+    model, processor = tiny_documents_model()
+    model.to(torch.bfloat16)
+    rows = documents_dataset("test", 4, kinds=["lookup"])
+    profile = profile_model(model, processor, rows)
+    gate_by_plan(model, processor, make_plan(profile, 0.5), rows)
+    assert answer(model, processor, rows[0]["images"], "What is the title?").compute < 1
