@@ -25,6 +25,9 @@ Log = Callable[[str], None]
 SAVE_EVERY, MEASURE_EVERY = 25, 200  # steps
 HELD_OUT = 24  # pages of a split on which reading is measured
 PEAK = 2e-3  # rate
+LOOSE = (
+    0.75  # share of pages of loose words: documents of the training split say its own words, and teach to expect them
+)
 LETTERS = 96  # printable ASCII less the space, and none
 
 
@@ -41,7 +44,7 @@ def loose_page(alphabet: Alphabet, rng: np.random.Generator) -> Page:
 
 
 def _loose(alphabet: Alphabet, rng: np.random.Generator) -> str:
-    words = alphabet.words if rng.random() < 0.7 else alphabet.listed
+    words = alphabet.words if rng.random() < 0.5 else alphabet.listed
     word, number = words[rng.integers(len(words))], int(10 ** rng.uniform(0, 5))
     forms = (
         word, word, word, word, word, word, f"{word}:", f"{word}.", f"{word},",
@@ -154,7 +157,7 @@ def rate(step: int, peak: float, warmup: int = 100, flat: int = 500) -> float:
 
 
 class TowerSteps(Dataset[tuple[Tensor, Tensor, Tensor]]):
-    """What each step of the first stage sees: half documents, half loose words, by the step's number alone.
+    """What each step of the first stage sees, documents and loose words, by the step's number alone.
 
     Args:
         alphabet: what the tower learns to say.
@@ -167,7 +170,10 @@ class TowerSteps(Dataset[tuple[Tensor, Tensor, Tensor]]):
 
     def __getitem__(self, step: int) -> tuple[Tensor, Tensor, Tensor]:
         rng = np.random.default_rng([1, step])
-        pages = [loose_page(self.alphabet, rng) if n % 2 else laid_page("train", rng) for n in range(self.size)]
+        pages = [
+            loose_page(self.alphabet, rng) if rng.random() < LOOSE else laid_page("train", rng)
+            for _ in range(self.size)
+        ]
         return batch([strained(page, rng) for page in pages], self.alphabet, self.processor)
 
 
