@@ -8,7 +8,7 @@ class Drafts:
     """Counts of the lossless generations made while `running(drafts=...)` had it.
 
     Attributes:
-        drafted: tokens that the gated model has drafted, one step each.
+        drafted: tokens that the gated model has drafted for the dense one to verify.
         accepted: those of them that are in the answer because the dense model would have made them, too.
         verifications: passes of the dense model, each over one more token than was drafted; the prompt's is none.
     """

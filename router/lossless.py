@@ -117,9 +117,9 @@ class Drafter(CandidateGenerator):
                 kwargs = self.model._update_model_kwargs_for_generation(outputs, kwargs, is_encoder_decoder=False)
                 scores.append(self.processor(tokens, outputs.logits[:, -1].float()))
                 tokens, ended = self._with_next(tokens, scores[-1])
-                self.drafts.drafted += 1
                 if ended:
                     break
+        self.drafts.drafted += tokens.shape[1] - input_ids.shape[1]
         return tokens, torch.stack(scores, dim=1) if scores and self.generation_config.do_sample else None
 
     def _with_next(

@@ -11,6 +11,7 @@ import skipit
 
 ROOT = Path(__file__).parent.parent
 MADE_IN = 1800  # seconds, of which most are a download
+LAWS = ("tests/test_laws.py", "tests/test_lossless_laws.py")
 FAMILIES = "(llava or qwen2.5-vl or gemma3) and not next and not onevision"
 
 
@@ -29,7 +30,7 @@ def test_the_laws_with_the_oldest_versions() -> None:
     has = subprocess.run([python, "-c", asked], env=env, capture_output=True, text=True, check=True).stdout.split()
     assert [".".join(version.split(".")[:2]) for version in has] == [declared["torch"], declared["transformers"]]
     done = subprocess.run(
-        [python, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/test_laws.py", "-k", FAMILIES],
+        [python, "-m", "pytest", "-q", "-p", "no:cacheprovider", *LAWS, "-k", FAMILIES],
         env=env,
         cwd=ROOT,
         capture_output=True,
