@@ -55,7 +55,8 @@ class BudgetedModel(Mixin, _Model):
                 model drafts tokens, and the dense model verifies several in one pass. One row at a time.
             draft_budget: the operating point at which tokens are drafted. None is that of `running`, or else the
                 default one.
-            draft_tokens: how many are drafted at most before they are verified. None is 5.
+            draft_tokens: how many are drafted at most before they are verified. None is 5 at first, then one more than
+                were accepted the last time.
             **kwargs: as transformers has them.
 
         Raises:

@@ -20,7 +20,7 @@ from .drafts import Drafts
 from .errors import InputError, short
 from .running import Router, _Running, within
 
-DRAFT_TOKENS = 5
+AT_FIRST = 5  # tokens that are drafted before anything is known of how many will be accepted
 # What a generation must be set to, where transformers' loop of drafts and verifications has no room for anything else,
 # or would answer otherwise than without drafts.
 _ONLY: dict[str, Any] = {
@@ -44,7 +44,7 @@ class Drafter(CandidateGenerator):
         model: gated, with a router.
         options: that hold.
         draft_budget: the operating point at which it drafts; None is that of the options.
-        draft_tokens: most that are drafted before they are verified.
+        draft_tokens: most that are drafted before they are verified; None is one more than were accepted the last time.
         stopping_criteria: of the caller.
     """
 
@@ -60,9 +60,7 @@ class Drafter(CandidateGenerator):
         stopping_criteria: StoppingCriteriaList | None,
     ) -> None:
         options = replace(options, mode="gathered", budget=options.budget if draft_budget is None else draft_budget)
-        if draft_tokens is None:
-            draft_tokens = DRAFT_TOKENS
-        if type(draft_tokens) is not int or draft_tokens < 1:
+        if draft_tokens is not None and (type(draft_tokens) is not int or draft_tokens < 1):
             raise InputError(f"`draft_tokens`: got {short(draft_tokens)}, expected a number of tokens, at least 1.")
         self.router = next(hook for hook in model._forward_pre_hooks.values() if isinstance(hook, Router))
         if options.policy is None:
@@ -73,7 +71,7 @@ class Drafter(CandidateGenerator):
                 )
             self.router.config.threshold_at(options.budget)
         self.model, self.config = model, model.config
-        self.options, self.most = options, draft_tokens
+        self.options, self.fixed, self.most = options, draft_tokens, draft_tokens or AT_FIRST
         self.drafts = options.drafts or Drafts()
         self.own_criteria = stopping_criteria or StoppingCriteriaList()
 
@@ -138,8 +136,10 @@ class Drafter(CandidateGenerator):
         return (longer if self.generation_config.do_sample else tokens), True
 
     def update_candidate_strategy(self, input_ids: Int[Tensor, "1 seq"], scores: Any, num_matches: Any) -> None:
-        """Count what the dense model has accepted."""
+        """Count what the dense model has accepted, and expect as many again."""
         self.drafts.accepted += int(num_matches)
+        if self.fixed is None and scores.shape[1] > 1:  # something was drafted
+            self.most = int(num_matches) + 1
 
 
 def check_settings(asked: dict[str, Any], rows: int) -> None:

@@ -55,7 +55,7 @@ def after_prompt(model: Any, ask: Callable[[], Any]) -> tuple[Any, float]:
 def answer_times(
     model: Any,
     prompts: Sequence[dict[str, Tensor]],
-    drafted: Sequence[int],
+    drafted: Sequence[int | None],
     budgets: Sequence[float | str | None],
     repeats: int,
     longest: int,
@@ -65,7 +65,7 @@ def answer_times(
     Args:
         model: gated.
         prompts: one row each.
-        drafted: numbers of tokens that are drafted at most.
+        drafted: numbers of tokens that are drafted at most; None is one more than were accepted the last time.
         budgets: calibrated ones, at which the gated model drafts; None is the default one.
         repeats: of every prompt.
         longest: answer, in tokens.
@@ -75,7 +75,11 @@ def answer_times(
         at = "" if budget is None else f" at {budget}"
         ways[GATED + at] = {"budget": budget}
         ways |= {
-            f"lossless{at}, {most} drafted": {"lossless": True, "draft_budget": budget, "draft_tokens": most}
+            f"lossless{at}, {most or 'as many as were accepted'} drafted": {
+                "lossless": True,
+                "draft_budget": budget,
+                "draft_tokens": most,
+            }
             for most in drafted
         }
     seconds: dict[str, list[float]] = {name: [] for name in ways}
@@ -220,7 +224,7 @@ def _answers(given: argparse.Namespace) -> dict[str, Any]:
         rows = load_data(given.data, "test", given.samples)
     prompts = list(batches(rows, Collator(processor, with_completion=False), 1))
     budgets = given.draft_budgets or [None]
-    return {"rows": answer_times(model, prompts, given.drafted, budgets, given.repeats, given.max_new_tokens)}
+    return {"rows": answer_times(model, prompts, [None, *given.drafted], budgets, given.repeats, given.max_new_tokens)}
 
 
 def _steps(given: argparse.Namespace) -> dict[str, Any]:

@@ -6,14 +6,14 @@ from typing import Any
 
 import pytest
 import torch
-from families import build, inputs, processor
+from families import LAYERS, build, inputs, processor
 from scipy.stats import chisquare
 from tiny_models import PATTERNS
 from torch import Tensor
 from transformers import DynamicCache, GenerationConfig, StoppingCriteriaList, TextIteratorStreamer
 
 import skipit
-from skipit.router import Drafts, InputError, RouterConfig, RouterConfigError, Trace, attach, running
+from skipit.router import Drafts, FixedUnits, InputError, RouterConfig, RouterConfigError, Trace, attach, running
 
 ROW = [5, "image", 6, 7, 6, 7]
 NEW = {"max_new_tokens": 12, "do_sample": False, "no_repeat_ngram_size": 1}
@@ -111,14 +111,23 @@ def test_who_asks_how() -> None:
     """A call, a server's settings, and `running` around it; each draft at a budget of its own."""
     model, counts = gated(operating_points={"0.5": 0.0, "none": 1e9}), {}
     for budget in (0.5, "none"):
-        made, counts[budget] = answered(model, draft_budget=budget)
+        made, counts[budget] = answered(model, draft_budget=budget, draft_tokens=2)
         assert torch.equal(made, dense())
-        settings = GenerationConfig(**NEW, lossless=True, draft_budget=budget, draft_tokens=5)
+        settings = GenerationConfig(**NEW, lossless=True, draft_budget=budget, draft_tokens=2)
         batch = inputs("llava", [ROW])
         assert skipit.generate(model, **batch, generation_config=settings, return_trace=True)[1] == counts[budget]
         with running(budget=budget):
-            assert answered(model)[1] == counts[budget]
+            assert answered(model, draft_tokens=2)[1] == counts[budget]
     assert counts[0.5] != counts["none"]
+
+
+def test_one_more_is_drafted_than_was_accepted() -> None:
+    right = answered(gated("open"), max_new_tokens=1 + 6 + 7 + 8)[1]
+    assert right == Drafts(drafted=5 + 6 + 7, accepted=5 + 6 + 7, verifications=3)
+    with running(policy=FixedUnits(torch.zeros(LAYERS, 2, dtype=torch.bool))):
+        made, wrong = answered(gated("open"), max_new_tokens=1 + 6)
+    assert torch.equal(made, dense(max_new_tokens=1 + 6))
+    assert wrong == Drafts(drafted=5 + 1 + 1 + 1 + 1, accepted=0, verifications=6)  # the last token needs no draft
 
 
 def test_only_drafts_are_traced() -> None:

@@ -17,7 +17,7 @@ def test_answers_and_steps(tmp_path: Path, capsys: pytest.CaptureFixture[str], m
     sizes = ["--steps", "1", "--samples", "2", "--repeats", "1", "--drafted", "2", "4", "--image-tokens", "16"]
     lossless.main([*sizes, "--out", str(tmp_path)])
     cells = {path.name.partition("_")[0]: json.loads(path.read_text()) for path in (tmp_path / "cells").iterdir()}
-    dense, gated, two, four = cells["answers"]["rows"]
+    dense, gated, _, two, four = cells["answers"]["rows"]
     assert [row["name"] for row in (dense, gated, two, four)] == [
         "dense",
         "gated",

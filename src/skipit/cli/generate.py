@@ -34,7 +34,10 @@ def add_arguments(verb: Parser) -> None:
         help="calibrated budget or named point at which --lossless drafts (default: the trained)",
     )
     verb.add_argument(
-        "--draft-tokens", type=positive_int, default=None, help="most tokens that --lossless drafts at once (default 5)"
+        "--draft-tokens",
+        type=positive_int,
+        default=None,
+        help="most tokens that --lossless drafts at once (default: one more than were accepted the last time)",
     )
 
 
