@@ -22,12 +22,13 @@ import skipit
 from skipit.eval.measure.latency import hardware, median_interval
 from skipit.eval.measure.stopwatch import now
 from skipit.router import Drafts, SkipCache, attach, running
+from skipit.theory.inputs import to_model
 from skipit.train.adapter import load
 from skipit.train.data.collate import Collator, batches
 from skipit.train.data.sources import load_data
 from skipit.train.reference.data import reference_dataset
 
-from .shapes import SHAPES, prompt, to_model
+from .shapes import SHAPES, prompt
 from .speed import TEXT_TOKENS, EvenShare, units
 from .study import Study, command, markdown, once
 
@@ -86,8 +87,8 @@ def answer_times(
     counts = {name: Drafts() for name in ways}
     same = dict.fromkeys(ways, 0)
     lengths = []
-    for number, inputs in enumerate(prompts):
-        wanted = None
+    for number, batch in enumerate(prompts):
+        inputs, wanted = to_model(batch, model), None
         for repeat in range(repeats + (number == 0)):  # the very first one warms up
             names = list(ways)
             for name in [DENSE, *(names[1:] * 2)[repeat % len(names[1:]) :][: len(names[1:])]]:
