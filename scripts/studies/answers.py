@@ -8,7 +8,7 @@ from jaxtyping import Bool
 from torch import Tensor, nn
 
 from skipit.router import Step, Trace, running
-from skipit.theory.cost import CostModel, trace_compute
+from skipit.theory.cost import Costs, trace_compute
 from skipit.theory.inputs import to_model
 from skipit.theory.labels import IGNORE, before_answer, predicts_answer
 
@@ -27,7 +27,7 @@ class Answers:
         self.predicted: list[Tensor] = []
         self.steps: list[Step] = []
 
-    def share(self, costs: CostModel) -> float:
+    def share(self, costs: Costs) -> float:
         """Executed share of the dense decoder's FLOPs; 1 for a dense run."""
         if not self.steps:
             return 1.0
@@ -43,7 +43,7 @@ def same_rows(first: Sequence[Tensor], second: Sequence[Tensor]) -> Bool[Tensor,
     return torch.cat([(one == other).all(-1) for one, other in zip(first, second, strict=True)])
 
 
-def share_of(steps: Iterable[Step], costs: CostModel) -> float:
+def share_of(steps: Iterable[Step], costs: Costs) -> float:
     """Executed share of the dense decoder's FLOPs over steps that are each a whole input."""
     found = [trace_compute(costs, [step]) for step in steps]
     return float(sum(c.executed.sum() for c in found) / sum(c.dense.sum() for c in found))

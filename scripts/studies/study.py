@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 import torch
 from torch import Tensor
@@ -23,7 +23,7 @@ from skipit.theory.plan import Init, make_plan
 from skipit.theory.profile import Profile
 from skipit.train.config import TrainConfig
 from skipit.train.data.collate import Collator, batches
-from skipit.train.data.sources import load_model
+from skipit.train.data.sources import load_data, load_model
 from skipit.train.display import note, training_progress
 from skipit.train.export import merge_run
 from skipit.train.launch import CHECKPOINTS
@@ -37,6 +37,8 @@ from skipit.train.run_folder import RUN_FILE
 from .answers import always, answers, right, same_rows
 from .options import command as command
 from .options import markdown as markdown
+
+Model = Literal["reference", "documents"]
 
 
 @dataclass(frozen=True)
@@ -54,6 +56,7 @@ class Study:
         learning_rate: of LoRA.
         kinds: of question, in the rows of profile, training and calibration; test rows have all.
         decide_at: decision points, as of `RouterConfig`.
+        model: by name, whose rows have the same name; `kinds` are the reference's.
         out: folder in which the profile is kept; None keeps none.
     """
 
@@ -67,6 +70,7 @@ class Study:
     learning_rate: float = 2e-3
     kinds: tuple[Kind, ...] = KINDS
     decide_at: tuple[int, ...] | None = RouterConfig.decide_at
+    model: Model = "reference"
     out: Path | None = None
 
     @classmethod
@@ -95,22 +99,29 @@ class Study:
         )
 
     def rows(self, split: Split, size: int) -> Any:
-        """Rows of the reference data set."""
+        """Rows of the model's data set."""
+        if self.model != "reference":
+            return load_data(self.model, split, size, self.seed)
         return reference_dataset(split, size, self.seed, KINDS if split == "test" else self.kinds)
 
-    def read(self, split: Split, size: int, batch_size: int = 48) -> list[dict[str, Tensor]]:
-        """Batches of these rows, with labels."""
-        return list(batches(self.rows(split, size), Collator(self.dense[1]), batch_size))
+    def read(self, split: Split, size: int, batch_size: int | None = None) -> list[dict[str, Tensor]]:
+        """Batches of these rows, with labels; by default few pages, whose logits over a real vocabulary are large."""
+        rows = batch_size or (48 if self.model == "reference" else 4)
+        return list(batches(self.rows(split, size), Collator(self.dense[1]), rows))
+
+    def load(self) -> Any:
+        """One more dense model, to be changed."""
+        return load_model(self.model)[0]
 
     @cached_property
     def dense(self) -> tuple[Any, Any]:
         """The untouched model and its processor."""
-        return load_model("reference")
+        return load_model(self.model)
 
     @cached_property
     def gated(self) -> Any:
         """A dense model that can be told what to skip."""
-        model, _ = load_model("reference")
+        model = self.load()
         attach(model)
         return model
 
@@ -146,7 +157,7 @@ class Study:
         options: dict[str, Any] = {"seed": self.seed, "decide_at": self.decide_at}
         if self.out is None:
             return profile_model(*self.dense, rows, **options)
-        settings = {**options, "profiled": self.profiled, "kinds": self.kinds}
+        settings = {**options, "profiled": self.profiled, "kinds": self.kinds, "model": self.model}
         place = self.out / "profiles" / f"{self.seed}_{digest(settings)}"
         if not place.exists():
             save_profile(profile_model(*self.dense, rows, **options), place)
@@ -161,7 +172,7 @@ class Study:
         calibrated: bool = True,
         callbacks: Sequence[Any] = (),
     ) -> tuple[Any, Any]:
-        """The reference model with a trained router, LoRA merged, and its processor.
+        """The model with a trained router, LoRA merged, and its processor.
 
         Args:
             config: settings of the run.
@@ -171,7 +182,7 @@ class Study:
             callbacks: of the trainer.
         """
         if not (folder / RUN_FILE).is_file():
-            model, processor = load_model("reference")
+            model, processor = load_model(self.model)
             with training_progress(config) as bar:
                 train(
                     model,
@@ -181,7 +192,7 @@ class Study:
                     config,
                     folder,
                     calibration=self.rows("calibration", self.calibration) if calibrated else None,
-                    base="reference",
+                    base=self.model,
                     resume=any((folder / CHECKPOINTS).glob("checkpoint-*")),
                     callbacks=[bar, *callbacks],
                 )

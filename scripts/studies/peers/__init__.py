@@ -1,9 +1,13 @@
 """Ours against what peers do, on our engine, at equal measured FLOPs: scripts/study peers.
 
-Same base (the reference VLM), rows, LoRA rank, steps, distillation and executor for all; peers are re-implemented from
-their formulas. One JSON file per method, budget and seed; finished ones are not measured again, so the sweep can be
-interrupted. It ends in a Markdown table and two figures of what was asked for. A name with `+lora` is a fixed mask with
-LoRA trained around it. A method that cannot spend as little as a budget says so, with what it spends at least.
+Same base (the reference VLM, or the documents model by --model documents), rows, LoRA rank, steps, distillation and
+executor for all; peers are re-implemented from their formulas, each kind beside a random control that spends as much.
+A name with `+lora` is a fixed choice with LoRA trained around it. One with gates and a pruner, as `theory-evict+dart`,
+is one budget over dropping tokens where the decoder begins and skipping layers, split where calibration rows say; its
+cell has every split that was tried. A method that cannot spend as little as a budget says so, with what it spends at
+least. One JSON file per method, budget and seed; finished ones are not measured again, so the sweep can be interrupted.
+It ends in a Markdown table and figures of what was asked for: all untrained, all trained, each combination beside each
+of its parts alone.
 """
 
 import statistics
@@ -12,7 +16,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from skipit.eval.measure.latency import Subject, time_models
 from skipit.eval.plots import plot_pareto
@@ -22,10 +26,11 @@ from skipit.theory.plan import check_budget
 from skipit.train.data.collate import Collator
 from skipit.train.trainer import TrainingError
 from studies.answers import answers, right
-from studies.study import command, markdown, once
+from studies.study import Model, command, markdown, once
 
 from .choices import OutOfReachError
-from .methods import METHODS, TRAINED, UNTRAINED, Lab, System, Systems
+from .lab import Lab, System, Systems
+from .methods import METHODS, TRAINED, UNTRAINED
 
 REPEATS = 15
 
@@ -60,12 +65,13 @@ def run_cell(name: str, lab: Lab, budget: float, latency: bool = False) -> dict[
 
 
 def measure(system: System, lab: Lab) -> dict[str, Any]:
-    """Accuracy, the share of rows answered as the dense model does, and the executed share of FLOPs, on test rows."""
+    """On test rows: accuracy, the share answered as the dense model does, the executed share of FLOPs; and choices."""
     found = answers(system.model, lab.test, system.options)
     return {
         "accuracy": found.same(right(lab.test)),
         "same_answer": found.same(lab.wanted),
         "compute": found.share(system.costs),
+        **({"chosen": dict(system.chosen)} if system.chosen else {}),
     }
 
 
@@ -103,6 +109,8 @@ def summary(cells: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
             }
             entry |= {key: statistics.mean(run[key] for run in measured) for key in ("compute", "same_answer")}
             times = [run["latency"]["this"] for run in measured if "latency" in run]
+            kept = [run["chosen"]["keep"] for run in measured if "keep" in run.get("chosen", {})]
+            entry["keep"] = statistics.mean(kept) if kept else None
             for key in ("prefill_ms", "prefill_speed_up", "decode_speed_up"):
                 entry[key] = statistics.mean(found[key] for found in times) if times else None
         entries.append(entry)
@@ -116,7 +124,8 @@ def table(entries: Iterable[dict[str, Any]]) -> str:
 
 
 def _row(entry: dict[str, Any]) -> list[str]:
-    start = [f"{entry['budget']:g}", entry["system"], "yes" if entry["trained"] else "", str(entry["seeds"])]
+    stays = f", {entry['keep']:.0%} of image tokens stay" if entry.get("keep") is not None else ""
+    start = [f"{entry['budget']:g}", entry["system"] + stays, "yes" if entry["trained"] else "", str(entry["seeds"])]
     if entry["runs"] == 0:
         why = "training failed" if entry["floor"] is None else f"cannot: spends {entry['floor']:.1%} at least"
         return [*start, "0", "", why, "", ""]
@@ -131,15 +140,21 @@ def _row(entry: dict[str, Any]) -> list[str]:
 
 
 def draw(entries: Sequence[dict[str, Any]], out: Path) -> None:
-    """Accuracy against measured FLOPs, of what needs no training and of what was trained."""
-    for trained, name in ((False, "untrained"), (True, "trained")):
-        points = [
-            (entry["system"], entry["compute"], entry["accuracy"], entry["spread"] or 0.0)
-            for entry in entries
-            if entry["runs"] and entry["trained"] == trained
-        ]
+    """Accuracy against measured FLOPs: of what needs no training, of what was trained, of each combination."""
+    measured = [entry for entry in entries if entry["runs"]]
+    figures = {
+        f"pareto_{name}": [entry for entry in measured if entry["trained"] == trained]
+        for trained, name in ((False, "untrained"), (True, "trained"))
+    }
+    for name in {entry["system"] for entry in measured}:
+        gates, _, pruner = name.partition("+")
+        alone = {gates, pruner, f"{pruner}+lora"} & {entry["system"] for entry in measured}
+        if {gates, pruner} <= alone:
+            figures[f"frontier_{name}"] = [entry for entry in measured if entry["system"] in {name, *alone}]
+    for name, chosen in figures.items():
+        points = [(e["system"], e["compute"], e["accuracy"], e["spread"] or 0.0) for e in chosen]
         if points:
-            plot_pareto(out / f"pareto_{name}.png", [("dense", 1.0, 1.0, 0.0), *points], "standard deviation")
+            plot_pareto(out / f"{name}.png", [("dense", 1.0, 1.0, 0.0), *points], "standard deviation")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -165,6 +180,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         choices=[*groups, *METHODS],
         metavar="METHOD",
         help=f"untrained, trained, all (default), or some of {', '.join(METHODS)}",
+    )
+    parser.add_argument(
+        "--model", choices=get_args(Model), default="reference", help="and its rows (default %(default)s)"
     )
     parser.add_argument("--latency", action="store_true", help="time every system against the untouched model")
     given = parser.parse_args(argv)

@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from skipit.router import Decision, SkipItError, Step
+from skipit.router import SkipItError, Step
 from skipit.router.config import KVPolicy, Unit
 from skipit.theory.cost import CostModel
 from studies.answers import share_of
@@ -57,12 +57,7 @@ class Static:
     def share(self, x: float, steps: Iterable[Step], costs: CostModel) -> float:
         """The share of FLOPs that gathered execution spends then on the tokens of some steps."""
         policy = UnitRates(self.rates(x), self.seed)
-        planned = []
-        for step in steps:
-            place = step.real.cumsum(-1) - 1
-            run = {layer: Decision(policy.runs(layer, place, step.modality)) for layer in range(len(policy.rate))}
-            planned.append(replace(step, kv=self.kv, unit=self.unit, decisions=run))
-        return share_of(planned, costs)
+        return share_of([policy.planned(step, kv=self.kv, unit=self.unit) for step in steps], costs)
 
 
 def in_order(order: Order, layers: int) -> Callable[[float], Rates]:
@@ -106,11 +101,12 @@ def best_block(angles: Float[Tensor, "boundaries boundaries"]) -> Callable[[floa
 def static_choices(
     found: Similarities, contribution: Float[Tensor, "layers modality"], seed: int, draws: int = 5
 ) -> dict[str, list[Static]]:
-    """The peers' static choices by name; the random one is drawn several times.
+    """The peers' static choices by name; random ones, the controls, are drawn several times.
 
-    `random`: layers 1 to L - 2 in random order. `bi`: whole layers by least block influence (ShortGPT), `bi-vision`:
-    their vision tokens only. `angular`: one block of layers (Gromov et al.). `drop-attention`, `drop-mlp`: by largest
-    similarity (LLM-Drop). `shortv`: vision updates by least layer contribution. `vtw`: vision leaves from a layer on.
+    `random`: layers 1 to L - 2 in random order; `random-vision`, `random-attention`, `random-mlp`: vision, or a part of
+    them, alone. `bi`: whole layers by least block influence (ShortGPT), `bi-vision`: their vision tokens only.
+    `angular`: one block of layers (Gromov et al.). `drop-attention`, `drop-mlp`: by largest similarity (LLM-Drop).
+    `shortv`: vision updates by least layer contribution. `vtw`: vision leaves from a layer on.
 
     Args:
         found: states compared on calibration rows.
@@ -126,13 +122,20 @@ def static_choices(
     def vision(scores: Tensor) -> Callable[[float], Rates]:
         return in_order([[(layer, 1)] for layer in scores.argsort(stable=True).tolist()], layers)
 
-    def random(draw: int) -> Static:
-        generator = torch.Generator().manual_seed(1000 * seed + draw)
-        middle = 1 + torch.randperm(layers - 2, generator=generator)
-        return Static(in_order([[(layer, 0), (layer, 1)] for layer in middle.tolist()], layers), "evict")
+    def random(units: tuple[int, ...], kv: KVPolicy, unit: Unit = "block") -> list[Static]:
+        found = []
+        for draw in range(draws):
+            generator = torch.Generator().manual_seed(1000 * seed + draw)
+            middle = 1 + torch.randperm(layers - 2, generator=generator)
+            order = [[(layer, modality) for modality in units] for layer in middle.tolist()]
+            found.append(Static(in_order(order, layers), kv, unit))
+        return found
 
     return {
-        "random": [random(draw) for draw in range(draws)],
+        "random": random((0, 1), "evict"),
+        "random-vision": random((1,), "retain"),
+        "random-attention": random((0, 1), "evict", "attention"),
+        "random-mlp": random((0, 1), "evict", "mlp"),
         "bi": [Static(whole(found.influence), "evict")],
         "bi-vision": [Static(vision(found.vision_influence), "retain")],
         "angular": [Static(best_block(found.angles), "evict")],

@@ -1,6 +1,6 @@
 """Peers' ways of choosing who runs a layer, as policies of our engine, re-implemented from the formulas.
 
-None keeps state on a module. What one layer finds out for later ones is kept with the call.
+None keeps state on a module.
 """
 
 from collections.abc import Sequence
@@ -9,14 +9,11 @@ from typing import Any, ClassVar
 
 import torch
 from jaxtyping import Bool, Float
-from torch import Tensor, nn
+from torch import Tensor
 
-from skipit.router import VISION, Decision, LayerByLayer, SkipItError, gated_layers
-from skipit.router.attention import OBSERVER_KWARG
-from skipit.router.call import KWARG, Call, Policy
+from skipit.router import VISION, Decision, LayerByLayer, Step
+from skipit.router.call import Call, Policy
 from skipit.router.gates import TokenGate
-
-_MASS = "vision_attention"  # where FastV keeps what its layer saw, among the attributes of a call
 
 
 @dataclass(frozen=True)
@@ -37,6 +34,15 @@ class UnitRates(LayerByLayer):
     def runs(self, layer: int, position: Tensor, modality: Tensor) -> Tensor:
         """Who runs a layer, bool, of the shape of `position`: places among the row's real tokens."""
         return uniform(position, layer, self.seed) < self.rate.to(position.device)[layer][modality]
+
+    def planned(self, step: Step, **how: Any) -> Step:
+        """A step of the same tokens as if this policy had decided in it; `how` are its `kv` and `unit`.
+
+        Who runs depends on no state, so nothing need be executed to find out.
+        """
+        place = step.real.cumsum(-1) - 1
+        run = {layer: Decision(self.runs(layer, place, step.modality)) for layer in range(len(self.rate))}
+        return replace(step, decisions=run, **how)
 
 
 def uniform(position: Tensor, layer: int, seed: int) -> Tensor:
@@ -69,6 +75,13 @@ def over_tokens(
     return torch.zeros_like(run).scatter(-1, places, run.gather(-1, shuffled)) & real
 
 
+def over_rows(run: Bool[Tensor, "layers batch seq"], real: Bool[Tensor, "batch seq"], seed: int) -> Tensor:
+    """Shuffle every layer's decisions, one per row, over the rows: as many rows run, but not the same ones."""
+    rows = run.any(-1)
+    noise = torch.rand(rows.shape, generator=torch.Generator().manual_seed(seed)).to(run.device)
+    return rows.gather(1, noise.argsort(1))[..., None] & real
+
+
 def over_layers(run: Bool[Tensor, "layers batch seq"], seed: int) -> Bool[Tensor, "layers batch seq"]:
     """Shuffle every token's decisions over the layers: it runs as many, but not the same ones."""
     noise = torch.rand(run.shape, generator=torch.Generator().manual_seed(seed)).to(run.device)
@@ -89,78 +102,14 @@ def top_vision(
 
 
 @dataclass(frozen=True)
-class FastV(LayerByLayer):
-    """After layer `layer`, the share `keep` of a row's vision tokens that its last prompt token attends to most.
-
-    The rest leave, for all later layers: `kv="evict"`. The attention is what the layer itself computes, mean over
-    heads; `watch_attention` must have been called for that layer.
-    """
-
-    layer: int
-    keep: float
-    decide_at: ClassVar = None
-
-    def decide_layer(self, layer: int, hidden: Tensor, call: Call, gate: TokenGate) -> Decision:
-        """Run where a token is text or attended to."""
-        vision = (call.modality == VISION) & call.real
-        if layer <= self.layer or not bool(vision.any()):
-            return Decision(torch.ones_like(call.real))
-        if _MASS not in vars(call):
-            raise SkipItError(
-                f"FastV: nobody watched layer {self.layer} in this call. Call `watch_attention(model, {self.layer})` "
-                "first, and keep the decoder on one device."
-            )
-        return Decision(top_vision(vars(call)[_MASS], vision, self.keep))
-
-
-def watch_attention(model: nn.Module, layer: int) -> Any:
-    """Let a layer write down, with each call, how much the last prompt token attends to every token.
-
-    Returns:
-        A handle whose `remove()` ends it.
-    """
-
-    def watch(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
-        call = kwargs.get(KWARG)
-        if not isinstance(call, Call) or not bool((call.modality == VISION).any()):
-            return None
-        return args, {**kwargs, OBSERVER_KWARG: _observer(call)}
-
-    return gated_layers(model)[layer].register_forward_pre_hook(watch, with_kwargs=True)
-
-
-def _observer(call: Call) -> Any:
-    """What packed attention calls with a layer's queries and keys, [batch, heads, tokens, head_dim]."""
-
-    @torch.no_grad()
-    def observe(
-        module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float | None
-    ) -> Tensor | None:
-        batch, tokens = call.real.shape
-        rows = torch.arange(batch, device=query.device)
-        last = torch.arange(tokens, device=query.device).expand(batch, -1).masked_fill(~call.prompt, -1).amax(-1)
-        last = last.clamp(min=0)
-        key = key.repeat_interleave(query.shape[1] // key.shape[1], dim=1)
-        asked = query[rows, :, last][:, :, None]
-        scores = (asked @ key.transpose(-1, -2)).float()[:, :, 0] * (
-            query.shape[-1] ** -0.5 if scaling is None else scaling
-        )
-        allowed = torch.arange(key.shape[2], device=key.device) <= (key.shape[2] - tokens + last)[:, None]
-        scores = scores.masked_fill(~allowed[:, None], -torch.inf)
-        if mask is not None:
-            seen = mask.expand(batch, -1, -1, -1)[rows, 0, last][:, None]
-            scores = scores.masked_fill(~seen, -torch.inf) if seen.dtype == torch.bool else scores + seen
-        vars(call)[_MASS] = torch.softmax(scores, dim=-1).mean(1)[:, -tokens:]
-        return mask
-
-    return observe
-
-
-@dataclass(frozen=True)
 class TopVision(LayerByLayer):
-    """p-MoD's choice: of each layer's vision tokens the share `keep` [layers] that its gate scores highest."""
+    """p-MoD's choice: of each layer's vision tokens the share `keep` [layers] that its gate scores highest.
+
+    With a `seed` they are random ones, other ones in each layer: the control.
+    """
 
     keep: Tensor
+    seed: int | None = None
     decide_at: ClassVar = None
 
     def decide_layer(self, layer: int, hidden: Tensor, call: Call, gate: TokenGate) -> Decision:
@@ -168,24 +117,29 @@ class TopVision(LayerByLayer):
         vision = (call.modality == VISION) & call.real
         if not bool(vision.any()) or self.keep[layer] >= 1:
             return Decision(torch.ones_like(call.real))
-        return Decision(top_vision(gate(hidden, call.modality).detach(), vision, float(self.keep[layer])))
+        random = self.seed is not None
+        scores = (
+            uniform(call.position, layer, self.seed or 0).float() if random else gate(hidden, call.modality).detach()
+        )
+        return Decision(top_vision(scores, vision, float(self.keep[layer])))
 
 
 @dataclass(frozen=True)
 class SequenceRouter(LayerByLayer):
-    """Router-Tuning's choice: one decision per row and layer, from the mean over the row's real prompt tokens.
+    """One decision per row and layer, from the mean over the row's real prompt tokens: Router-Tuning's, LayerRoute's.
 
-    g = 1[sigmoid(w . mean n(x) + b) > sigmoid(threshold)], straight-through; held for what is generated. Only the last
-    half of the layers have a router, and of these not the final one.
+    g = 1[sigmoid(w . mean n(x) + b) > sigmoid(threshold)], straight-through; held for what is generated. Layers before
+    `first` and from `end` on have no router and run.
     """
 
-    layers: int
+    first: int
+    end: int
     threshold: float = 0.0
     decide_at: ClassVar = None
 
     def decide_layer(self, layer: int, hidden: Tensor, call: Call, gate: TokenGate) -> Decision:
         """Run where the row's mean logit exceeds the threshold."""
-        if not self.layers // 2 <= layer < self.layers - 1:
+        if not self.first <= layer < self.end:
             return Decision(torch.ones_like(call.real))
         alike = torch.zeros_like(call.modality)  # one decision: the modalities share a gate, and are pooled together
         alone = range(layer, layer + 1)

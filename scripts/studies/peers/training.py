@@ -126,6 +126,16 @@ def sequence_penalty(capacity: float, first: int, end: int) -> Penalty:
     return penalty
 
 
+def gate_penalty(share: float) -> Penalty:
+    """A term on routers of whole rows: how far the mean gate is above a share, times the layers."""
+
+    def penalty(run: Tensor, real: Tensor) -> Tensor:
+        of_rows = (run * real).sum(-1) / real.sum(-1)
+        return torch.relu(of_rows.mean() - share) * len(run)
+
+    return penalty
+
+
 def rate_penalty(share: float) -> Penalty:
     """D-LLM's loss: mean over tokens of |mean over layers of a - share|."""
 

@@ -1,5 +1,6 @@
 """The comparison with peers: every method makes something that can be measured, and cells are made once."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -8,13 +9,15 @@ import torch
 
 from skipit.router.folders import load_json
 from skipit.train.data.sources import load_model
+from skipit.train.reference.data import reference_dataset
 from studies import peers
 from studies.answers import always
 from studies.peers import draw, main, run_cell, summary, table
 from studies.peers.choices import with_gate_cost
-from studies.peers.methods import METHODS, TRAINED, Lab, System, _met
+from studies.peers.lab import Lab, System
+from studies.peers.methods import METHODS, TRAINED, UNTRAINED, _met
 from studies.peers.policies import UnitRates
-from studies.peers.training import depth_penalty, rate_penalty, sequence_penalty
+from studies.peers.training import depth_penalty, gate_penalty, rate_penalty, sequence_penalty
 
 
 @pytest.fixture(scope="module")
@@ -23,15 +26,23 @@ def lab() -> Lab:
     return Lab(seed=0, steps=2, samples=6, calibration=6, profiled=6, batch_size=2)
 
 
-@pytest.mark.parametrize("name", ["random", "bi", "bi-vision", "angular", "drop-mlp", "shortv", "vtw", "fastv"])
+@pytest.mark.parametrize("name", sorted(set(UNTRAINED) - {"theory-retain", "theory-evict"}))
 def test_untrained_methods_meet_the_budget_on_other_rows(name: str, lab: Lab) -> None:
-    cell = run_cell(name, lab, 0.6)
-    (draws,) = cell["results"].values()
-    assert len(draws) == (5 if name == "random" else 1)
-    for found in draws:
-        assert found["compute"] == pytest.approx(0.6, abs=0.03)
-        assert 0 <= found["accuracy"] <= 1
+    budget = 0.75 if "attention" in name else 0.6  # attention alone is a third of a layer
+    cell = run_cell(name, lab, budget)
+    for label, draws in cell["results"].items():
+        assert len(draws) == (5 if "random" in label and "+" not in label else 1)
+        for found in draws:
+            assert found["compute"] == pytest.approx(budget, abs=0.03), label
+            assert 0 <= found["accuracy"] <= 1
     assert cell["dense"] > 0.5
+    assert set(cell["results"]) == ({name, f"{name}: random tokens"} if name in ("fastv", "pyramid-drop") else {name})
+
+
+def test_what_was_chosen_on_calibration_rows_is_kept(lab: Lab) -> None:
+    found = run_cell("theory-evict+dart", lab, 0.6)["results"]["theory-evict+dart"][0]
+    assert {"keep", "threshold", "splits"} == set(found["chosen"])
+    assert json.loads(json.dumps(found)) == found
 
 
 @pytest.mark.parametrize("name", ["shortv+lora", "p-mod", "ours-retain"])
@@ -45,7 +56,7 @@ def test_trained_methods_meet_the_budget_on_other_rows(name: str, lab: Lab) -> N
         assert len(cell["results"]) == 5
 
 
-@pytest.mark.slow  # seven trainings
+@pytest.mark.slow  # a training each
 @pytest.mark.parametrize("name", sorted(set(TRAINED) - {"shortv+lora", "p-mod", "ours-retain", "router-tuning"}))
 def test_every_other_trained_method_trains(name: str, lab: Lab) -> None:
     cell = run_cell(name, lab, 1.0 if name == "lora" else 0.7)
@@ -80,6 +91,8 @@ def test_the_losses_of_peers() -> None:
     assert float(depth_penalty(0.1, 0.6)(run, real)) == 0
     assert float(sequence_penalty(0.2, 0, 2)(run, real)) == pytest.approx((1 - 0.2) + (0.5 - 0.2))
     assert float(sequence_penalty(0.2, 2, 3)(run, real)) == 0
+    assert float(gate_penalty(0.2)(run, real)) == pytest.approx(3 * (0.5 - 0.2))
+    assert float(gate_penalty(0.6)(run, real)) == 0
 
 
 def _everything(lab: Lab, budget: float) -> dict[str, list[System]]:
@@ -118,6 +131,47 @@ def test_a_sweep_is_done_once_and_ends_in_a_table_and_a_figure(
     assert (tmp_path / "table.md").read_text().count("| bi |") == 1
     main([*arguments, "--budgets", "0.25", "--latency"])
     assert calls == [0.5, 0.25, 0.5, 0.25]
+
+
+def test_the_documents_model_is_asked_on_its_own_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Any] = []
+
+    def model(name: str) -> Any:
+        asked.append(name)
+        return load_model("reference")
+
+    def data(name: str, *what: Any) -> Any:
+        asked.append((name, *what[:2]))
+        return reference_dataset(*what)
+
+    monkeypatch.setattr("studies.study.load_model", model)
+    monkeypatch.setattr("studies.study.load_data", data)
+    monkeypatch.setitem(METHODS, "bi", _everything)
+    sizes = ["--rows", "6", "--calibration", "5", "--seeds", "0", "--budgets", "0.5", "--out", str(tmp_path)]
+    main(["--model", "documents", "--methods", "bi", *sizes])
+    assert set(asked) == {"documents", ("documents", "test", 6)}
+    (cell,) = [load_json(path) for path in (tmp_path / "cells").iterdir()]
+    assert cell["model"] == "documents"
+    assert [len(batch["labels"]) for batch in Lab(model="documents", calibration=5).held_out] == [4, 1]
+
+
+def test_a_combination_has_a_figure_of_its_own_beside_each_alone(tmp_path: Path) -> None:
+    def cells(name: str, budget: float, accuracy: float, **more: Any) -> dict[str, Any]:
+        found = {"accuracy": accuracy, "same_answer": accuracy, "compute": budget, **more}
+        return {**_cell(name, 0, results={name: [found]}), "budget": budget}
+
+    chosen = {"chosen": {"keep": 0.7, "threshold": 0.1}}
+    entries = summary(
+        [
+            *(cells(name, budget, 0.6) for name in ("theory-evict", "dart") for budget in (0.5, 0.25)),
+            *(cells("theory-evict+dart", budget, 0.7, **chosen) for budget in (0.5, 0.25)),
+            cells("dart+lora", 0.5, 0.6),
+            cells("ours-evict+cdpruner", 0.5, 0.7, **chosen),  # of whose parts neither was measured
+        ]
+    )
+    assert "| theory-evict+dart, 70% of image tokens stay |" in table(entries)
+    draw(entries, tmp_path)
+    assert {path.name for path in tmp_path.glob("frontier*")} == {"frontier_theory-evict+dart.png"}
 
 
 def _cell(method: str, seed: int, **more: Any) -> dict[str, Any]:

@@ -8,19 +8,18 @@ import tiny_models
 import torch
 from torch import Tensor
 
-from skipit.router import FixedUnits, SkipItError, Trace, attach, gated_layers, running, set_gates
+from skipit.router import FixedUnits, Trace, attach, gated_layers, running, set_gates
 from studies.peers.policies import (
-    FastV,
     FixedMask,
     SequenceRouter,
     TopVision,
     UnitRates,
     Watched,
     over_layers,
+    over_rows,
     over_tokens,
     top_vision,
     uniform,
-    watch_attention,
 )
 
 L = tiny_models.LAYERS
@@ -87,6 +86,17 @@ def test_permutations_keep_the_number() -> None:
     assert torch.equal(over_tokens(every, real, 1), every)
 
 
+def test_rows_change_places_layer_by_layer() -> None:
+    rows = torch.rand(6, 5, generator=torch.Generator().manual_seed(0)) < 0.5
+    real = torch.ones(5, 8, dtype=torch.bool)
+    real[1, 3:] = False
+    run = rows[..., None] & real
+    shuffled = over_rows(run, real, 1)
+    assert torch.equal(shuffled.any(-1).sum(1), rows.sum(1))
+    assert torch.equal(shuffled, shuffled.any(-1)[..., None] & real)  # a row runs whole or not at all
+    assert not torch.equal(shuffled, run)
+
+
 def test_a_written_mask_runs_what_it_says() -> None:
     model, batch = gated("llava"), tiny_models.inputs("llava", tiny_models.ROWS)
     learned = run_of(model, batch)
@@ -103,66 +113,8 @@ def test_top_vision_keeps_text_and_the_best() -> None:
     assert top_vision(scores, vision, 1.0).all()
 
 
-def _eager_mass(model: Any, batch: dict[str, Tensor], layer: int) -> Tensor:
-    """Attention of the last token, mean over heads, from transformers' own attention weights."""
-    with torch.no_grad(), running(mode="dense"):
-        weights = model(**batch, use_cache=False, output_attentions=True).attentions[layer]
-    return weights[:, :, -1].mean(1)
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_fastv_keeps_what_transformers_says_the_last_token_attends_to(family: str) -> None:
-    row: list[int | str] = [5, "image", 6, 7, 8]
-    model, batch = tiny_models.build(family, attention="eager"), tiny_models.inputs(family, [row])
-    mass = _eager_mass(model, batch, 1)
-    attach(model)
-    watch_attention(model, 1)
-    trace = Trace()
-    with torch.no_grad(), running(trace=trace, policy=FastV(1, 0.5), kv="evict", mode="gathered"):
-        model(**batch, use_cache=False)
-    run, vision = trace.steps[0].run[:, 0], trace.steps[0].modality[0] == 1
-    assert run[:2].all()
-    assert run[:, ~vision].all()
-    wanted = set(mass[0].masked_fill(~vision, -1).topk(int(vision.sum()) // 2).indices.tolist())
-    for layer in range(2, L):
-        assert set((run[layer] & vision).nonzero()[:, 0].tolist()) == wanted
-
-
-@pytest.mark.parametrize("side", ["left", "right"])
-def test_fastv_in_a_padded_batch_is_fastv_alone(side: str) -> None:
-    model = gated("llava")
-    watch_attention(model, 1)
-    options = {"policy": FastV(1, 0.4), "kv": "evict", "mode": "gathered"}
-    batch = tiny_models.inputs("llava", tiny_models.ROWS, padding=side)
-    together = run_of(model, batch, **options)
-    assert not together[-1].equal(together[0])
-    for index, row in enumerate(tiny_models.ROWS):
-        single = tiny_models.inputs("llava", [row])
-        alone = run_of(model, single, **options)[:, 0][:, single["attention_mask"][0].bool()]
-        assert torch.equal(together[:, index][:, batch["attention_mask"][index].bool()], alone)
-
-
-def test_fastv_generates_the_same_masked_and_interleaved_calls_do_not_mix() -> None:
-    model = gated("llava")
-    watch_attention(model, 1)
-    first = tiny_models.inputs("llava", tiny_models.ROWS[:1])
-    options = {"policy": FastV(1, 0.4), "kv": "evict"}
-    with running(**options, mode="gathered"):
-        want = model.generate(**first, max_new_tokens=4, do_sample=False)
-        tiny_models.logits(model, tiny_models.inputs("llava", tiny_models.ROWS[1:]))
-        assert torch.equal(model.generate(**first, max_new_tokens=4, do_sample=False), want)
-    with running(**options, mode="masked"):
-        assert torch.equal(model.generate(**first, max_new_tokens=4, do_sample=False), want)
-
-
-def test_fastv_says_when_nobody_watches() -> None:
-    model, batch = gated("llava"), tiny_models.inputs("llava", tiny_models.ROWS)
-    with pytest.raises(SkipItError, match="watch_attention"):
-        run_of(model, batch, policy=FastV(1, 0.5), kv="evict")
-
-
 def test_one_decision_per_row_and_no_one_elses_tokens_in_it() -> None:
-    model, policy = gated("llava"), SequenceRouter(L, 0.0)
+    model, policy = gated("llava"), SequenceRouter(L // 2, L - 1)
     for side in ("left", "right"):
         batch = tiny_models.inputs("llava", tiny_models.ROWS, padding=side)
         real = batch["attention_mask"].bool()
@@ -176,10 +128,17 @@ def test_one_decision_per_row_and_no_one_elses_tokens_in_it() -> None:
                 assert torch.equal(alone[:, 0].any(-1), run[:, index].any(-1))
 
 
+def test_every_layer_may_have_a_router() -> None:
+    model, batch = gated("llava"), tiny_models.inputs("llava", tiny_models.ROWS)
+    real = batch["attention_mask"].bool()
+    for threshold, wanted in ((-1e3, real.expand(L, -1, -1)), (1e3, torch.zeros(L, *real.shape, dtype=torch.bool))):
+        assert torch.equal(run_of(model, batch, policy=SequenceRouter(0, L, threshold), kv="evict"), wanted)
+
+
 def test_a_row_decision_holds_while_it_generates() -> None:
     model, batch = gated("llava"), tiny_models.inputs("llava", tiny_models.ROWS[:1])
     trace = Trace()
-    with running(trace=trace, policy=SequenceRouter(L, 0.0), unit="attention", kv="evict"):
+    with running(trace=trace, policy=SequenceRouter(L // 2, L - 1), unit="attention", kv="evict"):
         model.generate(**batch, max_new_tokens=4, min_new_tokens=4, do_sample=False)
     assert len(trace.steps) == 4
     for step in trace.steps[1:]:
@@ -198,12 +157,21 @@ def test_pmod_counts_per_layer() -> None:
     assert ((step.run | vision) == step.real).all()
 
 
+def test_random_tokens_in_the_place_of_pmods_are_as_many_but_others() -> None:
+    model, batch = gated("llava"), tiny_models.inputs("llava", tiny_models.ROWS)
+    policy = TopVision(torch.tensor([1.0, 0.75, 0.5, 0.25]))
+    chosen, random = (run_of(model, batch, policy=replace(policy, seed=seed), kv="evict") for seed in (None, 1))
+    assert torch.equal(random.sum(-1), chosen.sum(-1))
+    assert not torch.equal(random, chosen)
+    assert not (random[2] <= random[1]).all()  # every layer has its own
+
+
 def test_watching_changes_nothing_and_has_gradients() -> None:
     model, batch = gated("llava"), tiny_models.inputs("llava", tiny_models.ROWS)
     policy = Watched(UnitRates(torch.full((L, 2), 0.5)), [])
     want = tiny_models.logits(model, batch, policy=policy.policy)
     assert torch.equal(tiny_models.logits(model, batch, policy=policy), want)
-    policy = Watched(SequenceRouter(L), [])
+    policy = Watched(SequenceRouter(L // 2, L - 1), [])
     with running(policy=policy, mode="masked"):
         model(**batch, use_cache=False)
     assert len(policy.seen) == L
