@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from skipit.router import VISION, UnsupportedModelError, running, token_modality
 from skipit.router.decoder import find_decoder
+from skipit.theory.inputs import to_model
 from skipit.theory.labels import IGNORE, predicts_answer
 from skipit.theory.measures import angular_distance, cosine_distance
 from skipit.theory.states import LayerRun, recorded, watching
@@ -54,7 +55,7 @@ def similarities(model: nn.Module, batches: Iterable[dict[str, Tensor]]) -> Simi
     counts = torch.zeros(2, dtype=torch.float64)
     angles, rows = torch.zeros(len(layers) + 1, len(layers) + 1, dtype=torch.float64), 0
     for batch in batches:
-        inputs = {key: value.to(device) for key, value in batch.items() if key != "labels"}
+        inputs = to_model({key: value for key, value in batch.items() if key != "labels"}, model)
         real = inputs["attention_mask"].bool()
         vision = real & (token_modality(model.config, inputs["input_ids"], inputs.get("mm_token_type_ids")) == VISION)
         attended: list[LayerRun] = []
