@@ -35,10 +35,15 @@ class Gated:
         self, layers: range, hidden: Float[Tensor, "batch seq dim"], call: Call, gates: Sequence[TokenGate]
     ) -> Decision:
         """Run where a gate's logit exceeds the threshold."""
+        return _above(self.logits(layers, hidden, call, gates), self.threshold, call)
+
+    @staticmethod
+    def logits(
+        layers: range, hidden: Float[Tensor, "batch seq dim"], call: Call, gates: Sequence[TokenGate]
+    ) -> Float[Tensor, "layers batch seq"]:
+        """What is compared with the threshold."""
         logits = logits_of(gates, hidden, call.modality, call.held)
-        if call.granularity == "sequence":
-            logits = call.pooled(layers, logits)
-        return _above(logits, self.threshold, call)
+        return call.pooled(layers, logits) if call.granularity == "sequence" else logits
 
 
 @dataclass(frozen=True)

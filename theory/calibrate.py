@@ -1,15 +1,17 @@
 """Thresholds that hit a compute budget as measured in gathered execution, on data the training did not see."""
 
-from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from skipit.router import Gated, InputError, Trace, running
-from skipit.router.call import Mode
+from skipit.router import Decision, Gated, InputError, Trace, find_router, running
+from skipit.router.call import Call, Mode
 from skipit.router.config import EVERYTHING, KVPolicy
+from skipit.router.gates import TokenGate
 
 from .cost import Compute, CostModel, Costs, trace_compute
 from .inputs import to_model
@@ -41,6 +43,44 @@ def measured_share(
         compute: Compute = trace_compute(costs, trace.steps)
         executed, dense = executed + float(compute.executed.sum()), dense + float(compute.dense.sum())
     return executed / dense
+
+
+@dataclass(frozen=True)
+class _Listening(Gated):
+    """Keeps what the gates say, of every call in turn."""
+
+    said: list[Tensor] = field(default_factory=list)
+
+    def decide(self, layers: range, hidden: Tensor, call: Call, gates: Sequence[TokenGate]) -> Decision:
+        self.said.append(self.logits(layers, hidden, call, gates))
+        return super().decide(layers, hidden, call, gates)
+
+
+@torch.no_grad()
+def _foretold(
+    model: nn.Module, batches: Iterable[dict[str, Tensor]], costs: Costs, kv: KVPolicy, mode: Mode
+) -> Callable[[float], float]:
+    """From a threshold to what execution will spend at it: known beforehand where gates decide before any layer runs.
+
+    One pass finds what they say. No layer runs in it, if the mode lets layers be left out.
+    """
+    policy, trace = _Listening(LIMIT), Trace()
+    for batch in batches:
+        inputs = to_model({key: value for key, value in batch.items() if key != "labels"}, model)
+        prompt = before_answer(batch["labels"]) if "labels" in batch else None
+        with running(policy=policy, mode=mode, kv=kv, prompt=prompt, trace=trace):
+            model(**inputs, use_cache=False)
+    calls = list(zip(trace.steps, policy.said, strict=True))
+
+    def share(threshold: float) -> float:
+        executed = dense = 0.0
+        for step, said in calls:
+            decisions = {layer: Decision(said[layer] > threshold) for layer in step.decisions}
+            compute = trace_compute(costs, [replace(step, decisions=decisions)])
+            executed, dense = executed + float(compute.executed.sum()), dense + float(compute.dense.sum())
+        return executed / dense
+
+    return share
 
 
 @torch.no_grad()
@@ -85,8 +125,9 @@ def calibrate(
 ) -> tuple[float, float]:
     """The threshold at which a gated model spends a budget.
 
-    Bisection between thresholds at which (nearly) everything and nothing runs. The share need not fall evenly with the
-    threshold, because skipping changes the states that later gates see; the best threshold met is returned.
+    Bisection between thresholds at which (nearly) everything and nothing runs. Where gates decide once, before any
+    layer, one pass tells what every threshold spends. Elsewhere each is tried, and the share need not fall evenly with
+    the threshold, because skipping changes the states that later gates see; the best threshold met is returned.
 
     Args:
         model: with gates, in eval mode.
@@ -95,7 +136,7 @@ def calibrate(
         budget: share of what the dense decoder spends, in (0, 1].
         kv: K/V policy.
         tolerance: share that is close enough.
-        steps: forward passes over the batches, at most.
+        steps: thresholds to try, at most.
         mode: of execution; `masked` is for models whose weights are sharded (ZeRO-3), every process of which must
             run every module. Both decide alike, to rounding.
 
@@ -107,8 +148,11 @@ def calibrate(
     low, high = -LIMIT, LIMIT
     best: tuple[float, float] | None = None
     threshold = 0.0
+    once = find_router(model)[1].config.decide_at == (0,)
+    trying = partial(measured_share, model, batches, costs, kv, mode=mode)
+    share_at = _foretold(model, batches, costs, kv, mode) if once else trying
     for _ in range(steps):
-        share = measured_share(model, batches, costs, kv, threshold, mode)
+        share = share_at(threshold)
         # Of two thresholds as close, the one that stays within the budget.
         if best is None or abs(share - budget) < abs(best[1] - budget):
             best = (threshold, share)
@@ -120,7 +164,7 @@ def calibrate(
         else:  # not between two that were tried yet: twice as far each time
             threshold = max(-LIMIT, min(LIMIT, 2 * threshold + (1.0 if share > budget else -1.0)))
     assert best is not None
-    return best
+    return (best[0], trying(best[0])) if once else best
 
 
 @dataclass(frozen=True)

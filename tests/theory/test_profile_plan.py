@@ -21,6 +21,7 @@ from skipit.router import (
     DecoderNotFoundError,
     FixedUnits,
     InputError,
+    RouterConfig,
     Trace,
     attach,
     find_router,
@@ -30,6 +31,7 @@ from skipit.router import (
 from skipit.router.call import KWARG, Dense
 from skipit.router.config import KVPolicy
 from skipit.router.folders import save_tensors
+from skipit.theory import calibrate as theory_calibrate
 from skipit.theory.artefact import (
     check_same_model,
     load_plan,
@@ -441,6 +443,26 @@ class TestAllocate:
     def test_units_without_tokens(self) -> None:
         damage, cost = torch.tensor([[1.0, torch.nan]]), torch.tensor([[4.0, 0.0]])
         assert allocate(damage, cost, 0.0, 4.0, 0.5)[0].tolist() == [[0.5, 1.0]]
+
+
+@pytest.mark.parametrize("granularity", ["token", "sequence"])
+@pytest.mark.parametrize("kv", ["retain", "evict"])
+@pytest.mark.parametrize("family", ["llava", "qwen2.5-vl", "gemma3"])
+def test_gates_that_decide_once_say_beforehand_what_every_threshold_spends(
+    family: str, kv: Any, granularity: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As measured by running it, to the last token; so a budget is met in two passes, one of which enters no layer."""
+    model, costs = build(family), CostModel.of(build(family))
+    attach(model, RouterConfig(kv=kv, granularity=granularity))
+    batches = [labelled(family), labelled(family, padding="left", seed=1)]
+    foretold = theory_calibrate._foretold(model, batches, costs, kv, "gathered")
+    for threshold in (-1.0, 0.0, 0.3, 1.0):
+        assert foretold(threshold) == measured_share(model, batches, costs, kv, threshold)
+    passes: list[float] = []
+    measured = theory_calibrate.measured_share
+    monkeypatch.setattr(theory_calibrate, "measured_share", lambda *a, **k: passes.append(0.0) or measured(*a, **k))
+    calibrate(model, batches, costs, 0.6, kv)
+    assert len(passes) == 1
 
 
 class TestCalibrate:

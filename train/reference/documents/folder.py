@@ -11,6 +11,7 @@ from .model import build_model, build_processor
 from .weights import add_weights
 
 OURS = Path(__file__).with_name("ours.safetensors")  # tower, projector and LoRA, fp16
+ADAPTER = Path(__file__).with_name("adapter")  # gates and LoRA, trained for a budget
 
 
 def documents_folder() -> Path:
