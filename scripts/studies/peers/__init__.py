@@ -171,6 +171,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         learning_rate=2e-3,
         samples=600,
         calibration=96,
+        profiled=192,
     )
     groups = {"untrained": list(UNTRAINED), "trained": list(TRAINED), "all": list(METHODS)}
     parser.add_argument(

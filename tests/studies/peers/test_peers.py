@@ -10,6 +10,7 @@ import torch
 from skipit.router.folders import load_json
 from skipit.train.data.sources import load_model
 from skipit.train.reference.data import reference_dataset
+from skipit.train.run import train
 from studies import peers
 from studies.answers import always
 from studies.peers import draw, main, run_cell, summary, table
@@ -131,6 +132,22 @@ def test_a_sweep_is_done_once_and_ends_in_a_table_and_a_figure(
     assert (tmp_path / "table.md").read_text().count("| bi |") == 1
     main([*arguments, "--budgets", "0.25", "--latency"])
     assert calls == [0.5, 0.25, 0.5, 0.25]
+
+
+def test_what_was_trained_once_serves_every_method(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[float] = []
+
+    def counted(*given: Any, **more: Any) -> Any:
+        calls.append(given[4].budget)
+        return train(*given, **more)
+
+    monkeypatch.setattr("studies.study.train", counted)
+    lab = Lab(steps=1, samples=2, calibration=4, profiled=4, batch_size=2, out=tmp_path)
+    first, again, other = (lab.learned(budget, "evict") for budget in (0.6, 0.6, 0.5))
+    assert calls == [0.6, 0.5]
+    for one, two in zip(first.parameters(), again.parameters(), strict=True):
+        assert torch.equal(one, two)
+    assert any(not torch.equal(one, two) for one, two in zip(first.parameters(), other.parameters(), strict=True))
 
 
 def test_the_documents_model_is_asked_on_its_own_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
