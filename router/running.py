@@ -175,11 +175,12 @@ class Router:
         self,
         config: RouterConfig,
         layers: nn.ModuleList,
-        image_layers: frozenset[int] = frozenset(),
-        attention_configs: Sequence[Any] = (),
+        image_layers: frozenset[int],
+        attention_configs: Sequence[Any],
     ) -> None:
         self.config = config
         self.attention_configs = attention_configs
+        self.decoder_config = attention_configs[0]  # which finding by `get_text_config()` takes 6 microseconds a time
         self.layers = layers
         self.num_layers = len(layers)
         self.image_layers = image_layers
@@ -197,7 +198,7 @@ class Router:
         if mode == "dense":
             check_complete(kwargs.get("past_key_values"))
             return args, {**kwargs, KWARG: Dense()}
-        if mode == "gathered" and _wants_attention_weights(model, kwargs):
+        if mode == "gathered" and self._wants_attention_weights(kwargs):
             mode = "masked"  # the weights of every token, which gathered execution does not compute
         if args:
             kwargs = {**dict(zip(("input_ids", "pixel_values"), args, strict=False)), **kwargs}
@@ -208,10 +209,11 @@ class Router:
         cache, compiling = kwargs.get("past_key_values"), None
         if mode == "gathered" and not torch.is_grad_enabled():
             compiling = self.compiling
-        partial = isinstance(cache, SkipCache) and cache.partial  # a mask must say which keys were evicted
-        dense = capacity is None and not partial and getattr(policy, "skips_nothing", False)
+        dense = capacity is None and getattr(policy, "skips_nothing", False)
+        if isinstance(cache, SkipCache) and dense:
+            dense = not cache.partial  # else a mask must say which keys were evicted
         if compiling is not None or not dense:
-            cache = self._cache(model, kwargs)
+            cache = self._cache(kwargs)
             if cache is not None:
                 kwargs = {**kwargs, "past_key_values": cache}
         if dense and options.trace is None:  # not even which tokens there are is asked
@@ -270,16 +272,20 @@ class Router:
 
     @cached_property
     def _costs(self) -> tuple[LayerCost, ...]:
-        return layer_costs(self.layers, self.attention_configs[0].hidden_size, self.image_layers)
+        return layer_costs(self.layers, self.decoder_config.hidden_size, self.image_layers)
 
-    def _cache(self, model: nn.Module, kwargs: dict[str, Any]) -> SkipCache | None:
+    def _cache(self, kwargs: dict[str, Any]) -> SkipCache | None:
         cache = kwargs.get("past_key_values")
         if cache is None:
             use_cache = kwargs.get("use_cache")
             if use_cache is None:
-                use_cache = model.config.get_text_config().use_cache  # type: ignore[union-attr, operator]
+                use_cache = self.decoder_config.use_cache
             return SkipCache(self.num_layers, self.image_layers) if use_cache else None
         return take_over(cache, self.num_layers, self.image_layers)
+
+    def _wants_attention_weights(self, kwargs: dict[str, Any]) -> bool:
+        wanted = kwargs.get("output_attentions")
+        return bool(self.decoder_config.output_attentions if wanted is None else wanted)
 
     @staticmethod
     def _tokens(
@@ -362,10 +368,3 @@ def _deciding(
             f"{setting}={other!r}."
         )
     return deciding
-
-
-def _wants_attention_weights(model: nn.Module, kwargs: dict[str, Any]) -> bool:
-    wanted = kwargs.get("output_attentions")
-    if wanted is None:
-        wanted = getattr(model.config.get_text_config(), "output_attentions", False)  # type: ignore[union-attr, operator]
-    return bool(wanted)
