@@ -8,8 +8,6 @@ unpacks the queries into rows, calls the model's usual function and packs the re
 
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 from zlib import crc32
 
@@ -22,6 +20,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .errors import UnsupportedModelError
 from .eviction import KEY_WEIGHT_KWARG, KeyWeights, weighted_attention
+from .layout import Layout
 
 LAYOUT_KWARG = "skipit_layout"
 OBSERVER_KWARG = "skipit_attention_observer"
@@ -29,85 +28,6 @@ OBSERVER_KWARG = "skipit_attention_observer"
 PREFIX = "skipit_" if __name__.startswith("skipit.") else f"skipit_{crc32(__name__.encode()):08x}_"
 SUPPORTED = ("sdpa", "eager")
 SPAN = 128  # tokens; shorter spans look at fewer keys in vain, and keep the kernels less busy
-
-
-@dataclass(frozen=True)
-class Layout:
-    """Where packed tokens belong.
-
-    Attributes:
-        batch: rows.
-        seq: tokens of a row in the call.
-        width: packed tokens of the fullest row.
-        places: of each packed token, among the tokens of all rows, one row after the other.
-        ranks: its place among the packed tokens of its row; None in a single row, where it is their order.
-        spans: (first, end, keys) of runs of packed tokens that together see only the first `keys` keys; empty where
-            that is not known.
-    """
-
-    batch: int
-    seq: int
-    width: int
-    places: Int[Tensor, " tokens"]
-    ranks: Int[Tensor, " tokens"] | None = None
-    spans: tuple[tuple[int, int, int], ...] = ()
-
-    @classmethod
-    def of(cls, chosen: Bool[Tensor, "batch seq"]) -> "Layout":
-        """The layout of the tokens where `chosen` is True."""
-        (batch, seq), (places,) = chosen.shape, chosen.flatten().nonzero(as_tuple=True)
-        if batch == 1:
-            return cls(1, seq, len(places), places)
-        ranks = (chosen.cumsum(1) - 1).flatten()[places]
-        return cls(batch, seq, int(ranks.max()) + 1 if len(ranks) else 0, places, ranks)
-
-    @cached_property
-    def columns(self) -> Int[Tensor, " tokens"]:
-        """The place of each packed token among the tokens of its row."""
-        return self.places if self.batch == 1 else self.places % self.seq
-
-    @cached_property
-    def slots(self) -> Int[Tensor, " tokens"]:
-        """Where each packed token is when the rows have a place for `width` tokens each, one row after the other."""
-        assert self.ranks is not None
-        return self.places // self.seq * self.width + self.ranks
-
-    def pack(self, tokens: Shaped[Tensor, "*any batch_or_1 seq dim"]) -> Shaped[Tensor, "*any 1 tokens dim"]:
-        """The packed tokens' states, or whatever else there is per token."""
-        if tokens.shape[-3] == 1:
-            return tokens.index_select(-2, self.columns)
-        return tokens.flatten(-3, -2).index_select(-2, self.places).unsqueeze(-3)
-
-    def to_rows(self, heads: Shaped[Tensor, "1 heads tokens head_dim"]) -> Shaped[Tensor, "batch heads width head_dim"]:
-        """Each packed token in its row, zeros where a row has no token."""
-        return heads if self.batch == 1 else self._spread(heads, self.slots, self.width)
-
-    def to_columns(self, heads: Float[Tensor, "1 heads tokens head_dim"]) -> Float[Tensor, "batch heads seq head_dim"]:
-        """Each packed token at its place among those of the call, zeros where none was packed."""
-        return self._spread(heads, self.places, self.seq)
-
-    def _spread(
-        self, heads: Shaped[Tensor, "1 heads tokens head_dim"], places: Int[Tensor, " tokens"], width: int
-    ) -> Shaped[Tensor, "batch heads {width} head_dim"]:
-        out = heads.new_zeros(self.batch * width, heads.shape[1], heads.shape[3])
-        return out.index_copy_(0, places, heads[0].transpose(0, 1)).unflatten(0, (self.batch, width)).transpose(1, 2)
-
-    def unpack(
-        self, tokens: Float[Tensor, "1 tokens dim"], others: Float[Tensor, "batch seq dim"]
-    ) -> Float[Tensor, "batch seq dim"]:
-        """Each packed token at its place in the call, `others` where none was packed."""
-        return others.flatten(0, 1).index_copy(0, self.places, tokens[0]).view_as(others)
-
-    def from_rows(self, rows: Float[Tensor, "batch width heads head_dim"]) -> Float[Tensor, "1 tokens heads head_dim"]:
-        """Undo `to_rows`, for what attention makes of the queries."""
-        return rows if self.batch == 1 else rows.flatten(0, 1).index_select(0, self.slots)[None]
-
-    def index(self, offset: int) -> Int[Tensor, "batch width"]:
-        """The sequence index of each slot, -1 where a row has no token."""
-        if self.batch == 1:
-            return (self.places + offset if offset else self.places)[None]
-        out = torch.full((self.batch * self.width,), -1, device=self.places.device)
-        return out.index_copy_(0, self.slots, self.columns + offset).view(self.batch, self.width)
 
 
 def visible_keys(

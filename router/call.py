@@ -258,7 +258,7 @@ class Call:
         if replayed and decision.straight_through() is not None:
             copy = decision.probability.detach().requires_grad_()  # type: ignore[union-attr]
             hidden, decision = Return.apply(hidden, decision.probability, copy), Decision(decision.run, copy)
-        self.stretches.update(dict.fromkeys(layers, Stretch(layer, decision, call.real, recorded, bounds)))
+        self.stretches.update(dict.fromkeys(layers, Stretch(layer, decision, call.real, recorded, bounds, self.past)))
         return hidden
 
     def record(self, layer: int) -> None:

@@ -20,15 +20,16 @@ from functools import cached_property
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float, Int, Shaped
+from jaxtyping import Bool, Float, Shaped
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from .attention import LAYOUT_KWARG, Layout, visible_keys
+from .attention import LAYOUT_KWARG, visible_keys
 from .cache import ImageCacheLayer, KeysAndValues, SkipCacheLayer
 from .call import Call, Route
 from .errors import UnsupportedModelError
 from .eviction import KEY_WEIGHT_KWARG, KeyWeights
+from .layout import Layout
 from .measured import packing_pays
 from .stand_ins import HeldImages, Marked, Packed, Ready, capture
 from .stretch import Decision, Packing, Stretch
@@ -164,8 +165,6 @@ def gathered(module: nn.Module, hidden: States, skipped: States, execution: Exec
             store.pass_over(tokens)
         return skipped
     layout, mask = execution.layout, kwargs.get("attention_mask")
-    index = layout.index(call.past)
-    plain = mask is None and batch == 1 and (store is None or not store.partial)  # nothing but causal attention
     if call.kv == "retain":
         keys, values = _keys_and_values(module, hidden, execution.stretch.padded, kwargs)
         if store is not None:
@@ -173,25 +172,36 @@ def gathered(module: nn.Module, hidden: States, skipped: States, execution: Exec
         if execution.count == 0:
             return skipped
         held: Any = Ready(keys, values)
-        key = _indices(store, call.past, tokens, hidden)
         module = without(module, "k_proj", "v_proj")
-        if plain:
-            layout = replace(layout, spans=execution.stretch.spans(execution.layer, call.past))
+        if mask is None and batch == 1 and (store is None or not store.partial):  # nothing but causal attention
+            layout = replace(layout, spans=execution.stretch.spans(execution.layer))
     else:
-        held = Packed(store, layout, index, tokens)
-        plain = plain and call.past == 0
-        key = torch.cat([_indices(store, call.past, 0, hidden), index], dim=1) if call.past else index
-    if call.kv == "retain" or not plain:
-        mask = visible_keys(mask, index, key, call.past)
+        held = Packed(store, layout, tokens)
+    mask = _mask_of_packed(layout, hidden, execution, mask)
     packed = pack_arguments(kwargs, layout) | {"past_key_values": held, LAYOUT_KWARG: layout, "attention_mask": mask}
     return _unpack(skipped, run(module, layout.pack(hidden), packed), layout)
 
 
-def _indices(store: SkipCacheLayer | None, past: int, tokens: int, hidden: States) -> Int[Tensor, "batch keys"]:
-    """The sequence index of every key that is held; without a store, of those that the call has."""
-    if store is not None:
-        return store.slots(len(hidden), hidden.device)
-    return torch.arange(past, past + tokens, device=hidden.device).expand(len(hidden), -1)
+def _mask_of_packed(
+    layout: Layout, hidden: States, execution: Execution, full: Shaped[Tensor, "..."] | None
+) -> Shaped[Tensor, "batch 1 width keys"] | None:
+    """The mask of packed tokens over the keys that their layer will have; None where they see all before them."""
+    call, store, tokens = execution.call, execution.store, hidden.shape[1]
+    evict = call.kv == "evict"
+    if full is None and evict and call.past == 0:
+        return None  # those that run are in order, and there are no others
+    if full is None and not evict and tokens == 1 and (store is None or not store.partial):
+        return None
+    if evict and call.past == 0:
+        key = layout.index
+    elif store is None:
+        key = torch.arange(call.past, call.past + tokens, device=hidden.device).expand(len(hidden), -1)
+    else:
+        key = store.slots(len(hidden), hidden.device)
+        key = torch.cat([key, layout.index], dim=1) if evict else key
+    if full is None and tokens == 1:
+        return (key >= 0)[:, None, None]
+    return visible_keys(full, layout.index, key, call.past)
 
 
 def whole(module: nn.Module, hidden: States, execution: Execution, kwargs: dict[str, Any]) -> Any:

@@ -8,12 +8,12 @@ from collections import defaultdict
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from .attention import Layout
 from .cache import Keys, KeysAndValues, SkipCacheLayer, Values
 from .errors import UnsupportedModelError
+from .layout import Layout
 from .views import run, without
 
 
@@ -97,17 +97,15 @@ class HeldImages:
 class Packed:
     """Puts the keys and values of packed tokens, the only ones a layer will have, into rows."""
 
-    def __init__(
-        self, store: SkipCacheLayer | None, layout: Layout, index: Int[Tensor, "batch width"], tokens: int
-    ) -> None:
-        self.store, self.layout, self.index, self.tokens = store, layout, index, tokens
+    def __init__(self, store: SkipCacheLayer | None, layout: Layout, tokens: int) -> None:
+        self.store, self.layout, self.tokens = store, layout, tokens
 
     def update(self, keys: Keys, values: Values, *args: Any, **kwargs: Any) -> KeysAndValues:
         """Store them where there is a store; give all that there are."""
         keys, values = self.layout.to_rows(keys), self.layout.to_rows(values)
         if self.store is None:
             return keys, values
-        return self.store.append(keys, values, self.index, self.tokens)
+        return self.store.append(keys, values, self.layout.index, self.tokens)
 
 
 class Marked:

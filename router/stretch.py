@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
-from .attention import SPAN, Layout
+from .attention import SPAN
+from .layout import Layout, Places
 
 
 class Decision(NamedTuple):
@@ -93,6 +94,7 @@ class Stretch:
         real: False at padding.
         recorded: the same for a record of the call, where replayed layers have a copy of the probabilities.
         bounds: how many tokens of a row may run each layer, where that is known before it is decided.
+        past: tokens per row before those of the call.
     """
 
     def __init__(
@@ -102,8 +104,10 @@ class Stretch:
         real: Bool[Tensor, "batch seq"],
         recorded: Decision | None = None,
         bounds: tuple[int, ...] | None = None,
+        past: int = 0,
     ) -> None:
         self.first, self.decision, self.recorded, self.bounds = first, decision, recorded or decision, bounds
+        self.past = past
         # The real tokens stand below the layers, as if one more were run by all of them.
         self._chosen = torch.cat([decision.run & real, real[None]])
         self._elsewhere: dict[torch.device, Stretch] = {}
@@ -169,7 +173,7 @@ class Stretch:
         """Where the real tokens are; None where there is no padding."""
         return self._layout(-1) if self.tokens < self._chosen[0].numel() else None
 
-    def spans(self, layer: int, past: int) -> tuple[tuple[int, int, int], ...]:
+    def spans(self, layer: int) -> tuple[tuple[int, int, int], ...]:
         """(first, end, keys) of runs of at least `SPAN` of a row's tokens that see the first `keys` keys at most."""
         spans, begin, end = [], 0, 0
         counts = self._counts[layer - self.first][0]
@@ -177,10 +181,10 @@ class Stretch:
             end += count
             if end > begin and (end - begin >= SPAN or number + 1 == len(counts)):
                 seen = min((number + 1) * SPAN, self._chosen.shape[-1])
-                spans.append((begin, end, past + seen))
+                spans.append((begin, end, self.past + seen))
                 begin = end
         if end > begin:  # the last columns are skipped
-            spans.append((begin, end, past + self._chosen.shape[-1]))
+            spans.append((begin, end, self.past + self._chosen.shape[-1]))
         return tuple(spans)
 
     def to(self, device: torch.device) -> "Stretch":
@@ -200,22 +204,13 @@ class Stretch:
     def _layout(self, at: int) -> Layout:
         at %= len(self._totals)
         before = sum(self._totals[:at])
-        some = slice(before, before + self._totals[at])
         _, batch, seq = self._chosen.shape
-        places, ranks = self._places
         width = max(map(sum, self._counts[at]), default=0)
-        return Layout(batch, seq, width, places[some], None if ranks is None else ranks[some])
+        return Layout(batch, seq, width, at, slice(before, before + self._totals[at]), self._places)
 
     @cached_property
-    def _places(self) -> tuple[Int[Tensor, " tokens"], Int[Tensor, " tokens"] | None]:
-        """Of every token that runs, layer after layer: its place among all, and its rank in its row."""
-        chosen = self._chosen.flatten(1)
-        found = torch.nonzero_static(chosen, size=sum(self._totals))
-        places = found[:, 1].contiguous()
-        if self._chosen.shape[1] == 1:
-            return places, None
-        ranks = (self._chosen.cumsum(-1) - 1).flatten()[found[:, 0] * chosen.shape[1] + places]
-        return places, ranks
+    def _places(self) -> Places:
+        return Places(self._chosen, sum(self._totals), self.past)
 
 
 class Return(torch.autograd.Function):

@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from itertools import product
 from typing import Any
 from unittest.mock import patch
 
@@ -44,7 +45,10 @@ LAYER = {
     ("retain", "zeros_like"): "what the MLP gives for tokens that skip",
     ("retain", "index_copy"): "the MLP's output at its places among them",
     ("retain", "where"): "tokens that skip keep their states",
-    ("evict", "index_select"): "states, cosines, sines and positions of the tokens that run, packed",
+    ("evict", "index_select"): "states, cosines, sines and positions of the tokens that run, packed; in a batch "
+    "what attention gives, too",
+    ("evict", "new_zeros"): "room for queries, keys and values in rows of one width",
+    ("evict", "index_copy_"): "queries, keys and values, each in its row",
     ("evict", "index_copy"): "the layer's output at its places among the states of tokens that skip",
     ("both", "clone"): "keys and values in the order that attention reads, as the cache keeps them",
 }
@@ -183,19 +187,14 @@ def overview(batches: Sequence[int] = (1, 4)) -> list[dict[str, Any]]:
     return rows
 
 
-def reasons() -> list[tuple[str, str, int, str]]:
-    """Policy, operator, launches, and what they are for: those of a layer that some tokens run, batch 1, prefill."""
-    dense, gated = models()
-    inputs = prompt(576, 64, 1)
-    (own, *_), rows = count_calls(dense, inputs), []
-    for kv in ("retain", "evict"):
-        got = count_calls(gated, inputs, **WAYS[kv])[0]
-        layer = SOME[1]
-        rows += [
-            (kv, name, n, LAYER.get((kv, name)) or LAYER["both", name])
-            for name, n in (got.of(layer) - own.of(layer)).items()
-        ]
-        rows += [(kv, name, -n, "as above: the dense cache's") for name, n in (own.of(layer) - got.of(layer)).items()]
+def reasons(batches: Sequence[int] = (1, 4)) -> list[tuple[str, int, str, int, str]]:
+    """Policy, batch, operator, launches, and what they are for: those of a layer that some tokens run, in a prefill."""
+    (dense, gated), layer, rows = models(), SOME[1], []
+    for kv, batch in product(("retain", "evict"), batches):
+        inputs = prompt(576, 64, batch)
+        own, got = (count_calls(model, inputs, **WAYS[kv])[0].of(layer) for model in (dense, gated))
+        rows += [(kv, batch, name, n, LAYER.get((kv, name)) or LAYER["both", name]) for name, n in (got - own).items()]
+        rows += [(kv, batch, name, -n, "as above: the dense cache's") for name, n in (own - got).items()]
     return rows
 
 
@@ -211,9 +210,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     print(
         markdown(
-            ["policy", "operator", "launches", "what for"],
-            [[a, f"`{b}`", f"{n:+d}", c] for a, b, n, c in why],
-            (0, 1, 3),
+            ["policy", "batch", "operator", "launches", "what for"],
+            [[kv, str(batch), f"`{name}`", f"{n:+d}", reason] for kv, batch, name, n, reason in why],
+            (0, 2, 4),
         )
     )
     if given.file is not None:

@@ -8,7 +8,8 @@ from tiny_models import build
 from torch import Tensor
 
 from skipit.router import UnsupportedModelError, attach
-from skipit.router.attention import Layout, packed_implementation, visible_keys
+from skipit.router.attention import packed_implementation, visible_keys
+from skipit.router.layout import Layout
 
 examples = settings(max_examples=60, deadline=None)
 
@@ -23,7 +24,7 @@ def masks(draw: st.DrawFn) -> Tensor:
 @examples
 def test_layout_round_trip(chosen: Tensor) -> None:
     batch, seq = chosen.shape
-    layout = Layout.of(chosen)
+    layout = Layout.of(chosen, past=10)
     tokens = torch.randn(batch, seq, 3)
     packed = layout.pack(tokens)
     assert torch.equal(packed[0], tokens[chosen])
@@ -38,7 +39,7 @@ def test_layout_round_trip(chosen: Tensor) -> None:
         assert not rows[row, :, count:].any()
     assert torch.equal(layout.from_rows(rows.transpose(1, 2)), heads.transpose(1, 2))
 
-    index = layout.index(10)
+    index = layout.index
     assert index.shape == (batch, layout.width)
     for row in range(batch):
         expected = (chosen[row].nonzero()[:, 0] + 10).tolist()

@@ -13,9 +13,10 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from skipit.router import VISION, Decision, LayerByLayer, SkipItError, Step, gated_layers
-from skipit.router.attention import OBSERVER_KWARG, Layout
+from skipit.router.attention import OBSERVER_KWARG
 from skipit.router.call import KWARG, Call
 from skipit.router.gates import TokenGate
+from skipit.router.layout import Layout
 
 from .policies import top_vision, uniform
 
@@ -131,7 +132,7 @@ def _observer(call: Call, layer: int) -> Any:
             query, width, last = (
                 layout.to_rows(query),
                 layout.width,
-                (layout.index(0) == last[:, None]).int().argmax(-1),
+                (layout.index == last[:, None]).int().argmax(-1),
             )
         rows = torch.arange(batch, device=device)
         key = key.repeat_interleave(query.shape[1] // key.shape[1], dim=1)
@@ -153,6 +154,6 @@ def _observer(call: Call, layer: int) -> Any:
 
 def _in_place(mass: Float[Tensor, "batch width"], layout: Layout) -> Float[Tensor, "batch seq"]:
     """What is known of packed tokens at their places in the call, 0 elsewhere."""
-    index = layout.index(0)
+    index = layout.index
     places = index.masked_fill(index < 0, layout.seq)
     return mass.new_zeros(layout.batch, layout.seq + 1).scatter_(1, places, mass)[:, : layout.seq]

@@ -10,10 +10,10 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from skipit.router import VISION, UnsupportedModelError, gated_layers
-from skipit.router.attention import Layout
 from skipit.router.call import KWARG, Call
 from skipit.router.execute import states_of, with_states
 from skipit.router.gates import TokenGate
+from skipit.router.layout import Layout
 
 from .policies import TopVision, unwatched
 
