@@ -84,7 +84,8 @@ def attended(name: str, lab: Lab, budget: float) -> Systems:
     watch_attention(model, [layer for layer, _ in make(keep).stages])
 
     def system(runs: Any, policy: Attended) -> System:
-        return System(runs, always({"policy": policy, "kv": "evict", **BY_PROMPT}), costs, chosen={"keep": keep})
+        options = {"policy": policy, "kv": "evict", **BY_PROMPT}
+        return System(runs, always(options), costs, chosen={"stages": policy.stages})
 
     seeds = range(1000 * lab.seed, 1000 * lab.seed + DRAWS)
     return {
