@@ -15,8 +15,8 @@ from torch.utils.data import DataLoader, Dataset
 
 from skipit.train.reference.documents.data import draw_document
 from skipit.train.reference.documents.layouts import KINDS, Kind
-from skipit.train.reference.documents.page import LINES, SIDE, Cell, Line, Page, Word, photographed, set_page
-from skipit.train.reference.documents.words import FONTS, Split
+from skipit.train.reference.documents.page import SIDE, Page, Word, photographed
+from skipit.train.reference.documents.words import FONTS, Split, font
 
 from ..state import load_state, save_state
 from .targets import Alphabet, letters_of, tokens_of
@@ -25,6 +25,7 @@ Log = Callable[[str], None]
 SAVE_EVERY, MEASURE_EVERY = 25, 200  # steps
 HELD_OUT = 24  # pages of a split on which reading is measured
 PEAK = 2e-3  # rate
+_WEIGHTS = (0.0, 0.0, 0.3, 0.6)  # pixels that strokes are thicker by
 LOOSE = (
     0.75  # share of pages of loose words: documents of the training split say its own words, and teach to expect them
 )
@@ -32,15 +33,47 @@ LETTERS = 96  # printable ASCII less the space, and none
 
 
 def loose_page(alphabet: Alphabet, rng: np.random.Generator) -> Page:
-    """A page full of words and numbers of the alphabet without order, in a font of the training split."""
-    lines = []
-    for _ in range(int(rng.integers(LINES - 5, LINES + 1))):
-        text = _loose(alphabet, rng)
-        while rng.random() < 0.95 and len(text) < 24:
-            text += " " * int(rng.integers(1, 4)) + _loose(alphabet, rng)
-        lines.append(Line((Cell(text[:30], *(((0.0, "left"), (1.0, "right"))[int(rng.random() < 0.3)])),)))
+    """A page full of words and numbers of the alphabet without order.
+
+    Five families of fonts are few to learn letters from. So every word has a face, a width, a slant and a weight of its
+    own.
+    """
+    from PIL import Image
+
+    paper, ink = (tuple(int(v) for v in rng.integers(*span, 3)) for span in ((225, 256), (0, 70)))
+    page, pitch = Page(Image.new("RGB", (SIDE, SIDE), paper)), float(rng.uniform(32, 38))
+    baseline = float(rng.uniform(26, 40))
+    while baseline < SIDE - 6:
+        x = float(rng.uniform(4, 60))
+        while (x := _draw_word(page, _loose(alphabet, rng), x, baseline, ink, rng)) < SIDE - 60:
+            x += float(rng.exponential(25)) + 7
+        baseline += pitch
+    return photographed(page, rng)
+
+
+def _draw_word(page: Page, text: str, x: float, baseline: float, ink: Any, rng: np.random.Generator) -> float:
+    """Draw a word, unless the line has no room for it; returns where it ends."""
+    from PIL import Image, ImageDraw
+
     family = FONTS["train"][rng.integers(len(FONTS["train"]))]
-    return photographed(set_page(lines, family[rng.integers(len(family))], rng, bool(rng.random() < 0.2)), rng)
+    letters = font(family[rng.integers(len(family))], int(rng.integers(19, 26)))
+    edges = np.array([letters.getlength(text[:n]) for n in range(len(text) + 1)]) + 6
+    by, slant = float(rng.uniform(0.75, 1.2)) * 19 / letters.size, float(rng.normal(0, 0.12))
+    end = x + by * edges[-1]
+    if end > SIDE - 8:
+        return float(SIDE)
+    mask = Image.new("L", (round(by * edges[-1]) + 14, 44))
+    drawn = Image.new("L", (round(edges[-1]) + 14, 44))
+    ImageDraw.Draw(drawn).text(
+        (6, 32), text, font=letters, fill=255, anchor="ls", stroke_width=_WEIGHTS[rng.integers(4)]
+    )
+    # Where a place of the mask comes from: narrower or wider, and slanted about the baseline.
+    mask = drawn.transform(mask.size, Image.Transform.AFFINE, (1 / by, slant / by, -32 * slant / by, 0, 1, 0), 2)
+    page.image.paste(ink, (round(x), round(baseline) - 32), mask)
+    middle = 0.3 * letters.size
+    xs = round(x) + by * (edges[1:] + edges[:-1]) / 2 + slant * middle
+    page.words.append(Word(text, xs, round(baseline) - middle))
+    return end
 
 
 def _loose(alphabet: Alphabet, rng: np.random.Generator) -> str:
