@@ -25,7 +25,7 @@ from skipit.train.reference.documents.words import Split
 
 from ..state import load_state, save_state
 from .targets import Alphabet
-from .tower import Log, Reader, batch, in_turn, rate
+from .tower import Log, Reader, batch, in_turn, rate, strained
 
 SAVE_EVERY, MEASURE_EVERY = 10, 100  # steps
 HELD_OUT = 24  # pages on whose questions answers are measured
@@ -141,7 +141,8 @@ class AnswerSteps(Dataset[list[tuple[Packed, Tensor, Tensor]]]):
         for _ in range(self.size):
             document, asked = drawn("train", rng)
             packed = pack(self.processor.tokenizer, [(question, answer) for _, question, answer in asked])
-            pixels, tokens, _ = batch([document.page], self.alphabet, self.processor)
+            # Strained, so that the decoder learns what a tower says that does not read all of a page.
+            pixels, tokens, _ = batch([strained(document.page, rng)], self.alphabet, self.processor)
             pages.append((packed, pixels, tokens))
         return pages
 
