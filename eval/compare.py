@@ -113,11 +113,11 @@ class Comparison:
             return ", ".join("<0.001" if p < 0.001 else _number(p, ".3f") for p in (estimate.p, estimate.p_shift))
 
         return [
-            line("skips, rank corr. with damage of a skip", correlation("damage")),
+            line("rank corr. of skips and damage", correlation("damage")),
             line("  p, p_shift", p_values),
             line("  with geometric redundancy", correlation("geometric")),
             line("  with cross-attention", correlation("cross-attention")),
-            line("  AUROC of the theory's skip set", lambda t: _number(t.theory_set["all"].value, ".2f")),
+            line("  AUROC of theory's skip set", lambda t: _number(t.theory_set["all"].value, ".2f")),
         ]
 
     def _notes(self) -> list[str]:

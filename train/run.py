@@ -20,7 +20,7 @@ from skipit.router.folders import provenance
 from skipit.theory.calibrate import Met, calibrate, meet
 from skipit.theory.cost import CostModel, Costs
 from skipit.theory.labels import predicts_answer
-from skipit.theory.plan import Plan, check_reachable
+from skipit.theory.plan import LOGIT_LIMIT, Plan, check_reachable
 from skipit.theory.time_model import TimeModel
 from skipit.train.data.collate import Collator, batches, forgiving, tried
 from skipit.train.data.rows import Broken, Rows, RowStream, readable, training_rows
@@ -51,11 +51,13 @@ def lora_targets(model: nn.Module) -> str:
 def prepare(model: Any, plan: Plan, config: TrainConfig) -> Any:
     """Attach a plan's gates to a dense model and add LoRA: a PEFT model whose adapter holds both.
 
-    Layers that a plan in time leaves out for all tokens stay out. One token that enters takes nearly as long as all
-    would, and then no token that leaves saves any: nothing would tell training to close the layer again.
+    Under `latency`, gates that a plan has made the same for every token stay so. Layers that it leaves out stay out:
+    one token that enters takes nearly as long as all would, and then no token that leaves saves any, so nothing would
+    tell training to close the layer again. Layers in which some tokens save no time by leaving keep all.
 
     Raises:
         CheckpointError: the plan was made for another model.
+        InputError: nothing is left to train.
     """
     from peft import LoraConfig, get_peft_model
 
@@ -73,10 +75,17 @@ def prepare(model: Any, plan: Plan, config: TrainConfig) -> Any:
         for name, parameter in peft_model.named_parameters():
             if "lora_" in name:
                 parameter.requires_grad_(False)
-    for layer, left_out in zip(find_decoder(model)[2], (plan.run_rate == 0).all(-1).tolist(), strict=True):
-        for name, parameter in layer.named_parameters():
-            if "layer_gate" in name and left_out and config.latency is not None:
-                parameter.requires_grad_(False)
+    if config.latency is not None:
+        same = (plan.bias.abs() == LOGIT_LIMIT) & (plan.weight == 0).all(-1)
+        for layer, fixed in zip(find_decoder(model)[2], same.all(-1).tolist(), strict=True):
+            for name, parameter in layer.named_parameters():
+                if "layer_gate" in name and fixed:
+                    parameter.requires_grad_(False)
+        if config.lora_rank == 0 and same.all():
+            raise InputError(
+                "`lora_rank`: got 0, which trains the gates alone, but in this plan for a latency they all decide for "
+                "whole layers and stay as they are. Give a `lora_rank` above 0."
+            )
     return peft_model
 
 

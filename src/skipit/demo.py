@@ -1,6 +1,11 @@
-"""The whole data flow on the embedded reference model: profile, plan, train, export, generate, eval."""
+"""The whole data flow on the embedded reference model: bench, profile, plan, train, export, generate, eval.
+
+Two routers are trained from one profile: for a share of the FLOPs, and for a share of the time. At this model's size a
+layer takes nearly as long for some tokens as for all, so only the second one is faster: it leaves out whole layers.
+"""
 
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -8,14 +13,18 @@ import torch
 
 from skipit.eval.compare import Comparison, compare, theory_tables
 from skipit.eval.measure.answer import answer
+from skipit.eval.measure.bench import measure_layers
 from skipit.eval.plots import plot_layer_modality_heatmaps
-from skipit.router import find_router
+from skipit.router import InputError, find_router
 from skipit.router.checkpoint import load, save_gated
 from skipit.router.config import KVPolicy
 from skipit.router.folders import load_json, new_directory, provenance, save_json
+from skipit.router.measured import bench_file
 from skipit.theory.artefact import save_plan, save_profile
+from skipit.theory.layer_times import LayerTimes
 from skipit.theory.plan import Plan, make_plan
 from skipit.theory.profile import Profile
+from skipit.theory.time_model import TimeModel
 from skipit.train.card import write_card
 from skipit.train.config import TrainConfig
 from skipit.train.data.rows import Rows
@@ -30,14 +39,17 @@ from skipit.train.run_folder import RUN_FILE
 
 PROFILE_ROWS = 192
 CALIBRATION_ROWS = 192
+BENCH_SECONDS = 20.0
+THEORY, TRAINED, IN_TIME = "theory only", "trained", "trained: time"  # columns
 
 
 def demo(
     out: Path,
     *,
     budget: float = 0.5,
+    latency: float = 0.7,
     kv: KVPolicy = "retain",
-    steps: int = 250,
+    steps: int = 150,
     samples: int = 300,
     seed: int = 0,
     overwrite: bool = False,
@@ -45,10 +57,12 @@ def demo(
     """Run every step, write every artefact into one folder, and print a table.
 
     Args:
-        out: folder to make: profile/, plan/, theory/ and checkpoint/ (gated checkpoints), run/, plots, summary.json.
+        out: folder to make: profile/, theory/ (untrained gates), plan/, run/ and checkpoint/ for the budget, the same
+            three with -time for the latency, plots, summary.json.
         budget: share of the dense decoder's FLOPs to spend.
+        latency: share of its layers' time for a prompt to spend, in the other router.
         kv: K/V policy of skipped tokens.
-        steps: training steps.
+        steps: of each training.
         samples: held-out rows to answer.
         seed: of data, training and sampling.
         overwrite: replace an existing folder.
@@ -64,14 +78,22 @@ def demo(
             held_out = load_data("reference", "calibration", CALIBRATION_ROWS, seed)
             test = load_data("reference", "test", samples, seed)
         clock.lap("load")
-        profile, plan, theory = _theory(folder, rows.select(range(PROFILE_ROWS)), held_out, config, clock)
-        trained = _trained(folder, rows, held_out, plan, config, clock)
         dense, processor = load_model("reference")
+        times = _times(dense)
+        clock.lap("bench")
+        profile = _profile(folder, rows.select(range(PROFILE_ROWS)), seed)
+        clock.lap("profile")
+        with loading("plan"):
+            plan, in_time = make_plan(profile, budget, kv), make_plan(profile, latency, kv, times=times)
+            theory = _theory(folder, plan, held_out)
+        clock.lap("plan")
+        trained = _trained(folder, "", rows, held_out, plan, config, clock)
+        faster = _trained(folder, "-time", rows, held_out, in_time, replace(config, latency=latency), clock)
         example = _example(folder, trained, processor, test)
         clock.lap("generate")
         held, _ = known_of(load_json(folder / "run" / RUN_FILE), Rows(test))
-        with progress("eval", 3 * len(test)) as advance:
-            gated = {"theory only": theory, "trained": trained}
+        with progress("eval", 4 * len(test)) as advance:
+            gated = {THEORY: theory, TRAINED: trained, IN_TIME: faster}
             result = compare(dense, gated, processor, test, profile, progress=advance, held_out=held)
         clock.lap("eval")
         _plots(folder, profile, result, kv)
@@ -79,6 +101,7 @@ def demo(
         figures, made_by = result.to_json(), provenance()
         summary = {
             "budget": budget,
+            "latency": latency,
             "kv": kv,
             "steps": steps,
             "seed": seed,
@@ -89,9 +112,11 @@ def demo(
             "made_by": made_by,
         }
         save_json(folder / "summary.json", summary)
-        evaluation = {"dense": figures["dense"], "gated": figures["trained"], "held_out": held.to_json()}
-        write_card(folder / "checkpoint", {**evaluation, "made_by": made_by})
-    print(_report(out, result, example))
+        for name, column in (("checkpoint", TRAINED), ("checkpoint-time", IN_TIME)):
+            evaluation = {"dense": figures["dense"], "gated": figures[column], "held_out": held.to_json()}
+            write_card(folder / name, {**evaluation, "made_by": made_by})
+        left_out = int((in_time.run_rate == 0).all(-1).sum())
+    print(_report(out, result, example, summary, f"{left_out} of {len(in_time.run_rate)} layers"))
     return summary
 
 
@@ -103,48 +128,54 @@ class _Clock:
         self._started = time.perf_counter()
 
     def lap(self, name: str) -> None:
-        self._laps[name] = time.perf_counter() - self._started - sum(self._laps.values())
+        spent = time.perf_counter() - self._started - sum(self._laps.values())
+        self._laps[name] = self._laps.get(name, 0.0) + spent
 
     def seconds(self) -> dict[str, float]:
         laps = {**self._laps, "total": time.perf_counter() - self._started}
         return {name: round(value, 1) for name, value in laps.items()}
 
 
-def _theory(folder: Path, rows: Any, held_out: Any, config: TrainConfig, clock: _Clock) -> tuple[Profile, Plan, Any]:
-    """Profile and plan, and a dense model with the plan's gates: what the theory gives without training."""
+def _times(model: Any) -> LayerTimes:
+    """How long layers take on this machine, measured now where `skipit bench` was not run for such layers."""
+    try:
+        return TimeModel.of(model).times
+    except InputError:
+        with loading("bench"):
+            times = measure_layers(model, dtype=model.dtype, device=model.device, seconds=BENCH_SECONDS)
+        times.save(bench_file(model.device, model.dtype, times.hidden))
+        return times
+
+
+def _profile(folder: Path, rows: Any, seed: int) -> Profile:
     model, processor = load_model("reference")
     with progress("profile", len(rows)) as advance:
-        profile = profile_model(model, processor, advance.over(rows), seed=config.seed)
+        profile = profile_model(model, processor, advance.over(rows), seed=seed)
     save_profile(profile, folder / "profile")
-    clock.lap("profile")
-    with loading("plan"):
-        plan = make_plan(profile, config.budget, config.kv)
-        save_plan(plan, folder / "plan")
-        gate_by_plan(model, processor, plan, held_out)
-        save_gated(model, processor, folder / "theory")
-    clock.lap("plan")
-    return profile, plan, model
+    return profile
 
 
-def _trained(folder: Path, rows: Any, held_out: Any, plan: Plan, config: TrainConfig, clock: _Clock) -> Any:
+def _theory(folder: Path, plan: Plan, held_out: Any) -> Any:
+    """A dense model with a plan's gates: what the theory gives without training."""
+    model, processor = load_model("reference")
+    gate_by_plan(model, processor, plan, held_out)
+    save_gated(model, processor, folder / "theory")
+    return model
+
+
+def _trained(
+    folder: Path, suffix: str, rows: Any, held_out: Any, plan: Plan, config: TrainConfig, clock: _Clock
+) -> Any:
     """Train, export, and load what was exported."""
     model, processor = load_model("reference")
+    run, checkpoint = folder / f"run{suffix}", folder / f"checkpoint{suffix}"
+    save_plan(plan, folder / f"plan{suffix}")
     with training_progress(config) as callback:
-        train(
-            model,
-            processor,
-            rows,
-            plan,
-            config,
-            folder / "run",
-            calibration=held_out,
-            base="reference",
-            callbacks=[callback],
-        )
+        train(model, processor, rows, plan, config, run, calibration=held_out, base="reference", callbacks=[callback])
     clock.lap("train")
     with loading("export"):
-        export(folder / "run", folder / "checkpoint")
-        trained, _ = load(folder / "checkpoint")
+        export(run, checkpoint)
+        trained, _ = load(checkpoint)
     clock.lap("export")
     return trained
 
@@ -166,31 +197,34 @@ def _example(folder: Path, model: Any, processor: Any, rows: Any) -> dict[str, A
     }
 
 
-def _report(out: Path, result: Comparison, example: dict[str, Any]) -> str:
-    """The table, an example, and where everything is."""
+def _report(out: Path, result: Comparison, example: dict[str, Any], settings: dict[str, Any], left_out: str) -> str:
+    """The table, what its columns are, an example, and where everything is."""
     ask = f'skipit generate {out}/checkpoint --image {out}/example.png --prompt "{example["prompt"]}"'
     return f"""{result.table()}
+{THEORY}, {TRAINED}: gates for {settings["budget"]:.0%} of the decoder's FLOPs.
+{IN_TIME}: gates for {settings["latency"]:.0%} of its layers' time for a prompt on this machine, without {left_out}.
 
 Example: {example["prompt"]} -> {example["answer"]} (right: {example["right"]})
 
 Everything is in {out}:
-  summary.json    all figures
-  redundancy.png  what was measured and what is skipped, per layer and modality
-  depth.png       layers executed per patch and word of the example
-  profile plan theory run checkpoint: every artefact; theory and checkpoint are Hugging Face folders
+  summary.json     all figures
+  redundancy.png   what was measured and what is skipped, per layer and modality
+  depth.png        layers executed per patch and word of the example
+  profile theory plan run checkpoint, and the last three with -time: every artefact; theory and checkpoints are
+  Hugging Face folders
 Ask it: {ask}"""
 
 
 def _plots(folder: Path, profile: Profile, result: Comparison, kv: KVPolicy) -> None:
     tables = theory_tables(profile, kv)
+    rates = {f"skip rate\n{name}": name for name in (THEORY, TRAINED, IN_TIME)}
     plot_layer_modality_heatmaps(
         folder / "redundancy.png",
         {
             "geometric redundancy\n1 - cos, small: redundant": tables["geometric"],
             "cross-attention\nshare of text's attention": tables["cross-attention"],
             "damage of a skip\nKL, nats per answer token": tables["damage"],
-            "skip rate\ntheory only": result.outcomes["theory only"].skip_rate.numpy(),
-            "skip rate\ntrained": result.outcomes["trained"].skip_rate.numpy(),
+            **{title: result.outcomes[name].skip_rate.numpy() for title, name in rates.items()},
         },
-        {"skip rate\ntheory only": (0, 1), "skip rate\ntrained": (0, 1)},
+        dict.fromkeys(rates, (0, 1)),
     )

@@ -32,7 +32,7 @@ from skipit.theory.calibrate import measured_share
 from skipit.theory.cost import CostModel
 from skipit.theory.identity import fingerprint
 from skipit.theory.layer_times import LayerTime, LayerTimes
-from skipit.theory.plan import Plan
+from skipit.theory.plan import LOGIT_LIMIT, Plan
 from skipit.train.config import TrainConfig
 from skipit.train.data.collate import Collator, batches
 from skipit.train.launch import training_arguments
@@ -186,6 +186,21 @@ class TestPreparation:
         assert len(trained) == 2 * LAYERS
         assert all("layer_gate" in name for name in trained)
         assert torch.equal(gate_state(tuned)["bias"], plan_for(model).bias)
+
+    def test_gates_of_whole_layers_stay_as_a_plan_in_time_has_made_them(self, model: Any) -> None:
+        plan = plan_for(model)
+        plan.bias[0], plan.bias[1], plan.weight[:2] = LOGIT_LIMIT, -LOGIT_LIMIT, 0.0
+        for latency, learn in ((None, LAYERS), (0.7, LAYERS - 2)):
+            tuned = prepare(copy.deepcopy(model), plan, replace(CONFIG, latency=latency))
+            gates = [name for name, p in tuned.named_parameters() if p.requires_grad and "layer_gate" in name]
+            assert len(gates) == 2 * learn
+
+    def test_nothing_is_left_to_train(self, model: Any) -> None:
+        plan = plan_for(model)
+        plan.bias.fill_(LOGIT_LIMIT)
+        plan.weight.zero_()
+        with pytest.raises(InputError, match=r"`lora_rank`: got 0.*decide for whole layers.*`lora_rank` above 0"):
+            prepare(model, plan, replace(CONFIG, latency=0.7, lora_rank=0))
 
     def test_a_plan_for_another_model(self, model: Any, processor: Any, rows: Dataset, tmp_path: Path) -> None:
         other = replace(plan_for(model), model="another")
