@@ -6,9 +6,10 @@ from functools import partial
 from typing import Any
 
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 
-from skipit.router import Decision, Gated, InputError, Trace, find_router, running
+from skipit.router import Decision, Gated, InputError, Step, Trace, find_router, running
 from skipit.router.call import Call, Mode
 from skipit.router.config import EVERYTHING, KVPolicy
 from skipit.router.gates import TokenGate
@@ -70,12 +71,25 @@ def _foretold(
         prompt = before_answer(batch["labels"]) if "labels" in batch else None
         with running(policy=policy, mode=mode, kv=kv, prompt=prompt, trace=trace):
             model(**inputs, use_cache=False)
-    calls = list(zip(trace.steps, policy.said, strict=True))
+    return spending(trace.steps, policy.said, costs)
+
+
+def spending(
+    steps: Sequence[Step], said: Sequence[Float[Tensor, "layers batch seq"]], costs: Costs
+) -> Callable[[float], float]:
+    """From a threshold to the share of what the dense decoder spends, over calls that begin a generation each.
+
+    Args:
+        steps: of the calls, whatever ran in them.
+        said: the gates' logits in each.
+        costs: of the model's layers.
+    """
 
     def share(threshold: float) -> float:
         executed = dense = 0.0
-        for step, said in calls:
-            decisions = {layer: Decision(said[layer] > threshold) for layer in step.decisions}
+        for step, logits in zip(steps, said, strict=True):
+            run = (logits > threshold).to(step.real.device)
+            decisions = {layer: Decision(run[layer]) for layer in step.decisions}
             compute = trace_compute(costs, [replace(step, decisions=decisions)])
             executed, dense = executed + float(compute.executed.sum()), dense + float(compute.dense.sum())
         return executed / dense

@@ -5,7 +5,7 @@ spent on which is a parameter, the share of vision tokens that stays: 1 is gates
 run it is the pruner alone. It is chosen on calibration rows, so neither alone is better there.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
@@ -13,12 +13,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from skipit.router import Decision, Gated, Step
+from skipit.router import Decision, Gated
 from skipit.router.call import Call
 from skipit.router.gates import TokenGate, logits_of
-from skipit.theory.calibrate import LIMIT
-from skipit.theory.cost import Costs
-from studies.answers import always, answers, right, share_of
+from skipit.theory.calibrate import LIMIT, spending
+from studies.answers import always, answers, right
 
 from .attended import BY_PROMPT
 from .choices import TOLERANCE, OutOfReachError, at_budget, with_gate_cost
@@ -89,18 +88,3 @@ def _split(lab: Lab, model: Any, budget: float, pruned: Pruned) -> System:
     threshold = at_budget(spent, budget, low=-LIMIT, high=LIMIT, steps=24)
     options = {"policy": replace(pruned, rest=Gated(threshold)), "kv": "evict", **BY_PROMPT}
     return System(model, always(options), lab.costs, chosen={"keep": pruned.keep, "threshold": threshold})
-
-
-def spending(
-    steps: Sequence[Step], logits: Sequence[Float[Tensor, "layers batch seq"]], costs: Costs
-) -> Callable[[float], float]:
-    """The share of FLOPs that gates spend on some steps, by their threshold, under `evict`."""
-
-    def spent(threshold: float) -> float:
-        planned = []
-        for step, scores in zip(steps, logits, strict=True):
-            run = dict(enumerate(map(Decision, scores.cpu() > threshold)))
-            planned.append(replace(step, kv="evict", decisions=run))
-        return share_of(planned, costs)
-
-    return spent
