@@ -71,7 +71,7 @@ def demo(
         What summary.json holds.
     """
     config = TrainConfig(budget=budget, kv=kv, steps=steps, seed=seed)
-    clock = _Clock()
+    clock = Clock()
     with new_directory(out, overwrite) as folder:
         with loading("loading"):
             rows = load_data("reference", "train", max(PROFILE_ROWS, steps * config.batch_size), seed)
@@ -89,14 +89,15 @@ def demo(
         clock.lap("plan")
         trained = _trained(folder, "", rows, held_out, plan, config, clock)
         faster = _trained(folder, "-time", rows, held_out, in_time, replace(config, latency=latency), clock)
-        example = _example(folder, trained, processor, test)
+        row = next(row for row in test if row["kind"] == "row" or len(test) < 2)
+        example = draw_example(folder, trained, processor, row)
         clock.lap("generate")
         held, _ = known_of(load_json(folder / "run" / RUN_FILE), Rows(test))
         with progress("eval", 4 * len(test)) as advance:
             gated = {THEORY: theory, TRAINED: trained, IN_TIME: faster}
             result = compare(dense, gated, processor, test, profile, progress=advance, held_out=held)
         clock.lap("eval")
-        _plots(folder, profile, result, kv)
+        draw_units(folder, profile, result, kv)
         clock.lap("plots")
         figures, made_by = result.to_json(), provenance()
         summary = {
@@ -120,7 +121,7 @@ def demo(
     return summary
 
 
-class _Clock:
+class Clock:
     """Seconds per step."""
 
     def __init__(self) -> None:
@@ -128,10 +129,12 @@ class _Clock:
         self._started = time.perf_counter()
 
     def lap(self, name: str) -> None:
+        """A step ends here."""
         spent = time.perf_counter() - self._started - sum(self._laps.values())
         self._laps[name] = self._laps.get(name, 0.0) + spent
 
     def seconds(self) -> dict[str, float]:
+        """Of each step, and of all, to a tenth."""
         laps = {**self._laps, "total": time.perf_counter() - self._started}
         return {name: round(value, 1) for name, value in laps.items()}
 
@@ -163,9 +166,7 @@ def _theory(folder: Path, plan: Plan, held_out: Any) -> Any:
     return model
 
 
-def _trained(
-    folder: Path, suffix: str, rows: Any, held_out: Any, plan: Plan, config: TrainConfig, clock: _Clock
-) -> Any:
+def _trained(folder: Path, suffix: str, rows: Any, held_out: Any, plan: Plan, config: TrainConfig, clock: Clock) -> Any:
     """Train, export, and load what was exported."""
     model, processor = load_model("reference")
     run, checkpoint = folder / f"run{suffix}", folder / f"checkpoint{suffix}"
@@ -180,9 +181,8 @@ def _trained(
     return trained
 
 
-def _example(folder: Path, model: Any, processor: Any, rows: Any) -> dict[str, Any]:
+def draw_example(folder: Path, model: Any, processor: Any, row: Any) -> dict[str, Any]:
     """Answer one held-out question, keep its picture, and draw how deep each patch and word was computed."""
-    row = next(row for row in rows if row["kind"] == "row" or len(rows) < 2)
     row["images"][0].save(folder / "example.png")
     prompt = row["prompt"][0]["content"][-1]["text"]
     reply = answer(model, processor, list(row["images"]), prompt)
@@ -215,9 +215,10 @@ Everything is in {out}:
 Ask it: {ask}"""
 
 
-def _plots(folder: Path, profile: Profile, result: Comparison, kv: KVPolicy) -> None:
+def draw_units(folder: Path, profile: Profile, result: Comparison, kv: KVPolicy) -> None:
+    """Draw redundancy.png: what was measured, and what each gated model skips, per layer and modality."""
     tables = theory_tables(profile, kv)
-    rates = {f"skip rate\n{name}": name for name in (THEORY, TRAINED, IN_TIME)}
+    rates = {f"skip rate\n{name}": name for name in result.outcomes if name != "dense"}
     plot_layer_modality_heatmaps(
         folder / "redundancy.png",
         {

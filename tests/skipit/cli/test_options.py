@@ -79,7 +79,7 @@ class TestConfig:
         assert parse(["generate", "c", "--config", str(config("image: a.png\nprompt: 3"))]).image == [Path("a.png")]
 
     def test_an_empty_file_changes_nothing(self, config: Any) -> None:
-        assert parse(["demo", "--config", str(config(""))]).steps == 150
+        assert parse(["demo", "--config", str(config(""))]).budget == 0.5
 
     @pytest.mark.parametrize(
         ("text", "message"),

@@ -1,0 +1,97 @@
+"""The data flow on the documents model, without training: profile, the theory's gates, generate, eval."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from skipit.demo import THEORY, Clock, draw_example, draw_units
+from skipit.eval.compare import compare
+from skipit.router.checkpoint import save_gated
+from skipit.router.config import KVPolicy
+from skipit.router.folders import new_directory, provenance, save_json
+from skipit.theory.artefact import save_plan, save_profile
+from skipit.theory.plan import make_plan
+from skipit.train.data.sources import DOCUMENTS, load_data, load_model
+from skipit.train.display import loading, progress
+from skipit.train.gating import gate_by_plan
+from skipit.train.profiling import profile_model
+
+PROFILE_ROWS, CALIBRATION_ROWS = 32, 24
+BATCH = 4  # rows: a page is hundreds of tokens
+
+
+def documents_demo(
+    out: Path,
+    *,
+    budget: float = 0.5,
+    kv: KVPolicy = "retain",
+    samples: int = 40,
+    seed: int = 0,
+    overwrite: bool = False,
+) -> dict[str, Any]:
+    """Measure the model, give it the theory's gates, ask, compare, and print a table.
+
+    Args:
+        out: folder to make: profile/, plan/, theory/ (a gated checkpoint), plots, summary.json.
+        budget: share of the dense decoder's FLOPs to spend.
+        kv: K/V policy of skipped tokens.
+        samples: held-out rows to answer.
+        seed: of the data and of sampling.
+        overwrite: replace an existing folder.
+
+    Returns:
+        What summary.json holds.
+
+    Raises:
+        CheckpointError: the decoder cannot be had.
+    """
+    clock = Clock()
+    with new_directory(out, overwrite) as folder:
+        with loading("loading"):
+            rows = load_data(DOCUMENTS, "train", PROFILE_ROWS, seed)
+            held_out = load_data(DOCUMENTS, "calibration", CALIBRATION_ROWS, seed)
+            test = load_data(DOCUMENTS, "test", samples, seed)
+            (dense, processor), (theory, _) = load_model(DOCUMENTS), load_model(DOCUMENTS)
+        clock.lap("load")
+        with progress("profile", len(rows)) as advance:
+            profile = profile_model(dense, processor, advance.over(rows), batch_size=BATCH, seed=seed)
+        save_profile(profile, folder / "profile")
+        clock.lap("profile")
+        with loading("plan"):
+            plan = make_plan(profile, budget, kv)
+            save_plan(plan, folder / "plan")
+            gate_by_plan(theory, processor, plan, held_out, batch_size=BATCH)
+            save_gated(theory, processor, folder / "theory")
+        clock.lap("plan")
+        example = draw_example(folder, theory, processor, next(row for row in test if row["kind"] == "lookup"))
+        clock.lap("generate")
+        with progress("eval", 2 * len(test)) as advance:
+            how: dict[str, Any] = {"batch_size": BATCH, "metric": "anls", "progress": advance}
+            result = compare(dense, {THEORY: theory}, processor, test, profile, **how)
+        clock.lap("eval")
+        draw_units(folder, profile, result, kv)
+        clock.lap("plots")
+        summary = {
+            "budget": budget,
+            "kv": kv,
+            "seed": seed,
+            "threads": torch.get_num_threads(),
+            "seconds": clock.seconds(),
+            "example": example,
+            "results": result.to_json(),
+            "made_by": provenance(),
+        }
+        save_json(folder / "summary.json", summary)
+    print(f"""{result.table()}
+{THEORY}: gates made of the profile for {budget:.0%} of the decoder's FLOPs; nothing was trained for them.
+
+Example: {example["prompt"]} -> {example["answer"]} (right: {example["right"]})
+
+Everything is in {out}:
+  summary.json    all figures
+  redundancy.png  what was measured and what is skipped, per layer and modality
+  depth.png       layers executed per patch and word of the example
+  profile plan theory: every artefact; theory is a Hugging Face folder
+Ask it: skipit generate {out}/theory --image {out}/example.png --prompt "{example["prompt"]}\"""")
+    return summary
