@@ -11,7 +11,7 @@ One hidden state's way through a gated layer, in the order to read it:
    which its prompt spends a budget, is found in `spending.py`, by what `costs.py` reads off the layers.
 5. `execute.py`: masked, gathered or dense; the layer's own `forward` is called here.
 6. `stand_ins.py`: what that `forward` meets in the cache's place.
-7. `attention.py`: packed tokens become rows again for attention alone.
+7. `attention.py`: packed tokens become rows again for attention alone, where `layout.py` says.
 8. `cache.py`: where keys and values stay, with the index of each's token; `room.py` has memory to spare.
 
 `lossless.py` has the gated model draft tokens that the dense one verifies; `generation.py` is how a caller asks for it.
