@@ -2,8 +2,8 @@
 
 It may be stopped at any time and goes on from --out. First the tower learns to say every image token as the decoder's
 own embedding of what is written there, without the decoder (--tower-steps); LoRA on the decoder learns to answer from
-what an ideal tower would say, without the tower (--answer-steps); then both go on together (--steps). The first two do
-not wait for each other: --only runs one of them. --weights writes what is ours in one file.
+what an ideal tower would say, without the tower (--answer-steps), and goes on with what the tower does say (--steps).
+The first two do not wait for each other: --only runs one of them. --weights writes what is ours in one file.
 """
 
 from collections.abc import Sequence
