@@ -91,7 +91,7 @@ def test_of_a_run() -> None:
         "| prefill, ms (speed-up) | 20.00 (1.50x) | 20.00 (1.50x) |",
         "60 held-out rows",
         "Measured by `skipit eval x y`, 2026-01-02, on Linux.",
-        "| 0.5 (default) | 0.5000 | 49.3% |",
+        "| 0.5 (default) | 0.5 | 49.3% |",
         "| 0.25 | 1.2500 | - |",
         "(`evict`)",
         "Gates decide by the states that enter layers 0, 2.",
@@ -120,7 +120,7 @@ def test_a_base_that_is_not_on_the_hub_is_not_named_as_if_it_were(base: str) -> 
 def test_an_uncalibrated_router() -> None:
     assert "None is calibrated: the gates run at their default threshold." in card(RUN, RouterConfig())
     text = card(RUN, RouterConfig(operating_points={"0.5": 1.0}))
-    assert "| - (default) | 0.0000 | - |" in text
+    assert "| - (default) | 0 | - |" in text
 
 
 @pytest.mark.parametrize("change", [{"gated": {}}, {"dense": None}, {"made_by": {}}])
