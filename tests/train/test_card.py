@@ -92,7 +92,7 @@ def test_of_a_run() -> None:
         "60 held-out rows",
         "Measured by `skipit eval x y`, 2026-01-02, on Linux.",
         "| 0.5 (default) | 0.5 | 49.3% |",
-        "| 0.25 | 1.2500 | - |",
+        "| 0.25 | 1.25 | - |",
         "(`evict`)",
         "Gates decide by the states that enter layers 0, 2.",
         "250 steps of 8 rows, LoRA rank 8",
