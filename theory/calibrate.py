@@ -1,12 +1,12 @@
 """Thresholds that hit a compute budget as measured in gathered execution, on data the training did not see."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from skipit.router import Decision, Gated, InputError, Step, Trace, find_router, running
@@ -14,7 +14,7 @@ from skipit.router.call import Call, Mode
 from skipit.router.config import EVERYTHING, KVPolicy
 from skipit.router.gates import TokenGate
 
-from .cost import Compute, CostModel, Costs, trace_compute
+from .cost import CostModel, Costs, share_of
 from .inputs import to_model
 from .labels import before_answer
 from .plan import check_budget
@@ -24,6 +24,23 @@ LIMIT = 30.0  # of thresholds: no gate's logit lies beyond
 
 
 @torch.no_grad()
+def _asked(
+    model: nn.Module, batches: Iterable[dict[str, Tensor]], **options: Any
+) -> Iterator[tuple[Step, Bool[Tensor, "batch seq"] | None]]:
+    """Run rows as prompts: what ran, and where answers are part of the rows, which tokens are the prompt's.
+
+    Answers do not decide for their prompt.
+    """
+    for batch in batches:
+        inputs, trace = to_model(batch, model), Trace()
+        labels = inputs.pop("labels", None)
+        prompt = None if labels is None else before_answer(labels)
+        with running(**options, prompt=prompt, trace=trace):
+            model(**inputs, use_cache=False)
+        for step in trace.steps:
+            yield step, prompt
+
+
 def measured_share(
     model: nn.Module,
     batches: Iterable[dict[str, Tensor]],
@@ -33,17 +50,8 @@ def measured_share(
     mode: Mode = "gathered",
 ) -> float:
     """Share of what the dense decoder spends, FLOPs or time, that execution spends at a threshold, over all batches."""
-    executed = dense = 0.0
-    for batch in batches:
-        trace = Trace()
-        inputs = to_model({key: value for key, value in batch.items() if key != "labels"}, model)
-        # Where answers are part of the rows, they do not decide for their prompt.
-        prompt = before_answer(batch["labels"]) if "labels" in batch else None
-        with running(policy=Gated(threshold), mode=mode, kv=kv, prompt=prompt, trace=trace):
-            model(**inputs, use_cache=False)
-        compute: Compute = trace_compute(costs, trace.steps)
-        executed, dense = executed + float(compute.executed.sum()), dense + float(compute.dense.sum())
-    return executed / dense
+    asked = _asked(model, batches, policy=Gated(threshold), mode=mode, kv=kv)
+    return share_of((step for step, _ in asked), costs)
 
 
 @dataclass(frozen=True)
@@ -57,7 +65,6 @@ class _Listening(Gated):
         return super().decide(layers, hidden, call, gates)
 
 
-@torch.no_grad()
 def _foretold(
     model: nn.Module, batches: Iterable[dict[str, Tensor]], costs: Costs, kv: KVPolicy, mode: Mode
 ) -> Callable[[float], float]:
@@ -65,13 +72,9 @@ def _foretold(
 
     One pass finds what they say. No layer runs in it, if the mode lets layers be left out.
     """
-    policy, trace = _Listening(LIMIT), Trace()
-    for batch in batches:
-        inputs = to_model({key: value for key, value in batch.items() if key != "labels"}, model)
-        prompt = before_answer(batch["labels"]) if "labels" in batch else None
-        with running(policy=policy, mode=mode, kv=kv, prompt=prompt, trace=trace):
-            model(**inputs, use_cache=False)
-    return spending(trace.steps, policy.said, costs)
+    policy = _Listening(LIMIT)
+    steps = [step for step, _ in _asked(model, batches, policy=policy, mode=mode, kv=kv)]
+    return spending(steps, policy.said, costs)
 
 
 def spending(
@@ -85,14 +88,12 @@ def spending(
         costs: of the model's layers.
     """
 
+    def planned(step: Step, run: Bool[Tensor, "layers batch seq"]) -> Step:
+        return replace(step, decisions={layer: Decision(run[layer]) for layer in step.decisions})
+
     def share(threshold: float) -> float:
-        executed = dense = 0.0
-        for step, logits in zip(steps, said, strict=True):
-            run = (logits > threshold).to(step.real.device)
-            decisions = {layer: Decision(run[layer]) for layer in step.decisions}
-            compute = trace_compute(costs, [replace(step, decisions=decisions)])
-            executed, dense = executed + float(compute.executed.sum()), dense + float(compute.dense.sum())
-        return executed / dense
+        run = ((logits > threshold).to(step.real.device) for step, logits in zip(steps, said, strict=True))
+        return share_of(map(planned, steps, run), costs)
 
     return share
 
@@ -112,12 +113,7 @@ def measure_capacity(
         InputError: no batch.
     """
     shares = []
-    for batch in batches:
-        inputs = to_model(batch, model)
-        prompt = before_answer(inputs.pop("labels")) if "labels" in inputs else None
-        with running(trace=(trace := Trace()), prompt=prompt):
-            model(**inputs, use_cache=False)
-        step = trace.steps[0]
+    for step, prompt in _asked(model, batches):
         asking = step.real if prompt is None else step.real & prompt
         shares.append((step.run & asking).sum(-1) / asking.sum(-1))
     if not shares:

@@ -7,6 +7,7 @@ hides too; to skip it leaves no key behind; and the keys and values of the image
 tokens do: the tokens of the call in which that happens share it evenly. Without images there is no such layer.
 """
 
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from typing import Any, Protocol
 
@@ -173,6 +174,12 @@ def trace_compute(costs: Costs, steps: list[Step]) -> Compute:
         for every in trace_flops(costs, steps)
     )
     return Compute(executed, dense)
+
+
+def share_of(steps: Iterable[Step], costs: Costs) -> float:
+    """Executed share of what the dense decoder spends, over steps that are each a whole input."""
+    found = [trace_compute(costs, [step]) for step in steps]
+    return float(sum(c.executed.sum() for c in found) / sum(c.dense.sum() for c in found))
 
 
 def trace_flops(costs: Costs, steps: list[Step]) -> tuple[list[Tensor], list[Tensor]]:

@@ -8,7 +8,7 @@ from jaxtyping import Bool
 from torch import Tensor, nn
 
 from skipit.router import Step, Trace, running
-from skipit.theory.cost import Costs, trace_compute
+from skipit.theory.cost import Costs, share_of
 from skipit.theory.inputs import to_model
 from skipit.theory.labels import IGNORE, before_answer, predicts_answer
 
@@ -41,12 +41,6 @@ class Answers:
 def same_rows(first: Sequence[Tensor], second: Sequence[Tensor]) -> Bool[Tensor, " rows"]:
     """Whether every answer token of a row is the same in both, [batch, seq] per batch."""
     return torch.cat([(one == other).all(-1) for one, other in zip(first, second, strict=True)])
-
-
-def share_of(steps: Iterable[Step], costs: Costs) -> float:
-    """Executed share of the dense decoder's FLOPs over steps that are each a whole input."""
-    found = [trace_compute(costs, [step]) for step in steps]
-    return float(sum(c.executed.sum() for c in found) / sum(c.dense.sum() for c in found))
 
 
 def always(options: Mapping[str, Any]) -> Options:

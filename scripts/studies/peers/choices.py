@@ -15,8 +15,7 @@ from torch import Tensor
 
 from skipit.router import SkipItError, Step
 from skipit.router.config import KVPolicy, Unit
-from skipit.theory.cost import CostModel
-from studies.answers import share_of
+from skipit.theory.cost import CostModel, share_of
 
 from .policies import UnitRates
 from .similarities import Similarities

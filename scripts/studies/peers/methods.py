@@ -8,8 +8,8 @@ import torch
 
 from skipit.router import attach
 from skipit.router.config import KVPolicy
-from skipit.theory.cost import CostModel
-from studies.answers import always, answers, share_of
+from skipit.theory.cost import CostModel, share_of
+from studies.answers import always, answers
 
 from .attended import BY_PROMPT, Attended, fastv, pyramid_drop, watch_attention
 from .choices import Static, at_budget, executed, with_gate_cost

@@ -18,8 +18,7 @@ from torch import Tensor
 from skipit.router import TEXT, VISION, Decision, Step
 from skipit.router.call import Call, Policy
 from skipit.router.gates import TokenGate
-from skipit.theory.cost import Costs
-from studies.answers import share_of
+from skipit.theory.cost import Costs, share_of
 
 from .policies import uniform
 

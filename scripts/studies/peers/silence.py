@@ -18,9 +18,8 @@ from skipit.router import FixedUnits, Step, find_router, gated_layers, running, 
 from skipit.router.call import KWARG, NO_IMAGES, Call, ImageStates
 from skipit.router.config import KVPolicy, Unit
 from skipit.theory.answers import teacher_forced
-from skipit.theory.cost import CostModel
+from skipit.theory.cost import CostModel, share_of
 from skipit.theory.measures import cosine_distance
-from studies.answers import share_of
 
 from .policies import UnitRates, unwatched
 

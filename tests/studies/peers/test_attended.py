@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from skipit.router import SkipItError, Trace, attach, gated_layers, running
-from skipit.theory.cost import CostModel
-from studies.answers import always, answers, share_of
+from skipit.theory.cost import CostModel, share_of
+from studies.answers import always, answers
 from studies.peers.attended import BY_PROMPT, Attended, fastv, pyramid_drop, watch_attention
 from studies.peers.choices import with_gate_cost
 
