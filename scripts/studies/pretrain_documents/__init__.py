@@ -49,6 +49,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     how = {"size": arguments.pages, "workers": arguments.workers, "log": log}
     if arguments.only != "answers":
         train_tower(model, processor, arguments.out / "tower", arguments.tower_steps, **how)
+    model.model.language_model.to(torch.bfloat16)
     add_lora(model)
     if arguments.only != "tower":
         train_answers(model, processor, arguments.out / "answers", arguments.answer_steps, ideal=True, **how)

@@ -186,12 +186,10 @@ def train_answers(
     alphabet, device = Alphabet(processor.tokenizer), model.device
     model.set_attn_implementation("eager")  # on a CPU half of the time that the backward pass of sdpa takes
     model.requires_grad_(False)
-    model.model.language_model.to(torch.bfloat16)
     lora = [p for name, p in model.named_parameters() if ".lora_" in name]
     reader = Reader(model, alphabet.tokens).to(device)
     for parameter in lora:
         parameter.requires_grad_(True)
-        parameter.data = parameter.data.float()  # small steps would be lost in bf16
     optimizer = torch.optim.AdamW(lora, weight_decay=0.0)
     done, started = load_state(folder, {"model": model}, optimizer), time.time()
     peak, running = (1e-3 if ideal else 5e-4), 0.0
