@@ -19,6 +19,7 @@ from skipit.train.reference.documents.weights import add_lora
 from studies import pretrain_documents
 from studies.pretrain_documents import answering, tower
 from studies.pretrain_documents.answering import answer_logits, misread, pack, train_answers
+from studies.pretrain_documents.fonts import OWN, faces
 from studies.pretrain_documents.targets import Alphabet, letters_of, shown, tokens_of
 from studies.pretrain_documents.tower import Reader, batch, loose_page, train_tower
 from studies.state import FILE, load_state, save_state
@@ -123,6 +124,26 @@ def test_a_stage_alone_writes_no_weights(capsys: pytest.CaptureFixture[str]) -> 
     with pytest.raises(SystemExit):
         pretrain_documents.main(["--only", "tower", "--weights", "ours.safetensors"])
     assert "--weights needs every stage; leave out --only." in capsys.readouterr().err
+
+
+def test_more_fonts_teach_letters_and_none_is_of_a_held_out_family(tmp_path: Path) -> None:
+    import matplotlib
+
+    shipped = Path(matplotlib.get_data_path()) / "fonts" / "ttf"
+    for name in ("DejaVuSansDisplay.ttf", "STIXGeneralBolIta.ttf", "DejaVuSerif-BoldItalic.ttf"):
+        (tmp_path / name).write_bytes((shipped / name).read_bytes())
+    among = faces(tmp_path)  # the first has few characters, the second is of the test split's family
+    assert among == (*OWN, str(tmp_path / "DejaVuSerif-BoldItalic.ttf"))
+    _, processor = tiny_documents_model()
+    alphabet = Alphabet(processor.tokenizer)
+    pages = [loose_page(alphabet, np.random.default_rng(0), faces_) for faces_ in (among[-1:], OWN[:1])]
+    assert [word.text for word in pages[0].words] != []
+    assert pages[0].image.tobytes() != pages[1].image.tobytes()
+
+
+def test_a_folder_without_fonts_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"no font that can be used, expected .ttf or .otf files with all of ASCII"):
+        faces(tmp_path)
 
 
 def test_an_ideal_tower_is_misread_now_and_then() -> None:

@@ -2,7 +2,7 @@
 
 import json
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +16,10 @@ from torch.utils.data import DataLoader, Dataset
 from skipit.train.reference.documents.data import draw_document
 from skipit.train.reference.documents.layouts import KINDS, Kind
 from skipit.train.reference.documents.page import SIDE, Page, Word, photographed
-from skipit.train.reference.documents.words import FONTS, Split, font
+from skipit.train.reference.documents.words import Split, font
 
 from ..state import load_state, save_state
+from .fonts import OWN
 from .targets import Alphabet, letters_of, tokens_of
 
 Log = Callable[[str], None]
@@ -32,11 +33,16 @@ LOOSE = (
 LETTERS = 96  # printable ASCII less the space, and none
 
 
-def loose_page(alphabet: Alphabet, rng: np.random.Generator) -> Page:
+def loose_page(alphabet: Alphabet, rng: np.random.Generator, among: Sequence[str | None] = OWN) -> Page:
     """A page full of words and numbers of the alphabet without order.
 
     Five families of fonts are few to learn letters from. So every word has a face, a width, a slant and a weight of its
     own.
+
+    Args:
+        alphabet: what may be written.
+        rng: draws all of it.
+        among: faces, as in `FONTS`.
     """
     from PIL import Image
 
@@ -45,18 +51,19 @@ def loose_page(alphabet: Alphabet, rng: np.random.Generator) -> Page:
     baseline = float(rng.uniform(26, 40))
     while baseline < SIDE - 6:
         x = float(rng.uniform(4, 60))
-        while (x := _draw_word(page, _loose(alphabet, rng), x, baseline, ink, rng)) < SIDE - 60:
+        while (x := _draw_word(page, _loose(alphabet, rng), x, baseline, ink, among, rng)) < SIDE - 60:
             x += float(rng.exponential(25)) + 7
         baseline += pitch
     return photographed(page, rng)
 
 
-def _draw_word(page: Page, text: str, x: float, baseline: float, ink: Any, rng: np.random.Generator) -> float:
+def _draw_word(
+    page: Page, text: str, x: float, baseline: float, ink: Any, among: Sequence[str | None], rng: np.random.Generator
+) -> float:
     """Draw a word, unless the line has no room for it; returns where it ends."""
     from PIL import Image, ImageDraw
 
-    family = FONTS["train"][rng.integers(len(FONTS["train"]))]
-    letters = font(family[rng.integers(len(family))], int(rng.integers(19, 26)))
+    letters = font(among[int(rng.integers(len(among)))], int(rng.integers(19, 26)))
     edges = np.array([letters.getlength(text[:n]) for n in range(len(text) + 1)]) + 6
     by, slant = float(rng.uniform(0.75, 1.2)) * 19 / letters.size, float(rng.normal(0, 0.12))
     end = x + by * edges[-1]
@@ -196,15 +203,16 @@ class TowerSteps(Dataset[tuple[Tensor, Tensor, Tensor]]):
         alphabet: what the tower learns to say.
         processor: the model's.
         size: pages of a step.
+        among: faces of loose words, as in `FONTS`.
     """
 
-    def __init__(self, alphabet: Alphabet, processor: Any, size: int) -> None:
-        self.alphabet, self.processor, self.size = alphabet, processor, size
+    def __init__(self, alphabet: Alphabet, processor: Any, size: int, among: Sequence[str | None]) -> None:
+        self.alphabet, self.processor, self.size, self.among = alphabet, processor, size, among
 
     def __getitem__(self, step: int) -> tuple[Tensor, Tensor, Tensor]:
         rng = np.random.default_rng([1, step])
         pages = [
-            loose_page(self.alphabet, rng) if rng.random() < LOOSE else laid_page("train", rng)
+            loose_page(self.alphabet, rng, self.among) if rng.random() < LOOSE else laid_page("train", rng)
             for _ in range(self.size)
         ]
         return batch([strained(page, rng) for page in pages], self.alphabet, self.processor)
@@ -216,7 +224,14 @@ def in_turn(steps: Dataset[Any], first: int, end: int, workers: int) -> Iterable
 
 
 def train_tower(
-    model: Any, processor: Any, folder: Path, steps: int, size: int = 2, workers: int = 0, log: Log = print
+    model: Any,
+    processor: Any,
+    folder: Path,
+    steps: int,
+    size: int = 2,
+    workers: int = 0,
+    log: Log = print,
+    among: Sequence[str | None] = OWN,
 ) -> Reader:
     """Train tower and projector up to a step; `log.jsonl` has what is read of held-out pages.
 
@@ -228,6 +243,7 @@ def train_tower(
         size: pages of a step.
         workers: processes that draw pages ahead.
         log: receives a line now and then.
+        among: faces of loose words, as in `FONTS`.
     """
     folder.mkdir(parents=True, exist_ok=True)
     alphabet, device = Alphabet(processor.tokenizer), model.device
@@ -245,7 +261,7 @@ def train_tower(
         for split in ("train", "calibration")
     }
     running = 0.0
-    drawn = in_turn(TowerSteps(alphabet, processor, size), done, steps, workers)
+    drawn = in_turn(TowerSteps(alphabet, processor, size, among), done, steps, workers)
     for step, parts in enumerate(drawn, start=done):
         pixels, tokens, signs = (part.to(device) for part in parts)
         with torch.autocast(device.type, torch.bfloat16):
