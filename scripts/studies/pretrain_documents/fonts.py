@@ -4,13 +4,13 @@ from pathlib import Path
 
 from PIL import ImageFont
 
-from skipit.train.reference.documents.words import FONTS, font
+from skipit.train.reference.documents.words import FONTS, Face, font
 
 PRINTABLE = "".join(map(chr, range(33, 127)))
 OWN = tuple(face for family in FONTS["train"] for face in family)
 
 
-def faces(folder: Path | None = None) -> tuple[str | None, ...]:
+def faces(folder: Path | None = None) -> tuple[Face, ...]:
     """Font files, as in `FONTS`: those of the training split, and every TrueType or OpenType file in a folder.
 
     Left out are families of the splits that are held out, and files without a printable ASCII character or without
@@ -32,7 +32,7 @@ def faces(folder: Path | None = None) -> tuple[str | None, ...]:
     return (*OWN, *found)
 
 
-def _design(face: str | None) -> str:
+def _design(face: Face) -> str:
     """The first word of a family's name, which its weights and widths share: STIXGeneral, Aileron, Lato."""
     return str(font(face, 20).getname()[0]).split()[0]
 

@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, Dataset
 from skipit.train.reference.documents.data import draw_document
 from skipit.train.reference.documents.layouts import KINDS, Kind
 from skipit.train.reference.documents.page import SIDE, Page, Word, photographed
-from skipit.train.reference.documents.words import Split, font
+from skipit.train.reference.documents.words import WORDS, Face, Split, Words, font
 
 from ..state import load_state, save_state
 from .fonts import OWN
@@ -27,13 +27,12 @@ SAVE_EVERY, MEASURE_EVERY = 25, 200  # steps
 HELD_OUT = 24  # pages of a split on which reading is measured
 PEAK = 2e-3  # rate
 _WEIGHTS = (0.0, 0.0, 0.3, 0.6)  # pixels that strokes are thicker by
-LOOSE = (
-    0.75  # share of pages of loose words: documents of the training split say its own words, and teach to expect them
-)
+LOOSE = 0.6  # share of pages of loose words
+_SCALES = (1.0, 1.0, 1.0, 1.2, 1.5)  # of the lines of a page of loose words: titles are larger than the rest
 LETTERS = 96  # printable ASCII less the space, and none
 
 
-def loose_page(alphabet: Alphabet, rng: np.random.Generator, among: Sequence[str | None] = OWN) -> Page:
+def loose_page(alphabet: Alphabet, rng: np.random.Generator, among: Sequence[Face] = OWN) -> Page:
     """A page full of words and numbers of the alphabet without order.
 
     Five families of fonts are few to learn letters from. So every word has a face, a width, a slant and a weight of its
@@ -50,33 +49,42 @@ def loose_page(alphabet: Alphabet, rng: np.random.Generator, among: Sequence[str
     page, pitch = Page(Image.new("RGB", (SIDE, SIDE), paper)), float(rng.uniform(32, 38))
     baseline = float(rng.uniform(26, 40))
     while baseline < SIDE - 6:
-        x = float(rng.uniform(4, 60))
-        while (x := _draw_word(page, _loose(alphabet, rng), x, baseline, ink, among, rng)) < SIDE - 60:
+        x, scale = float(rng.uniform(4, 60)), float(rng.choice(_SCALES))
+        baseline += pitch * (scale - 1)
+        while (x := _draw_word(page, _loose(alphabet, rng), x, baseline, ink, among, scale, rng)) < SIDE - 60:
             x += float(rng.exponential(25)) + 7
         baseline += pitch
     return photographed(page, rng)
 
 
 def _draw_word(
-    page: Page, text: str, x: float, baseline: float, ink: Any, among: Sequence[str | None], rng: np.random.Generator
+    page: Page,
+    text: str,
+    x: float,
+    baseline: float,
+    ink: Any,
+    among: Sequence[Face],
+    scale: float,
+    rng: np.random.Generator,
 ) -> float:
     """Draw a word, unless the line has no room for it; returns where it ends."""
     from PIL import Image, ImageDraw
 
-    letters = font(among[int(rng.integers(len(among)))], int(rng.integers(19, 26)))
+    letters = font(among[int(rng.integers(len(among)))], round(scale * rng.integers(19, 26)))
     edges = np.array([letters.getlength(text[:n]) for n in range(len(text) + 1)]) + 6
-    by, slant = float(rng.uniform(0.75, 1.2)) * 19 / letters.size, float(rng.normal(0, 0.12))
+    by, slant = float(rng.uniform(0.75, 1.2)) * 19 * scale / letters.size, float(rng.normal(0, 0.12))
     end = x + by * edges[-1]
     if end > SIDE - 8:
         return float(SIDE)
-    mask = Image.new("L", (round(by * edges[-1]) + 14, 44))
-    drawn = Image.new("L", (round(edges[-1]) + 14, 44))
+    above, height = round(32 * scale), round(44 * scale)
+    mask = Image.new("L", (round(by * edges[-1]) + 14, height))
+    drawn = Image.new("L", (round(edges[-1]) + 14, height))
     ImageDraw.Draw(drawn).text(
-        (6, 32), text, font=letters, fill=255, anchor="ls", stroke_width=_WEIGHTS[rng.integers(4)]
+        (6, above), text, font=letters, fill=255, anchor="ls", stroke_width=_WEIGHTS[rng.integers(4)]
     )
     # Where a place of the mask comes from: narrower or wider, and slanted about the baseline.
-    mask = drawn.transform(mask.size, Image.Transform.AFFINE, (1 / by, slant / by, -32 * slant / by, 0, 1, 0), 2)
-    page.image.paste(ink, (round(x), round(baseline) - 32), mask)
+    mask = drawn.transform(mask.size, Image.Transform.AFFINE, (1 / by, slant / by, -above * slant / by, 0, 1, 0), 2)
+    page.image.paste(ink, (round(x), round(baseline) - above), mask)
     middle = 0.3 * letters.size
     xs = round(x) + by * (edges[1:] + edges[:-1]) / 2 + slant * middle
     page.words.append(Word(text, xs, round(baseline) - middle))
@@ -94,14 +102,34 @@ def _loose(alphabet: Alphabet, rng: np.random.Generator) -> str:
     return forms[rng.integers(len(forms))]
 
 
-def laid_page(split: Split, rng: np.random.Generator) -> Page:
-    """A document of a split; charts, which take longest to draw, are rarer."""
+def laid_page(split: Split, rng: np.random.Generator, words: Words | None = None, among: Sequence[Face] = ()) -> Page:
+    """A document of a split; charts, which take longest to draw, are rarer.
+
+    Args:
+        split: whose layouts and styles it has, and words and fonts unless others are given.
+        rng: draws all of it.
+        words: to be written.
+        among: faces, as in `FONTS`.
+    """
     kind: Kind = KINDS[min(int(rng.integers(2 * len(KINDS) - 1)) // 2, len(KINDS) - 1)]
-    return draw_document(split, kind, rng).page
+    return draw_document(split, kind, rng, words, among).page
+
+
+def any_words(alphabet: Alphabet, rng: np.random.Generator) -> Words:
+    """Word lists in which every word of the alphabet may be a name, a city or a field.
+
+    Documents that say words of their split only teach to expect them: titles of other words were read as its.
+    """
+
+    def some(count: int) -> tuple[str, ...]:
+        mixed = dict.fromkeys(w[i] for w in (alphabet.listed, alphabet.words) for i in rng.permutation(len(w))[:count])
+        return tuple(word for word in mixed if word.isalpha())
+
+    return Words(**{name: some(len(getattr(WORDS["train"], name))) for name in Words.__dataclass_fields__})
 
 
 def strained(page: Page, rng: np.random.Generator) -> Page:
-    """The page squeezed or stretched, its letters thicker or thinner: five families of fonts are few to learn from."""
+    """The page squeezed or stretched, its letters thicker or thinner: a few fonts are few to learn from."""
     from PIL import Image, ImageChops, ImageFilter
 
     right = max((word.xs.max() for word in page.words), default=SIDE / 2)
@@ -206,13 +234,15 @@ class TowerSteps(Dataset[tuple[Tensor, Tensor, Tensor]]):
         among: faces of loose words, as in `FONTS`.
     """
 
-    def __init__(self, alphabet: Alphabet, processor: Any, size: int, among: Sequence[str | None]) -> None:
+    def __init__(self, alphabet: Alphabet, processor: Any, size: int, among: Sequence[Face]) -> None:
         self.alphabet, self.processor, self.size, self.among = alphabet, processor, size, among
 
     def __getitem__(self, step: int) -> tuple[Tensor, Tensor, Tensor]:
         rng = np.random.default_rng([1, step])
         pages = [
-            loose_page(self.alphabet, rng, self.among) if rng.random() < LOOSE else laid_page("train", rng)
+            loose_page(self.alphabet, rng, self.among)
+            if rng.random() < LOOSE
+            else laid_page("train", rng, any_words(self.alphabet, rng), self.among)
             for _ in range(self.size)
         ]
         return batch([strained(page, rng) for page in pages], self.alphabet, self.processor)
@@ -231,7 +261,7 @@ def train_tower(
     size: int = 2,
     workers: int = 0,
     log: Log = print,
-    among: Sequence[str | None] = OWN,
+    among: Sequence[Face] = OWN,
 ) -> Reader:
     """Train tower and projector up to a step; `log.jsonl` has what is read of held-out pages.
 

@@ -1,6 +1,7 @@
 """Charts drawn by matplotlib: bars, columns and lines, each value written at its mark."""
 
 import io
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -8,7 +9,7 @@ import numpy as np
 
 from .layouts import Draw, Facts
 from .page import SIDE, Page, Word
-from .words import FONTS, Split
+from .words import FONTS, Face, Split, font_file
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,7 @@ LOOKS: dict[Split, tuple[Look, ...]] = {
 }
 
 
-def chart(draw: Draw, split: Split) -> tuple[Page, Facts]:
+def chart(draw: Draw, split: Split, faces: Sequence[Face] = ()) -> tuple[Page, Facts]:
     """A chart of one number for each of three to six things."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -65,7 +66,7 @@ def chart(draw: Draw, split: Split) -> tuple[Page, Facts]:
     figure = Figure(figsize=(SIDE / 100, SIDE / 100), dpi=100)
     canvas = FigureCanvasAgg(figure)
     axes, size = figure.add_axes((0.27, 0.12, 0.6, 0.76)), float(rng.uniform(15, 17))
-    letters = _letters(split, rng)
+    letters = _letters(faces or [face for family in FONTS[split] for face in family], rng)
     places, top = np.arange(count), float(values.max()) * 1.25
     if look.form == "bars":
         axes.barh(places[::-1], values, look.width, color=look.color)
@@ -95,12 +96,11 @@ def chart(draw: Draw, split: Split) -> tuple[Page, Facts]:
     return Page(image, words), Facts(title, {}, items, {asked: [str(value) for value in values]})
 
 
-def _letters(split: Split, rng: np.random.Generator) -> Any:
-    import matplotlib
+def _letters(faces: Sequence[Face], rng: np.random.Generator) -> Any:
     from matplotlib.font_manager import FontProperties
 
-    faces = [face for family in FONTS[split] for face in family if face is not None]  # Pillow's own is in no file
-    return FontProperties(fname=f"{matplotlib.get_data_path()}/fonts/ttf/{faces[rng.integers(len(faces))]}")
+    files = [face for face in faces if face is not None]  # Pillow's own is in no file
+    return FontProperties(fname=str(font_file(files[rng.integers(len(files))])))
 
 
 def _placed(text: Any, canvas: Any) -> list[Word]:

@@ -13,7 +13,7 @@ from .charts import chart
 from .layouts import KINDS, LAYOUTS, STYLES, Draw, Facts, Kind
 from .page import Page, photographed, set_page
 from .questions import TASKS, Task, ask
-from .words import FONTS, SPLITS, WORDS, Split
+from .words import FONTS, SPLITS, WORDS, Face, Split, Words
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -29,17 +29,27 @@ class Document:
     texts: list[str]
 
 
-def draw_document(split: Split, kind: Kind, rng: np.random.Generator) -> Document:
-    """One page of a split; splits share no font, word list, style of layout or seed."""
+def draw_document(
+    split: Split, kind: Kind, rng: np.random.Generator, words: Words | None = None, faces: Sequence[Face] = ()
+) -> Document:
+    """One page of a split; splits share no font, word list, style of layout or seed.
+
+    Args:
+        split: whose styles, words and fonts are drawn from.
+        kind: of page.
+        rng: draws all of it.
+        words: to be written, in place of the split's.
+        faces: to be written with, in place of the split's.
+    """
     style = STYLES[split][rng.integers(len(STYLES[split]))]
-    draw = Draw(WORDS[split], style, rng)
+    draw = Draw(words or WORDS[split], style, rng)
     if kind == "chart":
-        page, facts = chart(draw, split)
+        page, facts = chart(draw, split, faces)
         (values,) = facts.columns.values()
         texts = [facts.title, *(f"{item} {value}" for item, value in zip(facts.items, values, strict=True))]
     else:
         lines, facts = LAYOUTS[kind](draw)
-        family = FONTS[split][rng.integers(len(FONTS[split]))]
+        family = faces or FONTS[split][rng.integers(len(FONTS[split]))]
         page = set_page(lines, family[rng.integers(len(family))], rng, style.box)
         texts = [" ".join(cell.text for cell in line.cells if cell.text) for line in lines]
     return Document(kind, photographed(page, rng), facts, texts)

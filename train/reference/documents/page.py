@@ -7,7 +7,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from .words import font
+from .words import Face, font
 
 SIDE = 512  # pixels of a page as it is drawn; the processor makes 448 x 256 of it, of which a token sees 16 x 16
 LINES = 15  # that fit at the smallest pitch
@@ -51,7 +51,7 @@ class Page:
     words: list[Word] = field(default_factory=list)
 
 
-def set_page(lines: list[Line], face: str | None, rng: np.random.Generator, box: bool = False) -> Page:
+def set_page(lines: list[Line], face: Face, rng: np.random.Generator, box: bool = False) -> Page:
     """Draw lines of cells on a page.
 
     Args:
@@ -85,16 +85,16 @@ def set_page(lines: list[Line], face: str | None, rng: np.random.Generator, box:
     return page
 
 
-def _unit(face: str | None) -> float:
+def _unit(face: Face) -> float:
     """The mean width of a character, over the font's size."""
     return float(font(face, 100).getlength("0123456789abcdeghinorstu")) / 2400
 
 
-def _size(face: str | None, width: float, pitch: float) -> float:
+def _size(face: Face, width: float, pitch: float) -> float:
     return max(16.0, min(width / _unit(face), 0.92 * pitch))
 
 
-def _widest(lines: list[Line], face: str | None) -> float:
+def _widest(lines: list[Line], face: Face) -> float:
     """The width of a character at which the fullest line fits between the margins, in pixels."""
     room = SIDE - _LEFT - _RIGHT
     full = max(line.scale * (sum(len(c.text) for c in line.cells) + 2 * (len(line.cells) - 1)) for line in lines)

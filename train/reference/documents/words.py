@@ -7,8 +7,9 @@ from typing import Any
 
 from ..digits import SPLITS, Split
 
+Face = str | None  # a font file, by name or path; None is the font inside Pillow
 # Font files by family, so that no two splits share a design: those of matplotlib, and the one inside Pillow (None).
-FONTS: dict[Split, tuple[tuple[str | None, ...], ...]] = {
+FONTS: dict[Split, tuple[tuple[Face, ...], ...]] = {
     "train": (
         ("DejaVuSans.ttf", "DejaVuSans-Bold.ttf", "DejaVuSans-Oblique.ttf"),
         ("DejaVuSerif.ttf", "DejaVuSerif-Bold.ttf", "DejaVuSerif-Italic.ttf"),
@@ -78,14 +79,20 @@ WORDS: dict[Split, Words] = {
 
 
 @cache
-def font(name: str | None, size: int) -> Any:
+def font(name: Face, size: int) -> Any:
     """A font of a size in pixels; None is the one inside Pillow."""
-    import matplotlib
     from PIL import ImageFont
 
     if name is None:
         return ImageFont.load_default(size)
-    return ImageFont.truetype(str(Path(matplotlib.get_data_path()) / "fonts" / "ttf" / name), size)
+    return ImageFont.truetype(str(font_file(name)), size)
 
 
-__all__ = ["FONTS", "SPLITS", "WORDS", "Split", "Words", "font"]
+def font_file(name: str) -> Path:
+    """Where a font of `FONTS` is; a path of another one is kept."""
+    import matplotlib
+
+    return Path(matplotlib.get_data_path()) / "fonts" / "ttf" / name
+
+
+__all__ = ["FONTS", "SPLITS", "WORDS", "Face", "Split", "Words", "font", "font_file"]
