@@ -50,7 +50,7 @@ def draw_document(
     else:
         lines, facts = LAYOUTS[kind](draw)
         family = faces or FONTS[split][rng.integers(len(FONTS[split]))]
-        page = set_page(lines, family[rng.integers(len(family))], rng, style.box)
+        page = set_page(lines, family[int(rng.integers(len(family)))], rng, style.box)
         texts = [" ".join(cell.text for cell in line.cells if cell.text) for line in lines]
     return Document(kind, photographed(page, rng), facts, texts)
 
