@@ -5,6 +5,8 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from skipit.train.data.sources import BUILT_IN
+
 
 def markdown(head: Sequence[str], rows: Iterable[Sequence[str]], text: Sequence[int] = (0,)) -> str:
     """A table in Markdown: `text` columns are on the left, numbers on the right.
@@ -33,6 +35,7 @@ _OPTIONS: dict[str, tuple[str, type, str]] = {
     "samples": ("--samples --rows", int, "test rows"),
     "calibration": ("--calibration --calibration-samples", int, "rows on which budgets are met"),
     "profiled": ("--profiled --profile-samples", int, "rows of the profile"),
+    "model": ("--model", str, "and its rows"),
     "repeats": ("--repeats", int, "of everything that is timed; the median counts"),
     "out": ("--out", Path, "folder; what is finished there is not measured again"),
     "file": ("--out", Path, "JSON file to write"),
@@ -57,6 +60,7 @@ def command(module: str, doc: str | None, **defaults: Any) -> argparse.ArgumentP
             *flags.split(),
             dest=value,
             type=kind,
+            choices=BUILT_IN if value == "model" else None,
             nargs="+" if isinstance(default, list) else None,
             default=default,
             help=what if default is None else f"{what} (default %(default)s)",

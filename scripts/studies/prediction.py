@@ -28,11 +28,10 @@ from skipit.theory.profile import Profile, profile
 from skipit.theory.redundancy import prox
 
 from .contribution import layer_contribution
-from .study import Study, command
+from .study import REFERENCE, Study, command
 
 KINDS: tuple[KVPolicy, ...] = ("retain", "evict")
 LC_ROWS = 40  # as many as ShortV uses
-BATCH = 32
 DISTANCES = (0.001, 0.01, 0.1)
 
 
@@ -53,7 +52,7 @@ class Prediction(Study):
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Print rank correlations, and optionally save JSON and figures."""
-    parser = command(__name__, __doc__, out=None, samples=192, seed=0)
+    parser = command(__name__, __doc__, out=None, samples=192, seed=0, model=REFERENCE)
     sizes = {"set-samples": "rows for sets of units", "pairs": "random pairs of units", "draws": "of the profile"}
     for name, what in sizes.items():
         default = getattr(Prediction, name.replace("-", "_"))
@@ -71,12 +70,12 @@ def bench(study: Prediction) -> dict[str, Any]:
     """Measure everything, print it, draw it, and return it."""
     model = study.gated
     splits = {
-        "same rows": study.read("calibration", study.samples, BATCH),
-        "new rows": study.read("test", study.samples, BATCH),
+        "same rows": study.read("calibration", study.samples),
+        "new rows": study.read("test", study.samples),
     }
     measured = profile(study.dense[0], splits["same rows"], draws=study.draws, seed=study.seed)
-    contribution = layer_contribution(model, study.read("calibration", LC_ROWS, BATCH))
-    few = study.read("test", study.set_samples, BATCH)
+    contribution = layer_contribution(model, study.read("calibration", min(LC_ROWS, study.samples)))
+    few = study.read("test", study.set_samples)
     results: dict[str, Any] = {}
     for kv in KINDS:
         truth = {

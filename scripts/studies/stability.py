@@ -1,6 +1,6 @@
 """Does the skippable set stay where it is while a model is fine-tuned? Profiled on the way: scripts/study stability.
 
-The reference model is trained at a budget. Every few steps it is profiled on the same calibration rows with the same
+The model is trained at a budget. Every few steps it is profiled on the same calibration rows with the same
 draws, and the set that a static plan would skip, and the damages it is made from, are compared with those at the start.
 """
 
@@ -22,7 +22,7 @@ from skipit.router.errors import InputError, SkipItError
 from skipit.theory.plan import check_budget, skip_set
 from skipit.theory.profile import Profile, profile
 
-from .study import Study, command, markdown, once
+from .study import REFERENCE, Study, command, markdown, once
 
 FILE = "stability.jsonl"
 
@@ -150,7 +150,17 @@ def table(cell: dict[str, Any]) -> str:
 def main(argv: Sequence[str] | None = None) -> None:
     """Measure what is missing, then print a table for each seed."""
     parser = command(
-        __name__, __doc__, out=Path("runs/stability"), budget=0.5, seeds=[0], steps=100, calibration=48, profiled=192
+        __name__,
+        __doc__,
+        out=Path("runs/stability"),
+        budget=0.5,
+        seeds=[0],
+        steps=100,
+        batch_size=16,
+        learning_rate=2e-3,
+        calibration=48,
+        profiled=192,
+        model=REFERENCE,
     )
     parser.add_argument("--every", type=int, default=25, help="steps between profiles (default %(default)s)")
     given = parser.parse_args(argv)

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -23,6 +23,7 @@ from skipit.theory.plan import Init, make_plan
 from skipit.theory.profile import Profile
 from skipit.train.config import TrainConfig
 from skipit.train.data.collate import Collator, batches
+from skipit.train.data.sources import REFERENCE as REFERENCE
 from skipit.train.data.sources import load_data, load_model
 from skipit.train.display import note, training_progress
 from skipit.train.export import merge_run
@@ -37,8 +38,6 @@ from skipit.train.run_folder import RUN_FILE
 from .answers import always, answers, right, same_rows
 from .options import command as command
 from .options import markdown as markdown
-
-Model = Literal["reference", "documents"]
 
 
 @dataclass(frozen=True)
@@ -70,7 +69,7 @@ class Study:
     learning_rate: float = 2e-3
     kinds: tuple[Kind, ...] = KINDS
     decide_at: tuple[int, ...] | None = RouterConfig.decide_at
-    model: Model = "reference"
+    model: str = REFERENCE
     out: Path | None = None
 
     @classmethod
@@ -100,13 +99,13 @@ class Study:
 
     def rows(self, split: Split, size: int) -> Any:
         """Rows of the model's data set."""
-        if self.model != "reference":
+        if self.model != REFERENCE:
             return load_data(self.model, split, size, self.seed)
         return reference_dataset(split, size, self.seed, KINDS if split == "test" else self.kinds)
 
     def read(self, split: Split, size: int, batch_size: int | None = None) -> list[dict[str, Tensor]]:
         """Batches of these rows, with labels; by default few pages, whose logits over a real vocabulary are large."""
-        rows = batch_size or (48 if self.model == "reference" else 4)
+        rows = batch_size or (48 if self.model == REFERENCE else 4)
         return list(batches(self.rows(split, size), Collator(self.dense[1]), rows))
 
     def load(self) -> Any:

@@ -114,7 +114,7 @@ def test_every_study_is_listed_and_says_what_it_takes(capsys: pytest.CaptureFixt
 
 def test_a_name_that_is_none_is_refused_with_the_nearest(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["abltion"]) == 2
-    assert "got 'abltion', expected one of ablation, budget, counts, decide, " in (said := capsys.readouterr().err)
+    assert "got 'abltion', expected one of ablation, budget, counts, curve, " in (said := capsys.readouterr().err)
     assert said.endswith("Did you mean ablation?\n")
 
 

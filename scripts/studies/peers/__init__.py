@@ -16,7 +16,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 from skipit.eval.measure.latency import Subject, time_models
 from skipit.eval.plots import plot_pareto
@@ -26,7 +26,7 @@ from skipit.theory.plan import check_budget
 from skipit.train.data.collate import Collator
 from skipit.train.trainer import TrainingError
 from studies.answers import answers, right
-from studies.study import Model, command, markdown, once
+from studies.study import REFERENCE, command, markdown, once
 
 from .choices import OutOfReachError
 from .lab import Lab, System, Systems
@@ -169,6 +169,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         batch_size=16,
         lora_rank=8,
         learning_rate=2e-3,
+        model=REFERENCE,
         samples=600,
         calibration=96,
         profiled=192,
@@ -181,9 +182,6 @@ def main(argv: Sequence[str] | None = None) -> None:
         choices=[*groups, *METHODS],
         metavar="METHOD",
         help=f"untrained, trained, all (default), or some of {', '.join(METHODS)}",
-    )
-    parser.add_argument(
-        "--model", choices=get_args(Model), default="reference", help="and its rows (default %(default)s)"
     )
     parser.add_argument("--latency", action="store_true", help="time every system against the untouched model")
     given = parser.parse_args(argv)

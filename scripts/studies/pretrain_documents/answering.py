@@ -21,9 +21,10 @@ from skipit.train.reference.documents.data import Document, draw_document, quest
 from skipit.train.reference.documents.layouts import KINDS
 from skipit.train.reference.documents.model import IMAGE_TOKEN, IMAGE_TOKENS
 from skipit.train.reference.documents.questions import TASKS, Task
-from skipit.train.reference.documents.words import Split
+from skipit.train.reference.documents.words import WORDS, Face, Split, Words
 
 from ..state import load_state, save_state
+from .fonts import OWN
 from .targets import Alphabet
 from .tower import Log, Reader, batch, in_turn, rate, strained
 
@@ -99,9 +100,18 @@ def answer_logits(model: Any, packed: Packed, said: Tensor) -> tuple[Tensor, Ten
     return out.logits[0].float(), packed.ids[0, packed.answers + 1]
 
 
-def drawn(split: Split, rng: np.random.Generator) -> tuple[Document, list[tuple[Task, str, str]]]:
-    """A page with two questions of every task that it can be asked, but one to read it: task, question, answer."""
-    document = draw_document(split, KINDS[rng.integers(len(KINDS))], rng)
+def drawn(
+    split: Split, rng: np.random.Generator, words: Words | None = None, among: Sequence[Face] = ()
+) -> tuple[Document, list[tuple[Task, str, str]]]:
+    """A page with two questions of every task that it can be asked, but one to read it: task, question, answer.
+
+    Args:
+        split: whose layouts and styles it has, and words and fonts unless others are given.
+        rng: draws all of it.
+        words: to be written.
+        among: faces, as in `FONTS`.
+    """
+    document = draw_document(split, KINDS[rng.integers(len(KINDS))], rng, words, among)
     return document, [*questions_of(document, split, rng), *questions_of(document, split, rng, TASKS[:-1])]
 
 
@@ -123,6 +133,13 @@ def right(
     return {task: round(float(np.mean(values)), 3) for task, values in sorted(hits.items())}
 
 
+def more_words(alphabet: Alphabet, rng: np.random.Generator) -> Words:
+    """The training split's word lists, each with as many frequent words that are on no list."""
+    frequent = [word for word in alphabet.words if word not in set(alphabet.listed)]
+    lists = {each.name: getattr(WORDS["train"], each.name) for each in fields(Words)}
+    return Words(**{name: (*own, *rng.permutation(frequent)[: len(own)]) for name, own in lists.items()})
+
+
 class AnswerSteps(Dataset[list[tuple[Packed, Tensor, Tensor]]]):
     """What each step of the later stages sees, by its number alone: per page its questions, pixels and tokens.
 
@@ -131,15 +148,16 @@ class AnswerSteps(Dataset[list[tuple[Packed, Tensor, Tensor]]]):
         processor: the model's.
         size: pages of a step.
         seed: another one gives other pages.
+        among: faces that pages are written with, as in `FONTS`.
     """
 
-    def __init__(self, alphabet: Alphabet, processor: Any, size: int, seed: int) -> None:
-        self.alphabet, self.processor, self.size, self.seed = alphabet, processor, size, seed
+    def __init__(self, alphabet: Alphabet, processor: Any, size: int, seed: int, among: Sequence[Face]) -> None:
+        self.alphabet, self.processor, self.size, self.seed, self.among = alphabet, processor, size, seed, among
 
     def __getitem__(self, step: int) -> list[tuple[Packed, Tensor, Tensor]]:
         rng, pages = np.random.default_rng([self.seed, step]), []
         for _ in range(self.size):
-            document, asked = drawn("train", rng)
+            document, asked = drawn("train", rng, more_words(self.alphabet, rng), self.among)
             packed = pack(self.processor.tokenizer, [(question, answer) for _, question, answer in asked])
             # Strained, so that the decoder learns what a tower says that does not read all of a page.
             pixels, tokens, _ = batch([strained(document.page, rng)], self.alphabet, self.processor)
@@ -169,6 +187,7 @@ def train_answers(
     size: int = 2,
     workers: int = 0,
     log: Log = print,
+    among: Sequence[Face] = OWN,
 ) -> Any:
     """Train LoRA up to a step, going on from `folder`; all else is frozen.
 
@@ -181,6 +200,7 @@ def train_answers(
         size: pages of a step, each with about thirteen questions.
         workers: processes that draw pages ahead.
         log: receives a line now and then.
+        among: faces that pages are written with, as in `FONTS`.
     """
     folder.mkdir(parents=True, exist_ok=True)
     alphabet, device = Alphabet(processor.tokenizer), model.device
@@ -193,7 +213,7 @@ def train_answers(
     optimizer = torch.optim.AdamW(lora, weight_decay=0.0)
     done, started = load_state(folder, {"model": model}, optimizer), time.time()
     peak, running = (1e-3 if ideal else 5e-4), 0.0
-    drawn_steps = AnswerSteps(alphabet, processor, size, seed=2 if ideal else 3)
+    drawn_steps = AnswerSteps(alphabet, processor, size, 2 if ideal else 3, among)
     for step, pages in enumerate(in_turn(drawn_steps, done, steps, workers), start=done):
         total = 0.0
         optimizer.zero_grad()

@@ -3,6 +3,7 @@
 import json
 import time
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -125,7 +126,7 @@ def any_words(alphabet: Alphabet, rng: np.random.Generator) -> Words:
         mixed = dict.fromkeys(w[i] for w in (alphabet.listed, alphabet.words) for i in rng.permutation(len(w))[:count])
         return tuple(word for word in mixed if word.isalpha())
 
-    return Words(**{name: some(len(getattr(WORDS["train"], name))) for name in Words.__dataclass_fields__})
+    return Words(**{each.name: some(len(getattr(WORDS["train"], each.name))) for each in fields(Words)})
 
 
 def strained(page: Page, rng: np.random.Generator) -> Page:
