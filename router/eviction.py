@@ -111,22 +111,27 @@ def _derivatives(
     Float[Tensor, "batch some keys value_dim"],
     Float[Tensor, "batch keys"],
 ]:
-    """Of query, key, value and weights; given are some heads' query, key, value, output and the output's gradient."""
-    query, key, value, output, gradient = of_heads
-    gradient = gradient.float()
+    """Of query, key, value and weights; given are some heads' query, key, value, output and the output's gradient.
+
+    As flash attention's: sums and exponentials in fp32, products of matrices in the dtype that the output came in,
+    which is the lower one where autocast lowered it.
+    """
+    dtype = of_heads[3].dtype
+    query, key, value, output, gradient = (tensor.to(dtype) for tensor in of_heads)
     scores = (query @ key.transpose(-1, -2)).float() * scaling
     scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask
     there = _there(weight, query.shape[2])
     # Of each key, over the sum of those that are there: for them attention itself, for the others e_j / A.
     total = scores.masked_fill(~there, -torch.inf).logsumexp(-1, keepdim=True)
     share = torch.exp((scores - total.masked_fill(total == -torch.inf, 0)).clamp(max=30))
-    worth = gradient @ value.float().transpose(-1, -2) - (gradient * output.float()).sum(-1, keepdim=True)
+    at_output = (gradient.float() * output.float()).sum(-1, keepdim=True)
+    worth = (gradient @ value.transpose(-1, -2)).float() - at_output
     attention = share * there
-    d_scores = attention * worth * scaling
+    d_scores = (attention * worth * scaling).to(dtype)
     others = ~_own(scores.shape[-2], scores.shape[-1], scores.device)
     d_weight = (torch.where(there, share, share / (1 + share)) * worth * others).sum((1, 2))
-    d_query, d_key = d_scores @ key.float(), d_scores.transpose(-1, -2) @ query.float()
-    return d_query, d_key, attention.transpose(-1, -2) @ gradient, d_weight
+    d_query, d_key = d_scores @ key, d_scores.transpose(-1, -2) @ query
+    return d_query, d_key, attention.to(dtype).transpose(-1, -2) @ gradient, d_weight
 
 
 def _own(queries: int, keys: int, device: torch.device) -> Bool[Tensor, "queries keys"]:
