@@ -37,9 +37,8 @@ class Gated:
         """Run where a gate's logit exceeds the threshold."""
         return _above(self.logits(layers, hidden, call, gates), self.threshold, call)
 
-    @staticmethod
     def logits(
-        layers: range, hidden: Float[Tensor, "batch seq dim"], call: Call, gates: Sequence[TokenGate]
+        self, layers: range, hidden: Float[Tensor, "batch seq dim"], call: Call, gates: Sequence[TokenGate]
     ) -> Float[Tensor, "layers batch seq"]:
         """What is compared with the threshold."""
         logits = logits_of(gates, hidden, call.modality, call.held)

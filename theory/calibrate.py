@@ -14,7 +14,7 @@ from skipit.router.call import Call, Mode
 from skipit.router.config import EVERYTHING, KVPolicy
 from skipit.router.gates import TokenGate
 
-from .cost import CostModel, Costs, share_of
+from .cost import CostModel, Costs, share_of, total_of
 from .inputs import to_model
 from .labels import before_answer
 from .plan import check_budget
@@ -55,14 +55,16 @@ def measured_share(
 
 
 @dataclass(frozen=True)
-class _Listening(Gated):
-    """Keeps what the gates say, of every call in turn."""
+class Listening(Gated):
+    """Keeps what the gates say, of every call and stretch of layers in turn."""
 
     said: list[Tensor] = field(default_factory=list)
 
-    def decide(self, layers: range, hidden: Tensor, call: Call, gates: Sequence[TokenGate]) -> Decision:
-        self.said.append(self.logits(layers, hidden, call, gates))
-        return super().decide(layers, hidden, call, gates)
+    def logits(self, layers: range, hidden: Tensor, call: Call, gates: Sequence[TokenGate]) -> Tensor:
+        """What is compared with the threshold."""
+        said = super().logits(layers, hidden, call, gates)
+        self.said.append(said.detach())
+        return said
 
 
 def _foretold(
@@ -72,7 +74,7 @@ def _foretold(
 
     One pass finds what they say. No layer runs in it, if the mode lets layers be left out.
     """
-    policy = _Listening(LIMIT)
+    policy = Listening(LIMIT)
     steps = [step for step, _ in _asked(model, batches, policy=policy, mode=mode, kv=kv)]
     return spending(steps, policy.said, costs)
 
@@ -80,7 +82,20 @@ def _foretold(
 def spending(
     steps: Sequence[Step], said: Sequence[Float[Tensor, "layers batch seq"]], costs: Costs
 ) -> Callable[[float], float]:
-    """From a threshold to the share of what the dense decoder spends, over calls that begin a generation each.
+    """From a threshold to the share of what the dense decoder spends; see `totals`."""
+    spent = totals(steps, said, costs)
+
+    def share(threshold: float) -> float:
+        executed, dense = spent(threshold)
+        return executed / dense
+
+    return share
+
+
+def totals(
+    steps: Sequence[Step], said: Sequence[Float[Tensor, "layers batch seq"]], costs: Costs
+) -> Callable[[float], tuple[float, float]]:
+    """From a threshold to what is executed at it and what the dense decoder spends, over calls that begin a generation.
 
     Args:
         steps: of the calls, whatever ran in them.
@@ -91,11 +106,11 @@ def spending(
     def planned(step: Step, run: Bool[Tensor, "layers batch seq"]) -> Step:
         return replace(step, decisions={layer: Decision(run[layer]) for layer in step.decisions})
 
-    def share(threshold: float) -> float:
+    def spent(threshold: float) -> tuple[float, float]:
         run = ((logits > threshold).to(step.real.device) for step, logits in zip(steps, said, strict=True))
-        return share_of(map(planned, steps, run), costs)
+        return total_of(map(planned, steps, run), costs)
 
-    return share
+    return spent
 
 
 @torch.no_grad()
@@ -155,15 +170,30 @@ def calibrate(
     """
     if check_budget(budget) == 1:
         return EVERYTHING, 1.0  # nothing is decided then, so gates cost nothing
-    low, high = -LIMIT, LIMIT
-    best: tuple[float, float] | None = None
-    threshold = 0.0
     once = find_router(model)[1].config.decide_at == (0,)
     trying = partial(measured_share, model, batches, costs, kv, mode=mode)
     share_at = _foretold(model, batches, costs, kv, mode) if once else trying
+    threshold, share = threshold_for(share_at, budget, tolerance=tolerance, steps=steps)
+    return threshold, trying(threshold) if once else share
+
+
+def threshold_for(
+    share_at: Callable[[float], float], budget: float, *, start: float = 0.0, tolerance: float, steps: int
+) -> tuple[float, float]:
+    """The threshold at which a budget is spent, by bisection, and what is spent there.
+
+    Args:
+        share_at: what a threshold spends.
+        budget: to be spent.
+        start: the first threshold that is tried; the next ones are twice as far each time, until two are on both sides.
+        tolerance: share that is close enough.
+        steps: thresholds to try, at most; the best one met is returned.
+    """
+    low, high, reach, threshold = -LIMIT, LIMIT, 1.0, start
+    best: tuple[float, float] | None = None
     for _ in range(steps):
         share = share_at(threshold)
-        # Of two thresholds as close, the one that stays within the budget.
+        # Of two thresholds as close, the one that was met first.
         if best is None or abs(share - budget) < abs(best[1] - budget):
             best = (threshold, share)
         if abs(share - budget) <= tolerance:
@@ -171,10 +201,11 @@ def calibrate(
         low, high = (threshold, high) if share > budget else (low, threshold)
         if low > -LIMIT and high < LIMIT:
             threshold = (low + high) / 2
-        else:  # not between two that were tried yet: twice as far each time
-            threshold = max(-LIMIT, min(LIMIT, 2 * threshold + (1.0 if share > budget else -1.0)))
+        else:
+            threshold = max(-LIMIT, min(LIMIT, threshold + (reach if share > budget else -reach)))
+            reach *= 2
     assert best is not None
-    return (best[0], trying(best[0])) if once else best
+    return best
 
 
 @dataclass(frozen=True)

@@ -176,10 +176,16 @@ def trace_compute(costs: Costs, steps: list[Step]) -> Compute:
     return Compute(executed, dense)
 
 
+def total_of(steps: Iterable[Step], costs: Costs) -> tuple[float, float]:
+    """What steps that are each a whole input executed, and what the dense decoder spends on them."""
+    found = [trace_compute(costs, [step]) for step in steps]
+    return float(sum(c.executed.sum() for c in found)), float(sum(c.dense.sum() for c in found))
+
+
 def share_of(steps: Iterable[Step], costs: Costs) -> float:
     """Executed share of what the dense decoder spends, over steps that are each a whole input."""
-    found = [trace_compute(costs, [step]) for step in steps]
-    return float(sum(c.executed.sum() for c in found) / sum(c.dense.sum() for c in found))
+    executed, dense = total_of(steps, costs)
+    return executed / dense
 
 
 def trace_flops(costs: Costs, steps: list[Step]) -> tuple[list[Tensor], list[Tensor]]:

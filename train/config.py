@@ -28,16 +28,11 @@ class TrainConfig:
         batch_size: rows per device and step.
         accumulation: batches per optimizer step.
         learning_rate: of LoRA.
-        gate_learning_rate: of the gates.
+        gate_learning_rate: of the gates; None is 0.1 over the width of the states that they read, so that no step
+            moves a logit by more than about 0.1.
         lora_rank: rank of LoRA on the decoder's linear maps; 0 trains the gates alone.
         lora_alpha: LoRA's scale is alpha / rank.
         distillation: weight of KL(full model || gated model).
-        multiplier_rate: step size of the dual ascent on the compute constraint.
-        damping: weight of the last step's violation beside the multiplier, which keeps the ascent from swinging.
-        collapse: share of the compute that gates decide about, at or below which all of the last `collapse_steps`
-            steps mean a dead router; within as much of everything, in the second half of training, they mean one that
-            never skips.
-        collapse_steps: see `collapse`.
         seed: of data order, LoRA and sampling.
         save_steps: steps between resumable checkpoints.
         precision: of the arithmetic, `fp32` or `bf16` (autocast; under DeepSpeed LoRA and gates are bf16 too). What
@@ -57,14 +52,10 @@ class TrainConfig:
     batch_size: int = 16
     accumulation: int = 1
     learning_rate: float = 2e-3
-    gate_learning_rate: float = 1e-2
+    gate_learning_rate: float | None = None
     lora_rank: int = 8
     lora_alpha: int = 16
     distillation: float = 1.0
-    multiplier_rate: float = 0.1
-    damping: float = 4.0
-    collapse: float = 0.02
-    collapse_steps: int = 20
     seed: int = 0
     save_steps: int = 100
     precision: Precision = "fp32"
@@ -89,6 +80,8 @@ class TrainConfig:
             raise RouterConfigError(f"`deepspeed`: got {short(self.deepspeed)}, expected a name, a file, or null.")
         for name, default in self.__dataclass_fields__.items():
             value, kind = getattr(self, name), type(default.default)
+            if name == "gate_learning_rate" and value is not None:
+                kind = float
             if kind is int:
                 least = 0 if name in ("lora_rank", "seed", "max_broken_rows") else 1
                 if not isinstance(value, int) or isinstance(value, bool) or value < least:

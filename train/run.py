@@ -89,15 +89,14 @@ def prepare(model: Any, plan: Plan, config: TrainConfig) -> Any:
     return peft_model
 
 
-def dense_per_answer(rows: Iterable[dict[str, Tensor]], costs: Costs) -> float:
-    """What the dense decoder spends per answer token of some batches: the scale of the compute term."""
-    spent = answers = 0.0
-    for batch in rows:
-        spent += _least_and_dense(batch, costs)[1]
-        answers += float(predicts_answer(batch["labels"]).sum())
-    if answers == 0:
+def check_answers(rows: Iterable[dict[str, Tensor]]) -> None:
+    """Refuse rows of which none has anything to learn.
+
+    Raises:
+        InputError: no answer token is in them.
+    """
+    if not any(bool(predicts_answer(batch["labels"]).any()) for batch in rows):
         raise InputError("the training data has no answer tokens; every row needs a completion.")
-    return spent / answers
 
 
 def least_share(rows: Iterable[dict[str, Tensor]], costs: Costs, kv: KVPolicy, unit: Unit) -> float:
@@ -157,7 +156,7 @@ def train(
         out: run folder; checkpoints go there while training and are removed when it is done.
         calibration: held-out rows, on which the threshold for each budget is found; None keeps threshold 0.
         base: what the model was loaded from, for the record and for `skipit export`.
-        resume: continue from the last checkpoint in `out`; learning rates, damping and the like may change.
+        resume: continue from the last checkpoint in `out`; learning rates and the like may change.
         overwrite: replace a run in `out`.
         callbacks: `transformers` trainer callbacks; a `ProgressCallback` among them replaces the printing of logs.
         report_to: where `Trainer` reports, such as "tensorboard".
@@ -173,7 +172,7 @@ def train(
         LaunchError: the processes are not what was asked for.
         InputError: more rows than `config.max_broken_rows` cannot be read, or a budget cannot be met, or the weights
             are fp16.
-        TrainingError: the loss is not finite or the router collapsed; checkpoints stay.
+        TrainingError: the loss is not finite; checkpoints stay.
         KeyboardInterrupt: the last whole step was saved; go on with `resume`.
     """
     from .trainer import SkipTrainer
@@ -194,6 +193,7 @@ def train(
         sample = list(batches(islice(rows, 64), together, config.batch_size))
         if calibration is not None:
             calibration = readable(calibration, tried(collate), rows.broken, "held-out row")
+        check_answers(sample)
         least = least_share(sample, costs, config.kv, config.unit)
         if times is None:
             check_reachable(config.points.values(), least, config.kv, config.unit)
@@ -210,9 +210,7 @@ def train(
         trainer = SkipTrainer(
             settings=config,
             costs=costs,
-            dense_per_answer=dense_per_answer(sample, costs),
             thresholds=_thresholds(peft_model, sample, costs, config),
-            least=least,
             model=peft_model,
             args=arguments,
             train_dataset=rows,

@@ -2,7 +2,6 @@
 
 import math
 import shutil
-from collections import deque
 from collections.abc import Sequence
 from contextlib import nullcontext
 from inspect import signature
@@ -16,20 +15,23 @@ from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from skipit.router import MODALITIES, Gated, SkipItError, Trace, running
+from skipit.router import MODALITIES, SkipItError, Step, Trace, running
 from skipit.router.errors import CheckpointError
 from skipit.router.folders import load_json, save_json
-from skipit.theory.cost import Costs
+from skipit.theory.calibrate import LIMIT, Listening, threshold_for, totals
+from skipit.theory.cost import Costs, trace_compute
 from skipit.theory.labels import IGNORE, before_answer
 
 from .config import TrainConfig
 from .launch import barrier, check_engine, stage_of
 from .manifest import save_manifest
-from .objective import DualAscent, answer_losses, answer_targets, gated_compute
+from .objective import answer_losses, answer_targets
 from .run_folder import STATE_FILE, last_checkpoint
 
 PER_ANSWER = {"ce": "ce", "kl": "kl", "accuracy": "correct"}
 GATE = "layer_gate"
+LOGIT_RATE = 0.1  # what a step may move a gate's logit by, about, where no learning rate is given
+CLOSE, TRIES = 0.0005, 24  # of the search for a step's threshold: share, and thresholds
 
 
 class TrainingError(SkipItError):
@@ -39,15 +41,16 @@ class TrainingError(SkipItError):
 class SkipTrainer(Trainer):
     """Trains a gated PEFT model: straight-through gates in masked execution, distillation from the model itself.
 
+    The budget is spent in every step: the threshold of the next is the one at which the last would have spent it. So
+    gates learn at the operating point that is calibrated in the end, and which tokens are worth most, not how many.
+
     The teacher is the same model with gates and LoRA off: no second copy in memory. Every process runs every module,
     whatever its rows skip: DeepSpeed mixes up gradients, or hangs, where processes call different modules.
 
     Args:
         settings: budgets and weights of the objective.
         costs: of the model's layers, in what the budget is a share of.
-        dense_per_answer: what the dense decoder spends per answer token of the data, the scale of the compute term.
-        thresholds: of the gates at each budget of the settings; None is 0 for all.
-        least: share that is spent when every token skips every layer.
+        thresholds: at which the first step for each budget of the settings runs; None is 0 for all.
         **trainer: passed to `transformers.Trainer`.
     """
 
@@ -56,19 +59,17 @@ class SkipTrainer(Trainer):
         *,
         settings: TrainConfig,
         costs: Costs,
-        dense_per_answer: float,
         thresholds: Sequence[float] | None = None,
-        least: float = 0.0,
         callbacks: list[Any] | None = None,
         **trainer: Any,
     ) -> None:
-        self.settings, self.costs, self.dense_per_answer, self.least = settings, costs, dense_per_answer, least
-        budgets = list(settings.points.values())
-        self.ascents = [DualAscent(budget, settings.multiplier_rate, settings.damping) for budget in budgets]
-        self.thresholds = list(thresholds or [0.0] * len(budgets))
-        self.progress = _Ascend(self)
+        self.settings, self.costs = settings, costs
+        self.budgets = list(settings.points.values())
+        self.thresholds = list(thresholds or [0.0] * len(self.budgets))
+        self.progress = _Progress(self)
         self.rates: Tensor | None = None
         self._sums: dict[str, Tensor] = {}
+        self._ran: list[tuple[Step, Tensor]] = []  # what this step's batches ran, and what gates said
         # First, so that the others may interrupt training between steps.
         super().__init__(callbacks=[self.progress, *(callbacks or [])], **trainer)
         self.model_accepts_loss_kwargs = True  # the loss is divided by num_items_in_batch below
@@ -76,28 +77,27 @@ class SkipTrainer(Trainer):
     @property
     def turn(self) -> int:
         """Which of the budgets this step is for."""
-        return self.state.global_step % len(self.ascents)
+        return self.state.global_step % len(self.budgets)
+
+    def decider(self) -> Any:
+        """The policy of this step."""
+        return Listening(self.thresholds[self.turn])
 
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Tensor], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        """CE + distillation + compute, summed over this batch and divided by the answer tokens of the whole step."""
+        """CE + distillation, summed over this batch and divided by the answer tokens of the whole step."""
         inputs = dict(inputs)
         self._check_images(inputs)
         labels = inputs.pop("labels")
         kept, targets = answer_targets(labels)
         teacher = self._teacher(model, inputs, kept) if self.settings.distillation else None
-        trace, threshold = Trace(), self.thresholds[self.turn]
-        at = {"policy": Gated(threshold)} if threshold else {}
-        with running(**at, mode="masked", prompt=before_answer(labels), trace=trace):
+        trace, policy = Trace(), self.decider()
+        with running(policy=policy, mode="masked", prompt=before_answer(labels), trace=trace):
             logits = self._logits(model, inputs, kept)
-        losses = answer_losses(logits, teacher, targets)
-        step, ascent = trace.steps[-1], self.ascents[self.turn]
-        compute = gated_compute(self.costs, step)
-        executed, dense = compute.executed.sum(), compute.dense.sum()
-        over = (executed - ascent.budget * dense) / self.dense_per_answer
+        losses, step = answer_losses(logits, teacher, targets), trace.steps[-1]
         items = num_items_in_batch if num_items_in_batch is not None else (targets != IGNORE).sum()
-        loss = (losses.ce + self.settings.distillation * losses.kl + ascent.price * over) / items
+        loss = (losses.ce + self.settings.distillation * losses.kl) / items
         if not bool(torch.isfinite(loss)):
             raise TrainingError(
                 f"the loss is {loss.item()} at step {self.state.global_step + 1} "
@@ -106,10 +106,27 @@ class SkipTrainer(Trainer):
         if num_items_in_batch is not None:  # counted over all processes, over which gradients will be averaged
             loss = loss * self.accelerator.num_processes
         modality = F.one_hot(step.modality, len(MODALITIES)).double()
+        compute = trace_compute(self.costs, [step])
+        executed, dense = compute.executed.sum(), compute.dense.sum()
         self._add(executed=executed, dense=dense, answers=(targets != IGNORE).sum(), **losses._asdict())
+        if isinstance(policy, Listening):
+            self._ran.append((step, torch.cat(policy.said)))
         self._add(ran=torch.einsum("lbs,bsm->lm", step.run.double(), modality))
         self._add(tokens=torch.einsum("bs,bsm->m", step.real.double(), modality))
         return (loss, {"logits": logits}) if return_outputs else loss
+
+    def _threshold_after(self, turn: int) -> float:
+        """The threshold at which the step that ends here would have spent its budget, all processes together."""
+        steps, said = zip(*self._ran, strict=True)
+        spent = totals(steps, said, self.costs)
+
+        def share(threshold: float) -> float:
+            here = torch.tensor(spent(threshold), dtype=torch.float64, device=self.args.device)
+            executed, dense = self.accelerator.reduce(here, reduction="sum").tolist()
+            return float(executed / dense)
+
+        start = max(-LIMIT, min(LIMIT, self.thresholds[turn]))
+        return threshold_for(share, self.budgets[turn], start=start, tolerance=CLOSE, steps=TRIES)[0]
 
     def _check_images(self, inputs: dict[str, Tensor]) -> None:
         """Under ZeRO-3 processes gather a vision tower's weights together: one without images would never join in."""
@@ -149,19 +166,18 @@ class SkipTrainer(Trainer):
             model.train(was_training)
 
     def finish_step(self) -> dict[str, float]:
-        """Sum up an optimizer step over processes, move the price, and return the step's figures."""
+        """Sum up an optimizer step over processes, set the budget's next threshold, and return the step's figures."""
         flat = torch.cat([value.flatten() for value in self._sums.values()])
         parts = self.accelerator.reduce(flat, reduction="sum").split([v.numel() for v in self._sums.values()])
         sums = {name: part.view(old.shape) for (name, old), part in zip(self._sums.items(), parts, strict=True)}
         self._sums = {}
         self.rates = (sums["ran"] / sums["tokens"]).cpu()
         per_answer = {name: float(sums[key] / sums["answers"]) for name, key in PER_ANSWER.items()}
-        ascent = self.ascents[(self.state.global_step - 1) % len(self.ascents)]
-        share = float(sums["executed"] / sums["dense"])
-        prices = {"multiplier": ascent.multiplier, "price": ascent.price}
-        figures = {**per_answer, "budget": ascent.budget, "compute": share, **prices}
-        ascent.update(share)
-        return figures
+        turn = (self.state.global_step - 1) % len(self.budgets)
+        share, threshold = float(sums["executed"] / sums["dense"]), self.thresholds[turn]
+        if self._ran:
+            self.thresholds[turn], self._ran = self._threshold_after(turn), []
+        return {**per_answer, "budget": self.budgets[turn], "compute": share, "threshold": threshold}
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """What `Trainer` logs, with the last step's figures; reports are written before any other callback is told."""
@@ -178,12 +194,19 @@ class SkipTrainer(Trainer):
             named = [(n, p) for n, p in trained.named_parameters() if p.requires_grad]
             gates = [p for n, p in named if GATE in n]
             others = [p for n, p in named if GATE not in n]
-            groups = [{"params": gates, "lr": self.settings.gate_learning_rate, "weight_decay": 0.0}]
+            groups = [{"params": gates, "lr": self.gate_rate, "weight_decay": 0.0}]
             if others:
                 groups.append({"params": others, "lr": self.args.learning_rate, "weight_decay": self.args.weight_decay})
             kind, options = self.get_optimizer_cls_and_kwargs(self.args, model)
             self.optimizer = kind(groups, **options)
         return self.optimizer
+
+    @property
+    def gate_rate(self) -> float:
+        """The gates' learning rate. Adam moves every weight by about as much, so a logit by as much as width times."""
+        given = self.settings.gate_learning_rate
+        widths = (p.shape[-1] for name, p in self.model.named_parameters() if GATE in name and p.requires_grad)  # type: ignore[union-attr]
+        return LOGIT_RATE / max(widths) if given is None else given
 
     def advice(self, lower: str) -> str:
         """What to do when training cannot go on."""
@@ -205,7 +228,7 @@ class SkipTrainer(Trainer):
             self._save_checkpoint(self.model, trial=None)  # type: ignore[arg-type]
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        """What `Trainer` saves, and last of all the budgets' state: a checkpoint without it is not whole.
+        """What `Trainer` saves, and last of all the budgets' thresholds: a checkpoint without them is not whole.
 
         Raises:
             TrainingError: it cannot be written; what was written of it is removed, the one before it is whole.
@@ -215,11 +238,7 @@ class SkipTrainer(Trainer):
             super()._save_checkpoint(model, trial)
             barrier()  # for the parts that other processes write
             if self.args.should_save:
-                values = {
-                    "ascents": [[ascent.multiplier, ascent.violation] for ascent in self.ascents],
-                    "thresholds": self.thresholds,
-                    "history": self.progress.history,
-                }
+                values = {"thresholds": self.thresholds, "history": self.progress.history}
                 pending = folder / f"{STATE_FILE}.new"
                 save_json(pending, values)
                 save_manifest(folder, {pending.name: STATE_FILE})
@@ -238,12 +257,9 @@ class SkipTrainer(Trainer):
             raise TrainingError(f"{folder} cannot be written: {str(error) or type(error).__name__}. {kept}") from error
 
     def restore(self, checkpoint: Path) -> None:
-        """Continue the dual ascent where a checkpoint left it."""
+        """Continue with the thresholds of a checkpoint."""
         values = load_json(checkpoint / STATE_FILE)
-        for ascent, (multiplier, violation) in zip(self.ascents, values["ascents"], strict=True):
-            ascent.multiplier, ascent.violation = multiplier, violation
-        self.thresholds = values["thresholds"]
-        self.progress.restore(values["history"])
+        self.thresholds, self.progress.history = values["thresholds"], values["history"]
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         """Load both, but with the learning rates of this run's settings, which may have been lowered."""
@@ -252,7 +268,7 @@ class SkipTrainer(Trainer):
             return
         optimizer: Any = self.optimizer
         rates: Any = getattr(self.lr_scheduler, "scheduler", self.lr_scheduler)
-        wanted = (self.settings.gate_learning_rate, self.args.learning_rate)
+        wanted = (self.gate_rate, self.args.learning_rate)
         for index, (group, rate) in enumerate(zip(optimizer.param_groups, wanted, strict=False)):
             if (old := rates.base_lrs[index]) != rate:
                 group["lr"] = group["lr"] / old * rate if old else rate
@@ -272,18 +288,13 @@ def skip_rates(ran: Tensor) -> dict[str, float]:
     }
 
 
-class _Ascend(TrainerCallback):
-    """Moves the price after every optimizer step, and stops a run that would spoil the weights."""
+class _Progress(TrainerCallback):
+    """Keeps the figures of every optimizer step, and stops a run that would spoil the weights."""
 
     def __init__(self, trainer: SkipTrainer) -> None:
         self.trainer = trainer
-        self.recent: deque[float] = deque(maxlen=trainer.settings.collapse_steps)
         self.history: list[dict[str, float]] = []
         self.between_updates = True
-
-    def restore(self, history: list[dict[str, float]]) -> None:
-        self.history = history
-        self.recent.extend(figures["compute"] for figures in history)
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -305,32 +316,7 @@ class _Ascend(TrainerCallback):
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         figures = self.trainer.finish_step()
         self.history.append({"step": state.global_step, **figures})
-        self.recent.append(figures["compute"])
         self.between_updates = True
-        if len(self.recent) == self.recent.maxlen:
-            self._check_collapse(state)
-
-    def _check_collapse(self, state: TrainerState) -> None:
-        settings, recent, least = self.trainer.settings, self.recent, self.trainer.least
-        budgets = [ascent.budget for ascent in self.trainer.ascents]
-
-        def reach(share: float) -> float:
-            """0 where nothing runs and 1 where everything does: `retain` pays for keys and values in any case."""
-            return (share - least) / (1 - least)
-
-        if reach(max(recent)) <= settings.collapse < reach(min(budgets)):
-            raise TrainingError(
-                f"the router collapsed: the last {len(recent)} steps executed at most {max(recent):.1%} of "
-                f"the dense {settings.counted}, the budget is {min(budgets):.0%}. Start again with a lower "
-                "`gate_learning_rate` or a higher `damping`."
-            )
-        late = state.global_step > state.max_steps / 2
-        if late and reach(min(recent)) >= 1 - settings.collapse > reach(max(budgets)):
-            raise TrainingError(
-                f"the router does not skip: the last {len(recent)} steps executed at least {min(recent):.1%} of "
-                f"the dense {settings.counted}, the budget is {max(budgets):.0%}. Start again with a higher "
-                "`gate_learning_rate` or `multiplier_rate`, more steps, or a plan from a profile."
-            )
 
 
 def _gradient_norm(trainer: SkipTrainer) -> Tensor:

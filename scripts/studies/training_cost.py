@@ -31,7 +31,7 @@ from skipit.theory.labels import IGNORE
 from skipit.theory.plan import Plan
 from skipit.train.config import Precision, TrainConfig
 from skipit.train.launch import launched, training_arguments
-from skipit.train.run import dense_per_answer, lora_targets, prepare
+from skipit.train.run import lora_targets, prepare
 from skipit.train.trainer import SkipTrainer
 
 from .memory import most_allocated
@@ -70,10 +70,7 @@ def our_trainer(model: Any, batch: dict[str, Tensor], config: TrainConfig, **opt
     layers = len(costs.layers)
     gates = torch.randn(layers, 2, width, generator=torch.Generator().manual_seed(0)) / width**0.5
     plan = Plan(gates, torch.zeros(layers, 2), 0.5, config.kv, "zero", fingerprint(model), torch.ones(layers, 2))
-    scale = dense_per_answer([batch], costs)
-    return SkipTrainer(
-        settings=config, costs=costs, dense_per_answer=scale, model=prepare(model, plan, config), **options
-    )
+    return SkipTrainer(settings=config, costs=costs, model=prepare(model, plan, config), **options)
 
 
 def one_step(name: str, model: Any, batch: dict[str, Tensor]) -> Step:

@@ -2,6 +2,7 @@
 
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 from tiny_decoder import tiny_documents_model
@@ -10,14 +11,24 @@ import skipit
 from skipit import documents_demo
 from skipit.cli.main import main
 from skipit.eval.compare import compare
-from skipit.router import find_router
+from skipit.router import RouterConfig, attach, find_router
+from skipit.router.config import EVERYTHING
 from skipit.router.folders import load_json
+
+
+def trained() -> tuple[Any, Any]:
+    """A model with gates, as a shipped run gives it: at one budget tokens skip all, at one nothing."""
+    model, processor = tiny_documents_model()
+    config = RouterConfig(kv="evict", operating_points={"0.4": 1e9, "1": EVERYTHING})
+    attach(model, config)
+    return model, processor
 
 
 def test_it_measures_gates_asks_and_compares(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(documents_demo, "load_model", lambda source: tiny_documents_model())
+    monkeypatch.setattr(documents_demo, "merge_run", lambda run: trained())
     monkeypatch.setattr(documents_demo, "PROFILE_ROWS", 8)
     monkeypatch.setattr(documents_demo, "CALIBRATION_ROWS", 4)
     monkeypatch.setattr(documents_demo, "compare", partial(compare, repeats=2, max_new_tokens=2))
@@ -27,6 +38,7 @@ def test_it_measures_gates_asks_and_compares(
     names = {path.name for path in out.iterdir()}
     assert names == {"profile", "plan", "theory", "summary.json", "redundancy.png", "depth.png", "example.png"}
     assert summary["results"]["theory only"]["compute"] == pytest.approx(0.6, abs=0.15)
+    assert summary["results"]["trained 40%"]["compute"] < summary["results"]["trained 100%"]["compute"] == 1
     assert summary["results"]["dense"]["scored_by"] == "ANLS"
     assert "theory only: gates made of the profile for 60% of the decoder's FLOPs" in said
     config = find_router(skipit.load(out / "theory")[0])[1].config

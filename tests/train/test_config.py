@@ -10,7 +10,7 @@ from skipit.train.config import TrainConfig
 
 
 def test_round_trip() -> None:
-    config = TrainConfig(budget=0.25, kv="evict", lora_rank=0, damping=0)
+    config = TrainConfig(budget=0.25, kv="evict", lora_rank=0, gate_learning_rate=1e-3)
     assert TrainConfig.from_dict(config.to_dict()) == config
     assert TrainConfig.from_dict({}) == TrainConfig()
 
@@ -31,7 +31,7 @@ def test_budget(budget: Any) -> None:
         ({"accumulation": True}, "`accumulation`: got True, expected a whole number, at least 1."),
         ({"lora_rank": -1}, "`lora_rank`: got -1, expected a whole number, at least 0."),
         ({"learning_rate": "fast"}, "`learning_rate`: got 'fast', expected a number, at least 0."),
-        ({"damping": float("nan")}, "`damping`: got nan, expected a number, at least 0."),
+        ({"gate_learning_rate": float("nan")}, "`gate_learning_rate`: got nan, expected a number, at least 0."),
         ({"distillation": -1.0}, "`distillation`: got -1.0, expected a number, at least 0."),
     ],
 )

@@ -21,6 +21,7 @@ from skipit.train.trainer import SkipTrainer
 
 from .policies import Watched
 
+PEER_GATE_RATE = 1e-2
 Penalty = Callable[[Tensor, Tensor], Tensor]
 
 
@@ -38,16 +39,20 @@ class PeerTrainer(SkipTrainer):
         self.options, self.penalty, self.soft = dict(options), penalty, soft
         super().__init__(**trainer)
 
+    def decider(self) -> Any:
+        """The peer's policy: its budget is no threshold's."""
+        return self.watched
+
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Tensor], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         """CE + distillation as for ours, and the penalty."""
-        policy = Watched(self.options["policy"], [], self.soft)
-        with running(**{**self.options, "policy": policy}):
+        self.watched = Watched(self.options["policy"], [], self.soft)
+        with running(**self.options):
             found = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         if self.penalty is None:
             return found
-        added = self.penalty(torch.stack(policy.seen[: self.costs.depth]), inputs["attention_mask"].bool())
+        added = self.penalty(torch.stack(self.watched.seen[: self.costs.depth]), inputs["attention_mask"].bool())
         return (found[0] + added, found[1]) if return_outputs else found + added
 
 
@@ -82,10 +87,9 @@ def fit(
         The gated model in eval mode.
     """
     costs = CostModel.of(model)
-    # The constraint on FLOPs is ours, and so is its idea of a collapse: peers have fixed masks, or losses of their own.
-    # A method is trained in one go: no checkpoints.
-    never = config.steps + 1
-    config = replace(config, multiplier_rate=0.0, damping=0.0, collapse_steps=never, save_steps=never)
+    # A method is trained in one go: no checkpoints. Gates of several layers move by less than ours at a rate.
+    rate = PEER_GATE_RATE if config.gate_learning_rate is None else config.gate_learning_rate
+    config = replace(config, gate_learning_rate=rate, save_steps=config.steps + 1)
     peft_model = prepare(model, plan, config)
     if gate is not None:
         replace_gates(peft_model, gate)
@@ -97,7 +101,6 @@ def fit(
             soft=soft,
             settings=config,
             costs=costs,
-            dense_per_answer=1.0,
             model=peft_model,
             args=training_arguments(config, folder),
             train_dataset=Rows(rows),

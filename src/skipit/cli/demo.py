@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from .options import BUDGET, KV, Parser, budget, chosen, positive_int
+from .options import BUDGET, Parser, budget, chosen, positive_int
 
 ABOUT = "the whole data flow on a built-in model"
 EXAMPLE = "skipit demo --out demo"
@@ -17,8 +17,8 @@ def add_arguments(verb: Parser) -> None:
         "--model",
         choices=(REFERENCE, DOCUMENTS),
         default=REFERENCE,
-        help="the small one, or the one with a pretrained decoder, which takes about ten minutes and trains nothing "
-        "(default %(default)s)",
+        help="the small one, or the one with a pretrained decoder, which takes about five minutes and loads gates that "
+        "were trained before (default %(default)s)",
     )
     verb.add_argument("--budget", type=budget, default=0.5, help=f"{BUDGET} (default %(default)s)")
     verb.add_argument(
@@ -27,7 +27,12 @@ def add_arguments(verb: Parser) -> None:
         default=None,
         help="of the reference: share of its layers' time for a prompt to spend, in the other router (default 0.7)",
     )
-    verb.add_argument("--kv", choices=("retain", "evict"), default="retain", help=KV)
+    verb.add_argument(
+        "--kv",
+        choices=("retain", "evict"),
+        default=None,
+        help="keys and values of skipped tokens (default retain, of documents evict)",
+    )
     verb.add_argument(
         "--steps", type=positive_int, default=None, help="of each training of the reference (default 150)"
     )

@@ -73,8 +73,6 @@ def _add_settings(verb: Parser, about: Mapping[str, str]) -> None:
         ("lora-rank", nonnegative_int),
         ("lora-alpha", positive_int),
         ("distillation", nonnegative),
-        ("multiplier-rate", nonnegative),
-        ("damping", nonnegative),
         ("save-steps", positive_int),
         ("max-broken-rows", nonnegative_int),
     ):

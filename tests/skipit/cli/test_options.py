@@ -26,7 +26,10 @@ WRONG: list[tuple[str, str]] = [
     ("demo --seed -1", "argument --seed: got '-1', expected a whole number, at least 0"),
     ("train m d --plan p --out x --learning-rate fast", "argument --learning-rate: got 'fast', expected a number"),
     ("train m d --out x --columns image=photo", "got 'image=photo', expected such as images=photo,prompt=question"),
-    ("train m d --plan p --out x --damping nan", "argument --damping: got 'nan', expected a number, at least 0"),
+    (
+        "train m d --plan p --out x --gate-learning-rate nan",
+        "argument --gate-learning-rate: got 'nan', expected a number",
+    ),
     ("eval c d --out x --also runs/neutral", "got 'runs/neutral', expected a name and a checkpoint, such as neutral="),
     ("eval c d --out x --also =runs/neutral", "got '=runs/neutral', expected a name and a checkpoint"),
     ("eval c d --out x --controlled-samples -1", "argument --controlled-samples: got '-1', expected a whole number"),
@@ -60,7 +63,7 @@ class TestConfig:
         assert (arguments.out, arguments.plan) == (Path("runs/x"), Path("runs/plan"))
         assert (arguments.batch_size, arguments.lora_rank, arguments.learning_rate) == (4, 2, 1e-3)
         assert (arguments.steps, arguments.overwrite, arguments.resume) == (7, True, False)
-        assert (arguments.report_to, arguments.damping, arguments.split) == ("none", None, "train")
+        assert (arguments.report_to, arguments.distillation, arguments.split) == ("none", None, "train")
 
     def test_the_file_may_come_first_and_with_an_equals_sign(self, config: Any) -> None:
         file = config("budget: 0.25")

@@ -11,7 +11,7 @@ from .model import build_model, build_processor
 from .weights import add_weights
 
 OURS = Path(__file__).with_name("ours.safetensors")  # tower, projector and LoRA, fp16
-ADAPTER = Path(__file__).with_name("adapter")  # gates and LoRA, trained for a budget
+RUN = Path(__file__).with_name("run")  # of `skipit train`: gates and LoRA
 
 
 def documents_folder() -> Path:
