@@ -73,7 +73,7 @@ def run(model: Any, rows: Dataset) -> Callable[..., Path]:
         **options: Any,
     ) -> Path:
         units, width = (3, 2), model.config.text_config.hidden_size
-        gates = torch.zeros(*units, width), torch.zeros(units)
+        gates = 0.1 * torch.randn(*units, width, generator=torch.Generator().manual_seed(0)), torch.zeros(units)
         plan = Plan(*gates, 0.5, "retain", "zero", fingerprint(model), torch.ones(units), decide_at=decide_at)
         copied = copy.deepcopy(model)
         train(copied, build_processor(), rows, plan, config, folder, callbacks=list(callbacks), **options)
