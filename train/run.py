@@ -17,7 +17,7 @@ from skipit.router.config import KVPolicy, Unit
 from skipit.router.decoder import find_decoder, layer_kinds
 from skipit.router.errors import InputError
 from skipit.router.folders import provenance
-from skipit.theory.calibrate import Met, calibrate, meet
+from skipit.theory.calibrate import Met, meet
 from skipit.theory.cost import CostModel, Costs
 from skipit.theory.labels import predicts_answer
 from skipit.theory.plan import LOGIT_LIMIT, Plan, check_reachable
@@ -210,7 +210,6 @@ def train(
         trainer = SkipTrainer(
             settings=config,
             costs=costs,
-            thresholds=_thresholds(peft_model, sample, costs, config),
             model=peft_model,
             args=arguments,
             train_dataset=rows,
@@ -242,13 +241,6 @@ def train(
         }
         folder.finish(peft_model, history, record)
     return peft_model
-
-
-def _thresholds(model: Any, held: list[dict[str, Tensor]], costs: Costs, config: TrainConfig) -> list[float]:
-    """Where the plan's gates spend each budget on a few rows; the plan is made for the first, at 0."""
-    model.eval()
-    # Masked, because weights may be sharded already.
-    return [0.0, *(calibrate(model, held, costs, b, config.kv, mode="masked")[0] for b in config.more_budgets)]
 
 
 def _run(trainer: Any, checkpoint: Path | None) -> None:

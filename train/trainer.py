@@ -2,7 +2,6 @@
 
 import math
 import shutil
-from collections.abc import Sequence
 from contextlib import nullcontext
 from inspect import signature
 from pathlib import Path
@@ -50,7 +49,6 @@ class SkipTrainer(Trainer):
     Args:
         settings: budgets and weights of the objective.
         costs: of the model's layers, in what the budget is a share of.
-        thresholds: at which the first step for each budget of the settings runs; None is 0 for all.
         **trainer: passed to `transformers.Trainer`.
     """
 
@@ -59,13 +57,12 @@ class SkipTrainer(Trainer):
         *,
         settings: TrainConfig,
         costs: Costs,
-        thresholds: Sequence[float] | None = None,
         callbacks: list[Any] | None = None,
         **trainer: Any,
     ) -> None:
         self.settings, self.costs = settings, costs
         self.budgets = list(settings.points.values())
-        self.thresholds = list(thresholds or [0.0] * len(self.budgets))
+        self.thresholds = [0.0] * len(self.budgets)  # where the plan spends the first of them
         self.progress = _Progress(self)
         self.rates: Tensor | None = None
         self._sums: dict[str, Tensor] = {}

@@ -230,7 +230,7 @@ def train_answers(
             (answer / size).backward()
             total += answer.item() / size
         nn.utils.clip_grad_norm_(lora, 1.0)
-        optimizer.param_groups[0]["lr"] = rate(step, peak, warmup=20, flat=1000)
+        optimizer.param_groups[0]["lr"] = rate(step, peak, warmup=20, flat=1000 if ideal else 50)
         optimizer.step()
         running = total if step == done else 0.95 * running + 0.05 * total
         if (step + 1) % SAVE_EVERY == 0 or step + 1 == steps:
