@@ -8,11 +8,14 @@ from safetensors.torch import save_file
 from tiny_decoder import tiny_decoder, tiny_documents_model, tiny_tokenizer
 
 from skipit.router import CheckpointError
+from skipit.router.checkpoint import load_router
+from skipit.router.folders import load_json
 from skipit.train.data.collate import Collator
 from skipit.train.data.sources import load_data, load_model, name_model, resolve_model
 from skipit.train.reference.documents import folder
 from skipit.train.reference.documents.model import IMAGE_TOKENS
 from skipit.train.reference.documents.weights import add_lora, our_weights
+from skipit.train.run_folder import ADAPTER, RUN_FILE
 
 
 @pytest.fixture
@@ -67,3 +70,12 @@ def test_without_our_weights_the_command_that_makes_them_is_named(monkeypatch: p
     monkeypatch.setattr(folder, "OURS", Path("/nowhere/ours.safetensors"))
     with pytest.raises(CheckpointError, match=r"no /nowhere/ours.safetensors. Make it with `scripts/study pretrain-"):
         load_model("documents")
+
+
+def test_a_run_ships_that_is_small_and_names_no_folder_of_the_machine_that_made_it() -> None:
+    files = [path for path in folder.RUN.rglob("*") if path.is_file()]
+    assert sum(path.stat().st_size for path in files) < 10_000_000
+    record, config = load_json(folder.RUN / RUN_FILE), load_router(folder.RUN)[0]
+    assert record["base"] == "documents"
+    assert load_json(folder.RUN / ADAPTER / "adapter_config.json")["base_model_name_or_path"] == "documents"
+    assert sorted(config.operating_points) == ["0.25", "0.5"]

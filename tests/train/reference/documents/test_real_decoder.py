@@ -7,10 +7,14 @@ import pytest
 
 from skipit.eval.measure.runner import answer_batches, right_answers
 from skipit.eval.metrics import anls
-from skipit.router import CheckpointError
-from skipit.train.data.collate import Collator
+from skipit.router import CheckpointError, find_router
+from skipit.theory.calibrate import measured_share
+from skipit.theory.cost import CostModel
+from skipit.train.data.collate import Collator, batches
 from skipit.train.data.sources import load_data, load_model
+from skipit.train.export import merge_run
 from skipit.train.reference.documents.decoder import load_decoder
+from skipit.train.reference.documents.folder import RUN
 from skipit.train.reference.documents.model import IMAGE_TOKENS, build_model, build_processor
 
 
@@ -60,3 +64,16 @@ def test_ten_held_out_questions_are_answered_from_the_page(cache: Path, monkeypa
         read.append(anls(processor.batch_decode(batch.new, skip_special_tokens=True), right))
     assert read[0] > 0.4
     assert read[1] < read[0] - 0.15
+
+
+@pytest.mark.slow
+def test_the_shipped_run_is_of_the_shipped_model_and_spends_its_budgets(
+    cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SKIPIT_CACHE", str(cache))
+    model, processor = merge_run(RUN)  # refuses another base
+    config, costs = find_router(model)[1].config, CostModel.of(model)
+    rows = list(batches(load_data("documents", "test", 8), Collator(processor), 4))
+    for name, threshold in config.operating_points.items():
+        share = measured_share(model, rows, costs, config.kv, threshold)
+        assert share == pytest.approx(float(name), abs=0.04)
