@@ -201,9 +201,12 @@ class SkipTrainer(Trainer):
     @property
     def gate_rate(self) -> float:
         """The gates' learning rate. Adam moves every weight by about as much, so a logit by as much as width times."""
-        given = self.settings.gate_learning_rate
-        widths = (p.shape[-1] for name, p in self.model.named_parameters() if GATE in name and p.requires_grad)  # type: ignore[union-attr]
-        return LOGIT_RATE / max(widths) if given is None else given
+        if (given := self.settings.gate_learning_rate) is not None:
+            return given
+        model: Any = self.model
+        gates = (p for name, p in model.named_parameters() if GATE in name and p.requires_grad)
+        # Under ZeRO-3 a parameter's own shape is that of nothing; a plan in time may leave no gate to learn.
+        return LOGIT_RATE / max((getattr(p, "ds_shape", p.shape)[-1] for p in gates), default=1)
 
     def advice(self, lower: str) -> str:
         """What to do when training cannot go on."""
