@@ -37,7 +37,7 @@ def documents_demo(
     """Measure the model, give it the theory's gates, ask, compare with the shipped trained ones, and print a table.
 
     Args:
-        out: folder to make: profile/, plan/, theory/ (a gated checkpoint), plots, summary.json.
+        out: folder to make: profile/, plan/, theory/ and trained/ (gated checkpoints), plots, summary.json.
         budget: share of the dense decoder's FLOPs for the theory's gates to spend.
         kv: K/V policy of the tokens that they skip.
         samples: held-out rows to answer.
@@ -58,6 +58,7 @@ def documents_demo(
             test = load_data(DOCUMENTS, "test", samples, seed)
             (dense, processor), (theory, _) = load_model(DOCUMENTS), load_model(DOCUMENTS)
             trained, _ = merge_run(RUN)
+            save_gated(trained, processor, folder / "trained")
             config = find_router(trained)[1].config
         clock.lap("load")
         with progress("profile", len(rows)) as advance:
@@ -102,6 +103,6 @@ Everything is in {out}:
   summary.json    all figures
   redundancy.png  what was measured and what is skipped, per layer and modality
   depth.png       layers executed per patch and word of the example
-  profile plan theory: every artefact; theory is a Hugging Face folder
-Ask it: skipit generate {out}/theory --image {out}/example.png --prompt "{example["prompt"]}\"""")
+  profile plan theory trained: every artefact; the last two are Hugging Face folders
+Ask it: skipit generate {out}/trained --image {out}/example.png --prompt "{example["prompt"]}\"""")
     return summary

@@ -36,7 +36,16 @@ def test_it_measures_gates_asks_and_compares(
     assert main(["demo", "--model", "documents", "--samples", "4", "--budget", "0.6", "--out", str(out)]) == 0
     said, summary = capsys.readouterr().out, load_json(out / "summary.json")
     names = {path.name for path in out.iterdir()}
-    assert names == {"profile", "plan", "theory", "summary.json", "redundancy.png", "depth.png", "example.png"}
+    assert names == {
+        "profile",
+        "plan",
+        "theory",
+        "trained",
+        "summary.json",
+        "redundancy.png",
+        "depth.png",
+        "example.png",
+    }
     assert summary["results"]["theory only"]["compute"] == pytest.approx(0.6, abs=0.15)
     assert summary["results"]["trained 40%"]["compute"] < summary["results"]["trained 100%"]["compute"] == 1
     assert summary["results"]["dense"]["scored_by"] == "ANLS"
