@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, Protocol
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from skipit.router import MODALITIES, Step
@@ -144,22 +144,6 @@ class Compute:
     def share(self) -> Tensor:
         """Executed over dense FLOPs of the whole decoder, a scalar; above 0, at most 1 plus the gates' own cost."""
         return self.executed.sum() / self.dense.sum()
-
-
-def step_compute(
-    costs: Costs,
-    run: Float[Tensor, "layers batch seq"],
-    modality: Int[Tensor, "batch seq"],
-    real: Bool[Tensor, "batch seq"],
-    kv: KVPolicy,
-    held: Float[Tensor, "layers batch"] | None = None,
-    seen: Float[Tensor, " batch"] | None = None,
-    unit: Unit = "block",
-    images: ImageStates = NO_IMAGES,
-) -> Compute:
-    """FLOPs of one call of the model by unit; `modality` is 0 text, 1 vision, the rest as in `CostModel.spend`."""
-    executed, dense = costs.spend(run, real, kv, held, seen, unit, images)
-    return Compute(_by_modality(executed, modality), _by_modality(dense, modality))
 
 
 def trace_compute(costs: Costs, steps: list[Step]) -> Compute:

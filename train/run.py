@@ -101,18 +101,13 @@ def check_answers(rows: Iterable[dict[str, Tensor]]) -> None:
 
 def least_share(rows: Iterable[dict[str, Tensor]], costs: Costs, kv: KVPolicy, unit: Unit) -> float:
     """Share of what the dense decoder spends that some batches cost when every token skips every layer."""
-    least, dense = zip(*(_least_and_dense(batch, costs, kv, unit) for batch in rows), strict=True)
-    return sum(least) / sum(dense)
-
-
-def _least_and_dense(
-    batch: dict[str, Tensor], costs: Costs, kv: KVPolicy = "retain", unit: Unit = "block"
-) -> tuple[float, float]:
-    """What a batch spends whose tokens skip every layer, and what the dense decoder does."""
-    real = batch["attention_mask"].bool()
-    nothing = torch.zeros(costs.depth, *real.shape, dtype=torch.float64)
-    executed, dense = costs.spend(nothing, real, kv, unit=unit)
-    return float(executed.sum()), float(dense.sum())
+    least = dense = 0.0
+    for batch in rows:
+        real = batch["attention_mask"].bool()
+        nothing = torch.zeros(costs.depth, *real.shape, dtype=torch.float64)
+        executed, all_of_it = costs.spend(nothing, real, kv, unit=unit)
+        least, dense = least + float(executed.sum()), dense + float(all_of_it.sum())
+    return least / dense
 
 
 def check_dtype(model: nn.Module) -> None:

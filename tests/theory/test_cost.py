@@ -13,9 +13,15 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from skipit.router import RouterConfig, Step, Trace, UnsupportedModelError, attach, running
-from skipit.theory.cost import Compute, CostModel, LayerCost, step_compute, trace_compute
+from skipit.theory.cost import Compute, CostModel, LayerCost, _by_modality, trace_compute
 
 COSTS = CostModel(tuple(LayerCost(100.0 + i, 30.0 + i, 7.0 + i, 60.0 + i, 3.0, 16) for i in range(3)))
+
+
+def step_compute(costs: CostModel, run: Tensor, modality: Tensor, real: Tensor, *more: Any, **options: Any) -> Compute:
+    """What one call spends by unit; options as of `CostModel.spend`."""
+    executed, dense = costs.spend(run, real, *more, **options)
+    return Compute(_by_modality(executed, modality), _by_modality(dense, modality))
 
 
 def counted(model: Any, batch: dict[str, Tensor], **options: Any) -> tuple[list[int], Trace]:
