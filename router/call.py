@@ -114,6 +114,11 @@ class Step:
         every = [d.run.float() if d.probability is None else d.probability for d in self._ordered()]
         return torch.stack([probability.to(self.real.device) for probability in every])
 
+    def detached(self) -> "Step":
+        """The same without what probabilities were made of, to be kept after the gradients."""
+        decisions = {layer: decision.detached() for layer, decision in self.decisions.items()}
+        return replace(self, decisions=decisions)
+
     def _ordered(self) -> list[Decision]:
         absent = Decision(torch.zeros_like(self.real))
         return [self.decisions.get(layer, absent) for layer in range(self.layers or len(self.decisions))]

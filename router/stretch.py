@@ -34,6 +34,10 @@ class Decision(NamedTuple):
             return None
         return self.run + (self.probability - self.probability.detach())
 
+    def detached(self) -> "Decision":
+        """That without a gradient."""
+        return Decision(*(None if part is None else part.detach() for part in self))  # type: ignore[arg-type]
+
     def of(self, layer: int) -> "Decision":
         """That of one of several layers."""
         return Decision(*(None if part is None else part[layer] for part in self))  # type: ignore[arg-type]

@@ -135,7 +135,7 @@ class CostModel:
 
 @dataclass
 class Compute:
-    """FLOPs (or time) by unit, [layers, modalities], summed over tokens; `executed` has a gradient if the gates had."""
+    """FLOPs (or time) by unit, [layers, modalities], summed over tokens."""
 
     executed: Tensor
     dense: Tensor

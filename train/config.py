@@ -28,8 +28,8 @@ class TrainConfig:
         batch_size: rows per device and step.
         accumulation: batches per optimizer step.
         learning_rate: of LoRA.
-        gate_learning_rate: of the gates; None is 0.1 over the width of the states that they read, so that no step
-            moves a logit by more than about 0.1.
+        gate_learning_rate: of the gates; None is 0.5 over the width of the states that they read, so that no step
+            moves a logit by more than about 0.5.
         lora_rank: rank of LoRA on the decoder's linear maps; 0 trains the gates alone.
         lora_alpha: LoRA's scale is alpha / rank.
         distillation: weight of KL(full model || gated model).

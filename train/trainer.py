@@ -22,6 +22,7 @@ from skipit.theory.cost import Costs, trace_compute
 from skipit.theory.labels import IGNORE, before_answer
 
 from .config import TrainConfig
+from .following import Following
 from .launch import barrier, check_engine, stage_of
 from .manifest import save_manifest
 from .objective import answer_losses, answer_targets
@@ -29,7 +30,7 @@ from .run_folder import STATE_FILE, last_checkpoint
 
 PER_ANSWER = {"ce": "ce", "kl": "kl", "accuracy": "correct"}
 GATE = "layer_gate"
-LOGIT_RATE = 0.1  # what a step may move a gate's logit by, about, where no learning rate is given
+LOGIT_RATE = 0.5  # what a step may move a gate's logit by, about, where no learning rate is given
 CLOSE, TRIES = 0.0005, 24  # of the search for a step's threshold: share, and thresholds
 
 
@@ -78,7 +79,7 @@ class SkipTrainer(Trainer):
 
     def decider(self) -> Any:
         """The policy of this step."""
-        return Listening(self.thresholds[self.turn])
+        return Following(self.thresholds[self.turn], costs=self.costs)
 
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Tensor], return_outputs: bool = False, num_items_in_batch: Any = None
@@ -92,7 +93,7 @@ class SkipTrainer(Trainer):
         trace, policy = Trace(), self.decider()
         with running(policy=policy, mode="masked", prompt=before_answer(labels), trace=trace):
             logits = self._logits(model, inputs, kept)
-        losses, step = answer_losses(logits, teacher, targets), trace.steps[-1]
+        losses, step = answer_losses(logits, teacher, targets), trace.steps[-1].detached()
         items = num_items_in_batch if num_items_in_batch is not None else (targets != IGNORE).sum()
         loss = (losses.ce + self.settings.distillation * losses.kl) / items
         if not bool(torch.isfinite(loss)):

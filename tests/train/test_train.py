@@ -273,7 +273,7 @@ class TestLoss:
         made = trainer()
         width = made.model.config.text_config.hidden_size
         groups = made.create_optimizer().param_groups
-        assert [group["lr"] for group in groups] == [0.1 / width, CONFIG.learning_rate]
+        assert [group["lr"] for group in groups] == [0.5 / width, CONFIG.learning_rate]
         assert [len(group["params"]) for group in groups] == [2 * LAYERS, 2 * 7 * LAYERS]
         groups = trainer(replace(CONFIG, lora_rank=0)).create_optimizer().param_groups
         assert len(groups) == 1

@@ -1,0 +1,87 @@
+"""The derivative of a threshold that keeps a budget spent, against the threshold found anew."""
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from scipy.optimize import brentq
+from transformers import LlavaForConditionalGeneration
+
+from skipit.router import Gated, RouterConfig, Step, Trace, attach, gated_layers, running, set_gates
+from skipit.theory.cost import CostModel
+from skipit.train.following import Following
+from studies.architecture import build_model
+
+LAYERS, THRESHOLD = 3, 0.4
+
+
+@pytest.fixture
+def made(request: pytest.FixtureRequest) -> Any:
+    """A model with gates of all kinds of opinions, which decide at the layers that are asked for."""
+    config = copy.deepcopy(build_model().config)
+    config.text_config.num_hidden_layers, config.vision_config.num_hidden_layers = LAYERS, 1
+    torch.manual_seed(0)
+    model: Any = LlavaForConditionalGeneration(config)
+    attach(model, RouterConfig(decide_at=getattr(request, "param", (0,))))
+    width = config.text_config.hidden_size
+    set_gates(model, 0.1 * torch.randn(LAYERS, 2, width), torch.randn(LAYERS, 2))
+    return model
+
+
+def inputs() -> dict[str, torch.Tensor]:
+    """Two rows of text, one with padding."""
+    mask = torch.ones(2, 9, dtype=torch.long)
+    mask[1, 7:] = 0
+    return {
+        "input_ids": torch.randint(5, 40, (2, 9), generator=torch.Generator().manual_seed(1)),
+        "attention_mask": mask,
+    }
+
+
+def ran(model: Any, policy: Gated, kv: Any) -> tuple[Any, Step]:
+    trace = Trace()
+    with running(policy=policy, mode="masked", kv=kv, trace=trace):
+        logits = model(**inputs(), use_cache=False).logits
+    return logits, trace.steps[0]
+
+
+@pytest.mark.parametrize("kv", ["retain", "evict"])
+def test_the_threshold_moves_as_one_that_is_found_anew(made: Any, kv: Any) -> None:
+    """Expected spending stays what it was, whichever logit rises by a little."""
+    costs, policy = CostModel.of(made), Following(THRESHOLD, costs=CostModel.of(made))
+    _, step = ran(made, policy, kv)
+    (said,), real = policy.said, step.real
+
+    def spent(logits: torch.Tensor, threshold: float) -> float:
+        executed, _ = costs.spend(torch.sigmoid(logits.double() - threshold), real, kv)
+        return float(executed.sum())
+
+    budget, moves = spent(said, THRESHOLD), policy.moves(said, real, kv)
+    assert moves.sum() == pytest.approx(1)
+    assert not moves[:, ~real].any()
+    for place in [(0, 0, 0), (1, 0, 8), (2, 1, 3)]:
+        raised = said.double().clone()
+        raised[place] += 1e-3
+        found = brentq(lambda threshold, raised=raised: spent(raised, threshold) - budget, -9, 9, xtol=1e-13)
+        assert (found - THRESHOLD) / 1e-3 == pytest.approx(float(moves[place]), rel=1e-2)
+
+
+@pytest.mark.parametrize(("made", "moving"), [((0,), True), ((0, 2), False)], indirect=["made"])
+@pytest.mark.parametrize("kv", ["retain", "evict"])
+def test_gates_learn_which_tokens_run_and_not_how_many(made: Any, kv: Any, moving: bool) -> None:
+    """What all gates have in common has no gradient; decisions and probabilities are those of `Gated`."""
+    logits, step = ran(made, Following(THRESHOLD, costs=CostModel.of(made)), kv)
+    plain, other = ran(made, Gated(THRESHOLD), kv)
+    torch.testing.assert_close(logits, plain)
+    torch.testing.assert_close(step.probability, other.probability)
+    logits.square().sum().backward()
+    biases = torch.stack([layer.layer_gate.bias.grad for layer in gated_layers(made)])
+    assert (biases.sum().abs() < 1e-4 * biases.abs().sum()) == moving
+
+
+def test_nothing_moves_without_gradients(made: Any) -> None:
+    policy = Following(THRESHOLD, costs=CostModel.of(made))
+    with torch.no_grad():
+        _, step = ran(made, policy, "evict")
+    assert not step.probability.requires_grad
