@@ -36,6 +36,7 @@ from skipit.router.modality import token_modality
 from skipit.router.spending import row_thresholds
 from skipit.theory.cost import CostModel
 from skipit.train.data.sources import load_model
+from skipit.train.reference.documents.page import SIDE
 
 from .local_server import free_port, running_server
 from .options import command, markdown
@@ -78,7 +79,13 @@ def small() -> tuple[Any, Any, int]:
     return model, processor, side
 
 
-SHAPES = {"reference": reference, "bench-small": small}
+def documents() -> tuple[Any, Any, int]:
+    """The model that reads documents, in fp32 as it is served, its processor, and the side of a page."""
+    model, processor = load_model("documents")
+    return model.float(), processor, SIDE
+
+
+SHAPES = {"reference": reference, "bench-small": small, "documents": documents}
 
 
 def question(number: int, side: int) -> tuple[Image.Image, str]:

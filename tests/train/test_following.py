@@ -85,3 +85,17 @@ def test_nothing_moves_without_gradients(made: Any) -> None:
     with torch.no_grad():
         _, step = ran(made, policy, "evict")
     assert not step.probability.requires_grad
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_layers_computed_again_for_their_gradients_change_none(made: Any, reentrant: bool) -> None:
+    found = []
+    for again in (False, True):
+        model = copy.deepcopy(made).train()
+        if again:
+            model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+        logits, _ = ran(model, Following(THRESHOLD, costs=CostModel.of(model)), "evict")
+        logits.square().sum().backward()
+        found.append(torch.stack([layer.layer_gate.bias.grad for layer in gated_layers(model)]))
+    assert found[0].abs().sum() > 0
+    torch.testing.assert_close(*found)
