@@ -14,6 +14,7 @@ from .errors import RouterConfigError, SkipItError, UnsupportedModelError, short
 from .gates import TokenGate
 from .generation import add_budget_argument, remove_budget_argument
 from .layer import GatedLayer
+from .recorded import Recordings
 from .running import Router
 from .subclass import mix_in, take_out
 from .views import attention_and_mlp
@@ -103,6 +104,11 @@ def compile(
 ) -> nn.Module:
     """Have `torch.compile` make graphs of a gated model's layers, each at the first call that needs it.
 
+    With `backend="cudagraphs"` layers are recorded as CUDA graphs, which take the host a few launches to replay, and
+    with `mode="reduce-overhead"` what `torch.compile` makes of them is (on other devices nothing is recorded, and the
+    results are the same): those of a prompt for each of its lengths and widths that comes twice, and those of decoding,
+    where layers that nobody runs are not replayed. One cache at a time has the memory that decoding is recorded with.
+
     Layers that run for every token, or for some of a prompt, become one graph each for all layers of a kind, whatever
     the number of tokens. Results are those of the model without, to rounding. While gates learn, nothing is compiled.
 
@@ -127,7 +133,12 @@ def compile(
     if multiple is not None and (type(multiple) is not int or multiple < 1):
         raise RouterConfigError(f"`multiple`: got {short(multiple)}, expected a number of tokens, at least 1.")
     router.capacity = None if capacity is None else check_capacity(capacity, router.num_layers)
-    router.compiling = Compiling(options, multiple)
+    recordings, given = None, None if options.get("backend") == "cudagraphs" else dict(options)
+    if given is None or given.get("mode") == "reduce-overhead":
+        recordings = Recordings()
+        if given is not None:
+            del given["mode"]
+    router.compiling = Compiling(given, multiple, recordings)
     return model
 
 

@@ -188,23 +188,28 @@ class SkipCacheLayer(DynamicLayer):
         if index is None:
             self._count(tokens)
         else:
-            self.index = index if self.seen == 0 else torch.cat([self.slots(len(keys), keys.device), index], dim=1)
-            self.gaps |= len(keys) > 1
-            self.seen += tokens
+            self._mark(index, tokens)
         if not self.is_initialized:
             self.lazy_initialization(keys, values)
         self._keys, self._room_for_keys = extend(self._keys, self._room_for_keys, keys)
         self._values, self._room_for_values = extend(self._values, self._room_for_values, values)
         return self._keys, self._values
 
-    def grow(self, tokens: int) -> KeysAndValues:
-        """Make room for the next tokens, all of which run; whoever asks writes their keys and values.
+    def grow(self, tokens: int, index: Int[Tensor, "batch tokens"] | None = None) -> KeysAndValues:
+        """Make room for the next tokens; whoever asks writes their keys and values.
+
+        Args:
+            tokens: how many slots, one for each token.
+            index: as in `append`.
 
         Returns:
             All keys and values of the layer, the last `tokens` of them still to be written.
         """
         self.settle()
-        self._count(tokens)
+        if index is None:
+            self._count(tokens)
+        else:
+            self._mark(index, tokens)
         self._keys, self._room_for_keys = grow(self._keys, self._room_for_keys, tokens)
         self._values, self._room_for_values = grow(self._values, self._room_for_values, tokens)
         return self._keys, self._values
@@ -213,6 +218,30 @@ class SkipCacheLayer(DynamicLayer):
         if self.partial:
             self._after += tokens
         self.seen += tokens
+
+    def _mark(self, index: Int[Tensor, "batch slots"], tokens: int) -> None:
+        batch = len(index)
+        self.index = index if self.seen == 0 else torch.cat([self.slots(batch, index.device), index], dim=1)
+        self.gaps |= batch > 1
+        self.seen += tokens
+
+    def move(self, keys: Keys, values: Values) -> Room:
+        """Go on in other memory, which has more slots than are held; what holds it is alive as long as this layer."""
+        held = self.keys, self.values
+        rooms = [Room(memory, one.shape[-2]) for memory, one in zip((keys, values), held, strict=True)]
+        self._keys, self._values = (room.taken() for room in rooms)
+        for new, old in zip((self._keys, self._values), held, strict=True):
+            new.copy_(old)
+        self._room_for_keys, self._room_for_values = rooms
+        return rooms[0]
+
+    def lives_in(self, keys: Keys, values: Values) -> bool:
+        """Whether all that is held lies in this memory, and nobody else reads it."""
+        rooms = self._rooms()
+        return len(rooms) == 2 and all(
+            room.memory is memory and room.ends(held) and not room.shared
+            for (room, held), memory in zip(rooms, (keys, values), strict=True)
+        )
 
     def update(self, key_states: Keys, value_states: Values, *args: Any, **kwargs: Any) -> KeysAndValues:
         """Add tokens all of which run; see `transformers.Cache`."""

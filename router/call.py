@@ -20,6 +20,7 @@ from .config import Granularity, KVPolicy, Unit
 from .errors import InputError
 from .gates import Stacked, TokenGate
 from .modality import MODALITIES
+from .recorded import Recordings
 from .stretch import Decision, Return, Stretch
 
 Mode = Literal["masked", "gathered", "dense"]
@@ -61,12 +62,14 @@ class Compiling(NamedTuple):
     """How layers are compiled.
 
     Attributes:
-        options: of `torch.compile`.
+        options: of `torch.compile`; None where layers are recorded as they are.
         multiple: of which the number of tokens in a packed row is; None is 64, or 1 on a CPU.
+        recordings: of layers; None where they are not recorded.
     """
 
-    options: dict[str, Any]
+    options: dict[str, Any] | None
     multiple: int | None = None
+    recordings: Recordings | None = None
 
 
 def image_states(kwargs: dict[str, Any], batch: int, seen: int = 0) -> ImageStates:

@@ -18,7 +18,7 @@ from .attention import visible_keys
 from .cache import Keys, KeysAndValues, SkipCacheLayer, Values
 from .call import Compiling
 from .errors import UnsupportedModelError
-from .execute import Execution, States, complete, pack_arguments, route, states_of, with_states
+from .execute import Execution, States, complete, mask_over, pack_arguments, route, states_of, with_states
 from .stand_ins import Ended, Taken
 from .stretch import Packing
 from .views import Part, run, with_parts
@@ -28,6 +28,9 @@ def run_all(
     layer: nn.Module, hidden: States, store: SkipCacheLayer | None, compiling: Compiling, kwargs: dict[str, Any]
 ) -> Any:
     """Run a layer for every token."""
+    recordings = compiling.recordings
+    if recordings is not None and store is not None and recordings.can_step(layer, hidden, store, kwargs):
+        return recordings.step(layer, hidden, store, kwargs)
     return _whole(layer, hidden, None, store, compiling, kwargs)
 
 
@@ -36,6 +39,8 @@ def run_some(
 ) -> Any:
     """Run a layer for some tokens, where `handles` says so."""
     call, store = execution.call, execution.store
+    if hidden.shape[1] == 1:
+        return _some_rows(layer, hidden, execution, compiling, kwargs)
     packing = execution.stretch.packing(execution.layer, compiling.multiple or (1 if hidden.is_cpu else 64))
     if call.kv == "retain" or call.unit == "mlp":
         kwargs = complete(hidden, store, kwargs, call.past)
@@ -50,6 +55,23 @@ def run_some(
             store.gaps = True
         store.append(keys, values, index, hidden.shape[1])
     return output
+
+
+def _some_rows(
+    layer: nn.Module, hidden: States, execution: Execution, compiling: Compiling, kwargs: dict[str, Any]
+) -> Any:
+    """Run a layer for a token of every row; the states of those that skip are kept."""
+    call, store, run = execution.call, execution.store, execution.decision.run
+    assert compiling.recordings is not None
+    assert store is not None
+    if execution.count == 0:
+        compiling.recordings.keep(layer, hidden, store, kwargs)
+        return hidden
+    if call.kv == "retain":
+        return compiling.recordings.step(layer, hidden, store, complete(hidden, store, kwargs, call.past), run[:, 0])
+    kwargs = {**kwargs, "attention_mask": mask_over(hidden, store, kwargs, call.past, run)}
+    index = torch.full_like(run, call.past, dtype=torch.long).masked_fill(~run, -1)
+    return compiling.recordings.step(layer, hidden, store, kwargs, run[:, 0], index)
 
 
 def _whole(
@@ -72,8 +94,12 @@ def _whole(
 
 
 def _call(function: Callable[..., Any], compiling: Compiling, layer: nn.Module, hidden: States, *args: Any) -> Any:
+    made = function if compiling.options is None else _compiled(function, compiling.options)
     try:
-        return _compiled(function, compiling.options)(layer, hidden, *args)
+        # A later call writes to keys and values that lie elsewhere every time.
+        if compiling.recordings is not None and function is not _later:
+            return compiling.recordings.run(made, layer, hidden, *args)
+        return made(layer, hidden, *args)
     except torch._dynamo.exc.Unsupported as error:
         raise UnsupportedModelError(
             f"`compile`: `{type(layer).__name__}` cannot be compiled as one graph: {str(error).splitlines()[0]} "
@@ -81,11 +107,17 @@ def _call(function: Callable[..., Any], compiling: Compiling, layer: nn.Module, 
         ) from error
 
 
-def handles(packs_mlp: bool, hidden: States, execution: Execution) -> bool:
+def handles(layer: nn.Module, hidden: States, execution: Execution, kwargs: dict[str, Any]) -> bool:
     """Whether a layer that some tokens run, or that has a bound on how many do, is run as a graph."""
     call, bounded = execution.call, execution.stretch.bounds is not None
-    if call.unit == "attention" or hidden.shape[1] == 1 or not (bounded or execution.count):
+    if hidden.shape[1] == 1:
+        recordings = None if call.compiling is None or call.unit != "block" else call.compiling.recordings
+        if recordings is None or (call.kv == "evict" and execution.count == 0):
+            return False
+        return recordings.can_step(layer, hidden, execution.store, kwargs)
+    if call.unit == "attention" or not (bounded or execution.count):
         return False
+    packs_mlp = layer.skipit_parts is not None
     if call.unit == "mlp":
         return True
     if call.kv == "evict":

@@ -120,7 +120,7 @@ def complete(hidden: States, store: SkipCacheLayer | None, kwargs: dict[str, Any
         # One token sees all that there are.
         alone = hidden.shape[:2] == (1, 1) and kwargs.get("attention_mask") is None and not store.gaps
         if not alone:
-            return {**kwargs, "attention_mask": _mask_over(hidden, store, kwargs, past)}
+            return {**kwargs, "attention_mask": mask_over(hidden, store, kwargs, past)}
     return kwargs
 
 
@@ -142,10 +142,10 @@ def masked(module: nn.Module, hidden: States, skipped: States, execution: Execut
                 "Give all tokens in one call, or make the earlier call under `torch.no_grad()`."
             )
         if store is not None and store.seen:
-            mask = _mask_over(hidden, store, kwargs, call.past)
+            mask = mask_over(hidden, store, kwargs, call.past)
             weight = torch.cat([(store.slots(len(runs), runs.device) >= 0).to(weight), weight], dim=1)
         kwargs = {**kwargs, KEY_WEIGHT_KWARG: KeyWeights(mask, weight)}
-    kwargs = {**kwargs, "attention_mask": _mask_over(hidden, store, kwargs, call.past, runs)}
+    kwargs = {**kwargs, "attention_mask": mask_over(hidden, store, kwargs, call.past, runs)}
     if store is not None:
         kwargs["past_key_values"] = Marked(store, call.past, runs)
         store.learned |= weight is not None
@@ -304,7 +304,7 @@ def _keys_and_values(module: nn.Module, hidden: States, layout: Layout | None, k
     return layout.to_columns(keys), layout.to_columns(values)
 
 
-def _mask_over(
+def mask_over(
     hidden: States,
     store: SkipCacheLayer | None,
     kwargs: dict[str, Any],

@@ -88,7 +88,7 @@ class GatedLayer(Mixin, _Module):
             return dense(self, hidden_states, store, call.past, kwargs)
         stretch = stretch.to(hidden_states.device)
         execution = Execution(self.skipit_index, stretch, call, store, self.skipit_attends_to_images)
-        if compiling is not None and handles(self.skipit_parts is not None, hidden_states, execution):
+        if compiling is not None and handles(self, hidden_states, execution, kwargs):
             return run_some(self, hidden_states, execution, compiling, kwargs)
         if call.unit != "block":
             output = run(self._with_parts(execution), hidden_states, kwargs)

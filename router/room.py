@@ -27,6 +27,10 @@ class Room:
         same = self.memory.data_ptr() == held.data_ptr() and len(held) == len(self.memory)
         return same and self.used == held.shape[-2]
 
+    def taken(self) -> Float[Tensor, "batch heads slots dim"]:
+        """The slots that are taken."""
+        return self.memory.narrow(-2, 0, self.used)
+
     def crop(self, held: Float[Tensor, "batch heads slots dim"], slots: int) -> None:
         """Let whoever holds what is `held` go on in place after its first `slots`, if nobody else reads the others."""
         if self.ends(held) and not self.shared:
@@ -62,4 +66,4 @@ def grow(
         room = Room(held.new_empty(*held.shape[:2], slots + more + SPARE, held.shape[-1]), slots)
         room.memory.narrow(-2, 0, slots).copy_(held)
     room.used = slots + more
-    return room.memory.narrow(-2, 0, room.used), room
+    return room.taken(), room

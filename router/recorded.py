@@ -1,0 +1,385 @@
+"""Layers recorded once and replayed: what the host does in a layer is then a few launches, whatever the layer does.
+
+On CUDA a recording is a CUDA graph; on other devices its function runs again on the same memory, which is how all but
+the graph itself is tested. Every layer has recordings of its own, so that those that nobody runs are not replayed: one
+graph of a whole step could leave nothing out.
+
+A decoding step needs keys and values at one place, whatever their number. So each layer has memory for those of one
+cache, which moves into it after its prompt. A second cache that lives at the same time is served without recordings.
+"""
+
+from collections import OrderedDict
+from collections.abc import Callable
+from functools import partial
+from threading import RLock
+from typing import Any
+from weakref import ReferenceType, WeakKeyDictionary, ref
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+
+from .cache import Keys, KeysAndValues, SkipCacheLayer, Values
+from .stand_ins import capture
+from .views import run
+
+MOST = 16  # recordings that a layer has; of more, the one that was used longest ago gives way
+SLOTS = 512  # the room for keys and values that decoding steps are recorded with is a multiple of this
+SPARE = 128  # slots of it that are free at first
+
+
+class Slot:
+    """Stands in for a cache: writes the keys and values of one token per row to a place that a tensor names."""
+
+    def __init__(self, keys: Keys, values: Values, place: Int[Tensor, " 1"]) -> None:
+        self.keys, self.values, self.place = keys, values, place
+
+    def update(self, keys: Keys, values: Values, *args: Any, **kwargs: Any) -> KeysAndValues:
+        """Write them, and give all that there is memory for."""
+        self.keys.index_copy_(-2, self.place, keys)
+        self.values.index_copy_(-2, self.place, values)
+        return self.keys, self.values
+
+
+def _step(
+    layer: nn.Module,
+    keys: Keys,
+    values: Values,
+    place: Int[Tensor, " 1"],
+    hidden: Float[Tensor, "batch 1 dim"],
+    runs: Bool[Tensor, " batch"] | None,
+    kwargs: dict[str, Any],
+) -> Any:
+    """A layer for one token per row, which sees the slots up to its own, or those of its mask; who skips stays."""
+    if kwargs.get("attention_mask") is None:
+        seen = torch.arange(keys.shape[-2], device=keys.device) <= place
+        kwargs = {**kwargs, "attention_mask": seen.expand(len(hidden), 1, 1, -1)}
+    output = run(layer, hidden, {**kwargs, "past_key_values": Slot(keys, values, place)})
+    if runs is None:
+        return output
+    if isinstance(output, tuple):
+        return torch.where(runs[:, None, None], output[0], hidden), *output[1:]
+    return torch.where(runs[:, None, None], output, hidden)
+
+
+def _keep(
+    layer: nn.Module,
+    keys: Keys,
+    values: Values,
+    place: Int[Tensor, " 1"],
+    hidden: Float[Tensor, "batch 1 dim"],
+    kwargs: dict[str, Any],
+) -> None:
+    """Keys and values of one token per row, and nothing else of the layer."""
+    Slot(keys, values, place).update(*capture(layer, hidden, kwargs))
+
+
+class _Shared:
+    """Memory that recordings read from, or leave something in; those of all layers share it."""
+
+    def __init__(self, like: Tensor) -> None:
+        with torch.inference_mode(False):
+            self.memory = torch.empty(like.shape, dtype=like.dtype, device=like.device)
+        self._held: tuple[Tensor, int] | None = None
+
+    def fill(self, given: Tensor) -> None:
+        """Copy it, unless it is what was copied last: positions are the same in every layer."""
+        if given.is_inference():
+            self._held = None
+        elif self._held is not None and self._held[0] is given and self._held[1] == given._version:
+            return
+        else:
+            self._held = (given, given._version)
+        self.memory.copy_(given)
+
+
+class _Recording:
+    """A function of what lies in memory, recorded.
+
+    Args:
+        function: needs no arguments.
+        device: of everything in it.
+        pool: memory for what it makes on the way; None where there is no graph.
+        left: memory for the tensors that it gives, by their number: a graph would keep those of its own for ever.
+    """
+
+    def __init__(
+        self, function: Callable[[], Any], device: torch.device, pool: Any, left: Callable[[int, Tensor], Tensor]
+    ) -> None:
+        self._graph = None
+        tensors: list[Tensor] = []
+        if device.type == "cuda":
+            here, aside = torch.cuda.current_stream(device), torch.cuda.Stream(device)
+            aside.wait_stream(here)
+            with torch.cuda.stream(aside):
+                function()
+                self._output = function()
+            here.wait_stream(aside)
+        else:
+            self._output = function()
+        _taken_apart(self._output, tensors)
+        self._left = [left(number, tensor) for number, tensor in enumerate(tensors)]
+        self._output = _put_together(self._output, iter(self._left))
+        self._function = function
+        if device.type == "cuda":
+            del tensors
+            self._graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self._graph, pool=pool, capture_error_mode="thread_local"):
+                self._leave()
+
+    def _leave(self) -> None:
+        tensors: list[Tensor] = []
+        _taken_apart(self._function(), tensors)
+        for memory, tensor in zip(self._left, tensors, strict=True):
+            memory.copy_(tensor)
+
+    def __call__(self) -> Any:
+        """What the function gives, in memory that is the caller's."""
+        if self._graph is None:
+            self._leave()
+        else:
+            self._graph.replay()
+        return _put_together(self._output, map(torch.clone, self._left))
+
+
+class _Layer:
+    """A layer's recordings, and what must stay as it is for them to be of any use."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        self.recordings: OrderedDict[Any, _Recording] = OrderedDict()
+        self.seen: OrderedDict[Any, None] = OrderedDict()
+        self.memory: dict[tuple[Any, ...], _Memory] = {}
+        modules = [module for name, module in layer.named_modules() if not name.startswith("layer_gate")]
+        self._modules = [(module, dict(module._modules)) for module in modules]
+        self._tensors = [
+            (place, name, tensor.data_ptr())
+            for module in modules
+            for place in (module._parameters, module._buffers)
+            for name, tensor in place.items()
+            if tensor is not None
+        ]
+        self.replaced = any("_hf_hook" in vars(module) for module in modules)
+
+    def unchanged(self) -> bool:
+        """Whether weights lie where they lay, in the same modules, and nobody has put a hook inside."""
+        for number, (module, children) in enumerate(self._modules):
+            if module._modules != children or (number and (module._forward_hooks or module._forward_pre_hooks)):
+                return False
+        for place, name, address in self._tensors:
+            tensor = place.get(name)
+            if tensor is None or tensor.data_ptr() != address:
+                return False
+        return True
+
+
+class _Memory:
+    """Keys and values of the one cache that lives here, of so many rows and slots."""
+
+    def __init__(self, keys: Keys, values: Values, slots: int) -> None:
+        with torch.inference_mode(False):
+            self.keys, self.values = (one.new_zeros(*one.shape[:2], slots, one.shape[-1]) for one in (keys, values))
+        self._tenant: ReferenceType[Any] | None = None
+
+    def admit(self, store: SkipCacheLayer) -> bool:
+        """Let a layer's cache live here; False if another does."""
+        if store.lives_in(self.keys, self.values):
+            return True
+        if self._tenant is not None and self._tenant() is not None:
+            return False
+        self._tenant = ref(store.move(self.keys, self.values))
+        return True
+
+
+class Recordings:
+    """Of a model's layers; used by one thread at a time."""
+
+    def __init__(self) -> None:
+        self._layers: WeakKeyDictionary[nn.Module, _Layer] = WeakKeyDictionary()
+        self._shared: dict[Any, _Shared] = {}
+        self._streams: dict[torch.device, Any] = {}
+        self._last_place: tuple[int, Tensor] | None = None
+        self._pools: dict[torch.device, Any] = {}
+        self._lock = RLock()
+
+    def run(self, function: Callable[..., Any], layer: nn.Module, hidden: Tensor, *args: Any) -> Any:
+        """`function(layer, hidden, *args)`; recorded when a call of its kind comes the second time.
+
+        Args:
+            function: reads nothing but its arguments, asks the device for nothing, and writes nowhere.
+            layer: a gated layer.
+            hidden: states that enter it.
+            *args: tensors, None, numbers, and tuples and dictionaries of them.
+        """
+        with self._lock:
+            known = self._known(layer, hidden)
+            if known is None:
+                return function(layer, hidden, *args)
+            leaves: list[Tensor] = []
+            key = (function, _taken_apart((hidden, *args), leaves))
+            if key not in known.recordings and key not in known.seen:
+                _remember(known.seen, key, None)
+                return function(layer, hidden, *args)
+            return self._replay(known, key, leaves, (hidden, *args), partial(function, layer), hidden.device)
+
+    def can_step(self, layer: nn.Module, hidden: Tensor, store: SkipCacheLayer | None, kwargs: dict[str, Any]) -> bool:
+        """Whether `step` has a recording for this, or can make one."""
+        mask = kwargs.get("attention_mask")
+        if store is None or not store.is_initialized or hidden.shape[1] != 1:
+            return False
+        if mask is not None and (mask.dtype != torch.bool or mask.dim() != 4):
+            return False
+        with self._lock:
+            return self._known(layer, hidden) is not None and self._memory(layer, store) is not None
+
+    def step(
+        self,
+        layer: nn.Module,
+        hidden: Float[Tensor, "batch 1 dim"],
+        store: SkipCacheLayer,
+        kwargs: dict[str, Any],
+        runs: Bool[Tensor, " batch"] | None = None,
+        index: Int[Tensor, "batch 1"] | None = None,
+    ) -> Any:
+        """Run a layer for one token per row, where `can_step` says so.
+
+        Args:
+            layer: a gated layer.
+            hidden: states that enter it.
+            store: where its keys and values are.
+            kwargs: its other arguments; a mask over the keys that there are and the new ones.
+            runs: False where a row's token skips; None where all run.
+            index: the sequence index of the new slots, -1 where a row has none; None where all have one.
+        """
+        return self._in_memory(_step, layer, store, kwargs, index, hidden, runs)
+
+    def keep(
+        self, layer: nn.Module, hidden: Float[Tensor, "batch 1 dim"], store: SkipCacheLayer, kwargs: dict[str, Any]
+    ) -> None:
+        """Make keys and values alone of one token per row, where `can_step` says so; see `step`."""
+        self._in_memory(_keep, layer, store, {**kwargs, "attention_mask": None}, None, hidden)
+
+    def _in_memory(
+        self,
+        function: Callable[..., Any],
+        layer: nn.Module,
+        store: SkipCacheLayer,
+        kwargs: dict[str, Any],
+        index: Int[Tensor, "batch 1"] | None,
+        hidden: Tensor,
+        *args: Any,
+    ) -> Any:
+        with self._lock:
+            known, memory = self._layers[layer], self._memory(layer, store)
+            assert memory is not None
+            place = store.grow(1, index)[0].shape[-2] - 1
+            mask = kwargs.get("attention_mask")
+            if mask is not None:
+                mask = F.pad(mask, (0, memory.keys.shape[-2] - mask.shape[-1]))
+            kwargs = {name: it for name, it in kwargs.items() if name != "past_key_values"} | {"attention_mask": mask}
+            args = (self._place(place, hidden.device), hidden, *args, kwargs)
+            leaves: list[Tensor] = []
+            key = (function, memory.keys.shape, _taken_apart(args, leaves))
+            made = partial(function, layer, memory.keys, memory.values)
+            return self._replay(known, key, leaves, args, made, hidden.device)
+
+    def _place(self, place: int, device: torch.device) -> Int[Tensor, " 1"]:
+        """A number as a tensor, the same one for all layers that ask for it in turn."""
+        if self._last_place is None or self._last_place[0] != place or self._last_place[1].device != device:
+            with torch.inference_mode(False):
+                self._last_place = place, torch.full((1,), place, device=device)
+        return self._last_place[1]
+
+    def _known(self, layer: nn.Module, hidden: Tensor) -> _Layer | None:
+        """What is known of a layer; None where it cannot be recorded as things are."""
+        device = hidden.device
+        if layer.training or torch.is_grad_enabled() or torch.is_autocast_enabled(device.type):
+            return None
+        if device.type == "cuda":  # memory is used in turn, which only one stream keeps to
+            stream = torch.cuda.current_stream(device)
+            if self._streams.setdefault(device, stream) != stream:
+                return None
+        known = self._layers.get(layer)
+        if known is None or not known.unchanged():
+            known = self._layers[layer] = _Layer(layer)
+        return None if known.replaced or not known.unchanged() else known
+
+    def _memory(self, layer: nn.Module, store: SkipCacheLayer) -> _Memory | None:
+        """Memory where the store lives, with a slot to spare; None where another lives there."""
+        memories, keys, values = self._layers[layer].memory, store.keys, store.values
+        slots = keys.shape[-2]
+        for memory in memories.values():
+            if store.lives_in(memory.keys, memory.values) and slots < memory.keys.shape[-2]:
+                return memory
+        room = -(-(slots + SPARE) // SLOTS) * SLOTS
+        key = (keys.shape[:2], keys.shape[-1], values.shape[-1], keys.dtype, keys.device, room)
+        if key not in memories:
+            memories[key] = _Memory(keys, values, room)
+        return memories[key] if memories[key].admit(store) else None
+
+    def _replay(
+        self,
+        known: _Layer,
+        key: Any,
+        leaves: list[Tensor],
+        args: tuple[Any, ...],
+        function: Callable[..., Any],
+        device: torch.device,
+    ) -> Any:
+        inputs = [self._memory_for("given", number, leaf) for number, leaf in enumerate(leaves)]
+        for one, leaf in zip(inputs, leaves, strict=True):
+            one.fill(leaf)
+        recording = known.recordings.get(key)
+        if recording is None:
+            read = _put_together(args, iter([one.memory for one in inputs]))
+            recording = _Recording(
+                partial(function, *read),
+                device,
+                self._pool(device),
+                lambda number, like: self._memory_for("left", number, like).memory,
+            )
+            _remember(known.recordings, key, recording)
+        known.recordings.move_to_end(key)
+        return recording()
+
+    def _memory_for(self, what: str, number: int, like: Tensor) -> _Shared:
+        key = (what, number, like.shape, like.dtype, like.device)
+        if key not in self._shared:
+            self._shared[key] = _Shared(like)
+        return self._shared[key]
+
+    def _pool(self, device: torch.device) -> Any:
+        """Memory that recordings use in turn, none of which leaves anything in it for another."""
+        if device.type == "cuda" and device not in self._pools:
+            self._pools[device] = torch.cuda.graph_pool_handle()
+        return self._pools.get(device)
+
+
+def _remember(known: OrderedDict[Any, Any], key: Any, value: Any) -> None:
+    known[key] = value
+    while len(known) > MOST:
+        known.popitem(last=False)
+
+
+def _taken_apart(value: Any, tensors: list[Tensor]) -> Any:
+    """The kind of a call's arguments, to be compared; appends their tensors."""
+    if isinstance(value, Tensor):
+        tensors.append(value)
+        return value.shape, value.dtype, value.device
+    if isinstance(value, tuple | list):
+        return type(value), tuple(_taken_apart(one, tensors) for one in value)
+    if isinstance(value, dict):
+        return tuple((name, _taken_apart(one, tensors)) for name, one in value.items())
+    return value
+
+
+def _put_together(value: Any, tensors: Any) -> Any:
+    """The same arguments with other tensors."""
+    if isinstance(value, Tensor):
+        return next(tensors)
+    if isinstance(value, tuple | list):
+        parts = [_put_together(one, tensors) for one in value]
+        return type(value)(*parts) if hasattr(value, "_fields") else type(value)(parts)
+    if isinstance(value, dict):
+        return {name: _put_together(one, tensors) for name, one in value.items()}
+    return value
