@@ -159,7 +159,8 @@ class _Layer:
             for name, tensor in place.items()
             if tensor is not None
         ]
-        self.replaced = any("_hf_hook" in vars(module) for module in modules)
+        hooked = any("_hf_hook" in vars(module) for module in modules)
+        self.recordable = not hooked and self.unchanged()
 
     def unchanged(self) -> bool:
         """Whether weights lie where they lay, in the same modules, and nobody has put a hook inside."""
@@ -178,6 +179,7 @@ class _Memory:
 
     def __init__(self, keys: Keys, values: Values, slots: int) -> None:
         with torch.inference_mode(False):
+            self.slots = slots
             self.keys, self.values = (one.new_zeros(*one.shape[:2], slots, one.shape[-1]) for one in (keys, values))
         self._tenant: ReferenceType[Any] | None = None
 
@@ -199,6 +201,7 @@ class Recordings:
         self._shared: dict[Any, _Shared] = {}
         self._streams: dict[torch.device, Any] = {}
         self._last_place: tuple[int, Tensor] | None = None
+        self._found: tuple[nn.Module, SkipCacheLayer, _Layer, _Memory] | None = None
         self._pools: dict[torch.device, Any] = {}
         self._lock = RLock()
 
@@ -230,7 +233,10 @@ class Recordings:
         if mask is not None and (mask.dtype != torch.bool or mask.dim() != 4):
             return False
         with self._lock:
-            return self._known(layer, hidden) is not None and self._memory(layer, store) is not None
+            known = self._known(layer, hidden)
+            memory = None if known is None else self._memory(known, store)
+            self._found = None if known is None or memory is None else (layer, store, known, memory)
+            return self._found is not None
 
     def step(
         self,
@@ -270,8 +276,11 @@ class Recordings:
         *args: Any,
     ) -> Any:
         with self._lock:
-            known, memory = self._layers[layer], self._memory(layer, store)
-            assert memory is not None
+            if self._found is None or self._found[0] is not layer or self._found[1] is not store:
+                self.can_step(layer, hidden, store, kwargs)  # another thread has asked since
+            assert self._found is not None
+            known, memory = self._found[2:]
+            self._found = None
             place = store.grow(1, index)[0].shape[-2] - 1
             mask = kwargs.get("attention_mask")
             if mask is not None:
@@ -302,14 +311,14 @@ class Recordings:
         known = self._layers.get(layer)
         if known is None or not known.unchanged():
             known = self._layers[layer] = _Layer(layer)
-        return None if known.replaced or not known.unchanged() else known
+        return known if known.recordable else None
 
-    def _memory(self, layer: nn.Module, store: SkipCacheLayer) -> _Memory | None:
+    def _memory(self, known: _Layer, store: SkipCacheLayer) -> _Memory | None:
         """Memory where the store lives, with a slot to spare; None where another lives there."""
-        memories, keys, values = self._layers[layer].memory, store.keys, store.values
+        memories, keys, values = known.memory, store.keys, store.values
         slots = keys.shape[-2]
         for memory in memories.values():
-            if store.lives_in(memory.keys, memory.values) and slots < memory.keys.shape[-2]:
+            if slots < memory.slots and store.lives_in(memory.keys, memory.values):
                 return memory
         room = -(-(slots + SPARE) // SLOTS) * SLOTS
         key = (keys.shape[:2], keys.shape[-1], values.shape[-1], keys.dtype, keys.device, room)

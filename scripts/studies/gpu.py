@@ -78,25 +78,35 @@ def cases(thresholds: dict[float, float]) -> dict[str, dict[str, Any]]:
 
 
 @torch.no_grad()
-def law(size: dict[str, int], dtype: torch.dtype, device: str, batch: int, **options: Any) -> dict[str, Any]:
-    """Masked and gathered execution give the same, in a prompt and two tokens after it."""
+def law(
+    size: dict[str, int], dtype: torch.dtype, device: str, batch: int, recorded: bool, **options: Any
+) -> dict[str, Any]:
+    """Masked and gathered execution give the same, in a prompt and some tokens after it."""
     model = bench_small(image_tokens=16, **size).to(device, dtype)
     inputs = to_model(prompt(16, 48, batch), model)
     attach(model)
     policy = Gated(random_gates(model, inputs)[0.5])
-    found = {}
-    for mode in ("masked", "gathered"):
-        with running(mode=mode, policy=policy, **options):
-            output = model(**inputs, use_cache=True)
-            logits, mask = [output.logits], inputs["attention_mask"]
-            for token in (11, 12):
-                mask = torch.cat([mask, mask[:, :1]], dim=1)
-                ids = torch.full_like(mask[:, :1], token)
-                output = model(input_ids=ids, attention_mask=mask, past_key_values=output.past_key_values)
-                logits.append(output.logits)
-        found[mode] = torch.cat(logits, dim=1).float()
-    error = float((found["masked"] - found["gathered"]).abs().max() / found["masked"].abs().max())
+    if recorded:
+        compile_layers(model, backend="cudagraphs")
+    with running(mode="masked", policy=policy, **options):
+        wanted = answered(model, inputs)
+    for _ in range(3 if recorded else 1):  # it is recorded the second time, and replayed the third
+        with running(mode="gathered", policy=policy, **options):
+            found = answered(model, inputs)
+    error = float((wanted - found).abs().max() / wanted.abs().max())
     return {"error": error, "holds": error <= CLOSE[dtype]}
+
+
+def answered(model: Any, inputs: dict[str, Tensor]) -> Tensor:
+    """Logits of a prompt and of tokens after it, fp32."""
+    output = model(**inputs, use_cache=True)
+    logits, mask = [output.logits], inputs["attention_mask"]
+    for token in range(11, 17):
+        mask = torch.cat([mask, mask[:, :1]], dim=1)
+        ids = torch.full_like(mask[:, :1], token)
+        output = model(input_ids=ids, attention_mask=mask, past_key_values=output.past_key_values)
+        logits.append(output.logits)
+    return torch.cat(logits, dim=1).float()
 
 
 class Subject:
@@ -104,9 +114,12 @@ class Subject:
 
     def __init__(self, dense: Any, inputs: dict[str, Tensor]) -> None:
         self.dense, self.inputs = dense, to_model(inputs, dense)
-        self.gated = twin(dense)
+        self.gated, self.recorded = twin(dense), twin(dense)
         attach(self.gated)
         self.cases = cases(random_gates(self.gated, self.inputs))
+        attach(self.recorded)
+        set_gates(self.recorded, **gate_state(self.gated))
+        compile_layers(self.recorded, backend="cudagraphs")
         self.costs = CostModel.of(dense)
 
     def counts(self, options: dict[str, Any] | None, call: int) -> dict[str, Any]:
@@ -131,7 +144,8 @@ class Subject:
         """Time to the first token, pictures encoded, and per token after it; FLOPs run; memory of a forward pass."""
         times: list[tuple[float, float, float, float]] = []
         with running(**options):  # the untouched model has no gates that this would reach
-            run_once(model, self.inputs, steps)
+            for _ in range(3 if model is self.recorded else 1):  # recorded the second time
+                run_once(model, self.inputs, steps)
             run_once(self.dense, self.inputs, steps)
             started = time.monotonic()
             while len(times) < 3 or (time.monotonic() - started < seconds and len(times) < 15):
@@ -140,6 +154,21 @@ class Subject:
         row = {"ttft_ms": 1000 * median(t[2] for t in times), "ttft_speed_up": median(t[0] / t[2] for t in times)}
         row |= {"tpot_ms": 1000 * median(t[3] for t in times), "tpot_speed_up": median(t[1] / t[3] for t in times)}
         return {**row, **self._flops(model, options, steps), "peak_mb": peak / 1e6, "repeats": len(times)}
+
+    @torch.no_grad()
+    def answer(self, model: Any, options: dict[str, Any], tokens: int, **given: Any) -> dict[str, Any]:
+        """Milliseconds of `generate` per token after the first, what it does between calls of the model included."""
+
+        def seconds(new: int) -> float:
+            started = now(model.device)
+            model.generate(**self.inputs, max_new_tokens=new, min_new_tokens=new, do_sample=False, **given)
+            return now(model.device) - started
+
+        with running(**options):
+            for _ in range(3):
+                seconds(tokens)
+            times = [(seconds(tokens) - seconds(1)) / (tokens - 1) for _ in range(3)]
+        return {"ms_per_token": 1000 * median(times), "repeats": len(times)}
 
     def _flops(self, model: Any, options: dict[str, Any], steps: int) -> dict[str, float]:
         if not options:
@@ -182,14 +211,6 @@ def training_step(dense: Any, inputs: dict[str, Tensor], kv: KVPolicy | None, re
         hook.remove()
         dense.requires_grad_(False).eval()
     return {"ms": 1000 * median(times), "peak_mb": peak / 1e6, "gates_learn": all(g.grad is not None for g in gates)}
-
-
-def compiled_gates(subject: Subject) -> Any:
-    """The gated model with its layers compiled."""
-    model = twin(subject.dense)
-    attach(model)
-    set_gates(model, **gate_state(subject.gated))
-    return compile_layers(model, backend=backend(model))
 
 
 def backend(model: Any) -> str:
@@ -239,10 +260,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     card = torch.cuda.get_device_name() if given.device == "cuda" else given.device
     report = Report(given.out, given.minutes, device=card, tiny=given.tiny)
     size = {"hidden": 128, "layers": 2} if given.tiny else {"hidden": 1024, "layers": 6}
-    for dtype, (kv, route), batch in product(CLOSE, WAYS, (1, 4)):
-        what: dict[str, Any] = {"dtype": str(dtype), "kv": kv, "route": route, "batch": batch}
+    for dtype, (kv, route), batch, recorded in product(CLOSE, WAYS, (1, 4), (False, True)):
+        what: dict[str, Any] = {"dtype": str(dtype), "kv": kv, "route": route, "batch": batch, "recorded": recorded}
         options = {"kv": kv, "route": route}
-        report.add(partial(law, size, dtype, given.device, batch, **options), kind="law", **what)
+        report.add(partial(law, size, dtype, given.device, batch, recorded, **options), kind="law", **what)
     for number, (shape, dense, prompts) in enumerate(shapes(given.tiny, given.device)):
         measure(report, shape, dense, prompts, given.tiny, by=0.55 if number == 0 else 1.0)
         del dense
@@ -253,27 +274,36 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def measure(report: Report, shape: str, dense: Any, prompts: Any, tiny: bool, by: float) -> None:
     """All rows of one shape, the most telling ones first."""
-    per_image, pace = (16, (2, 0.0)) if tiny else (576, (8, 1.5))
+    per_image, pace, tokens = (16, (2, 0.0), 4) if tiny else (576, (8, 1.0), 17)
     parts = compiled(dense, whole=False)
-    for images, batch in ((1, 1), (4, 1)) if tiny else ((1, 1), (4, 1), (1, 8), (1, 16), (4, 8)):
+    for images, batch in ((1, 1), (4, 1)) if tiny else ((1, 1), (4, 1), (1, 16), (1, 8), (4, 8)):
         subject = Subject(dense, prompts(images, batch))
         what: dict[str, Any] = {"shape": shape, "image_tokens": images * per_image, "batch": batch}
         if (images, batch) == (1, 1):
             for name, call in product((None, "gates, all run", "retain, 50% run", "evict, 50% run"), (0, 2)):
                 counted = partial(subject.counts, subject.cases[name] if name else None, call)
                 report.add(counted, by, kind="counts", **what, model=name or "dense", call=CALLS[call])
-        models = {"dense": (subject.dense, {}), **{name: (subject.gated, case) for name, case in subject.cases.items()}}
-        for name, (model, case) in (models | {"dense, norms and MLPs compiled": (parts, {})}).items():
+        cases = {k: v for k, v in subject.cases.items() if batch == 1 or "all" in k or "50" in k}
+        models = {"dense": (subject.dense, {}), **{name: (subject.gated, case) for name, case in cases.items()}}
+        models["dense, norms and MLPs compiled"] = (parts, {})
+        # Of a large batch recordings save nothing, and take memory.
+        recorded = {f"{k}, recorded": (subject.recorded, {**v, "route": "whole"}) for k, v in cases.items()}
+        for name, (model, case) in {**models, **(recorded if batch == 1 else {})}.items():
             report.add(partial(subject.speed, model, case, *pace), by, kind="speed", **what, model=name)
+        if (images, batch) == (1, 1):
+            for name, (model, case) in {"dense": models["dense"], **recorded}.items():
+                answer = partial(subject.answer, model, case, tokens)
+                report.add(answer, by, kind="answer", **what, model=name)
         if (images, batch) == (1, 1) and "LLaVA" in shape:
             learn = to_model(labelled(per_image, 64, 1, 16), dense)
             for kv in (None, "retain", "evict"):
                 report.add(partial(training_step, dense, learn, kv), by, kind="training step", **what, kv=kv or "dense")
+        del subject, models, recorded, model
+        gc.collect()
     subject = Subject(dense, prompts(1, 1))
-    what = {"shape": shape, "image_tokens": per_image, "batch": 1, "model": "dense, decoder compiled"}
+    what = {"shape": shape, "image_tokens": per_image, "batch": 1}
+    if dense.device.type == "cuda":  # transformers then captures its steps by torch.compile, mode="reduce-overhead"
+        static = partial(subject.answer, subject.dense, {}, tokens, cache_implementation="static")
+        report.add(static, by - 0.1, kind="answer", **what, model="dense, static cache, compiled")
+    what["model"] = "dense, decoder compiled"
     report.add(partial(subject.speed, compiled(dense, whole=True), {}, *pace), by - 0.1, kind="speed", **what)
-    graphs = compiled_gates(subject)
-    for name in ("gates, all run", "retain, 50% run", "evict, 50% run"):
-        case = subject.cases[name] | {"route": "whole"}
-        what["model"] = f"{name}, layers compiled"
-        report.add(partial(subject.speed, graphs, case, *pace), by - 0.1, kind="speed", **what)

@@ -29,9 +29,9 @@ def test_the_script(tmp_path: Path) -> None:
     assert [row for row in rows if "failed" in row] == []
     assert found["device"] == "cpu"
     laws = [row for row in rows if row["kind"] == "law"]
-    assert len(laws) == 12
+    assert len(laws) == 24
     assert all(row["holds"] for row in laws)
-    assert {row["kind"] for row in rows} == {"law", "counts", "speed", "training step"}
+    assert {row["kind"] for row in rows} == {"law", "counts", "speed", "answer", "training step"}
     assert {row["shape"] for row in rows if row["kind"] == "speed"} == {"LLaVA-1.5-7B", "Qwen2.5-VL-7B"}
     dense, evict = (
         next(row for row in rows if row["kind"] == "speed" and row["model"] == name)
