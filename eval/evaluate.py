@@ -39,7 +39,7 @@ from skipit.train.adapter import load, load_with_dense
 from skipit.train.card import ADAPTER_CONFIG, EVALUATION, checkpoint_record
 from skipit.train.data.collate import Collator
 from skipit.train.data.rows import Broken, Rows, readable
-from skipit.train.data.sources import load_data, name_data
+from skipit.train.data.sources import load_data, name_data, on_gpu
 from skipit.train.data.used import held_out
 from skipit.train.display import loading, note, progress
 from skipit.train.export import check_exported, check_profile
@@ -137,6 +137,7 @@ def evaluate(request: Request, out: Path, overwrite: bool = False, resume: bool 
     measured = load_profile(request.profile) if request.profile else None
     with loading("loading"):
         model, processor, dense = load_with_dense(request.checkpoint, request.base, budget=request.budget)
+        model, dense = on_gpu(model), on_gpu(dense)
         found = load_data(request.data, request.split, request.samples, request.seed, columns=request.columns)
         collate = Collator(processor, with_completion=False)
         found = readable(found, answerable(collate), Broken(request.max_broken_rows, note))
@@ -280,6 +281,7 @@ def _further(bench: _Bench, name: str, path: Path, dense: Outcome, kinds: Sequen
     """A further router on the same rows: loaded, measured and let go, so that never more than one more is in memory."""
     with loading(f"loading {name}"):
         model, processor = load(path, bench.request.base if _is_adapter(path) else None)
+        model = on_gpu(model)
     config = find_router(model)[1].config
     kv = config.kv
     collate, costs = Collator(processor, with_completion=False), CostModel.of(bench.dense)

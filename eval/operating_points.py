@@ -23,6 +23,7 @@ from skipit.theory.time_model import TimeModel, point_of
 from skipit.train.card import CERTIFICATES, LATENCIES, PROVENANCE_FILE, checkpoint_record, shares_of, update_points
 from skipit.train.data.collate import Collator, batches
 from skipit.train.data.rows import Rows, pictures
+from skipit.train.data.sources import on_gpu
 from skipit.train.data.used import RECORD, Noted, also_used, fingerprints, held_out
 from skipit.train.export import check_exported
 from skipit.train.run import least_share
@@ -90,6 +91,7 @@ def certify_checkpoint(
                 f"{made}and {len(chosen)} choose the thresholds to test."
             ) from error
         model, processor = load(folder)
+        model = on_gpu(model)
         collate = Collator(processor, with_completion=False)
         grid = threshold_grid(gate_logits(model, _select(rows, chosen), collate, batch_size))
         certificate = certify_thresholds(
@@ -142,6 +144,7 @@ def budget_checkpoint(
     folder, name = Path(folder), point_of(budget) if in_time else point_name(budget)
     with claimed_point(folder, name, overwrite):
         model, processor = load(folder)
+        model = on_gpu(model)
         times = TimeModel.of(model) if in_time else None
         collate, read, kv = Collator(processor), Noted(), find_router(model)[1].config.kv
         given = list(batches(Rows(rows, read.noting(collate.checked)), collate, batch_size))

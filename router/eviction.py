@@ -14,7 +14,8 @@ from jaxtyping import Bool, Float, Shaped
 from torch import Tensor
 
 KEY_WEIGHT_KWARG = "skipit_key_weight"
-AT_ONCE = 2**21  # numbers in an attention matrix that the backward pass makes at once
+# Numbers in an attention matrix that the backward pass makes at once: where launches take the time, more.
+AT_ONCE = {"cpu": 2**21, "cuda": 2**25}
 
 
 class KeyWeights(NamedTuple):
@@ -89,7 +90,8 @@ class _WeightedAttention(torch.autograd.Function):
         query, key, value, weight, mask, output = ctx.saved_tensors
         heads = query.shape[1]
         # A few heads at a time: their attention matrices are all that training needs beyond plain attention's memory.
-        together = max(1, AT_ONCE // (query.shape[0] * query.shape[2] * key.shape[2]))
+        at_once = AT_ONCE.get(query.device.type, AT_ONCE["cuda"])
+        together = max(1, at_once // (query.shape[0] * query.shape[2] * key.shape[2]))
         parts = []
         for first in range(0, heads, together):
             some = slice(first, first + together)

@@ -103,6 +103,13 @@ def training_arguments(
     """What `Trainer` must know of a run; `zero` is a DeepSpeed configuration, or None."""
     from transformers import TrainingArguments
 
+    # Newer releases call it by the first name, transformers 5.17 by the second.
+    names = ("activation_checkpointing", "gradient_checkpointing")
+    checkpointing = next(name for name in names if hasattr(TrainingArguments, name))
+    again: dict[str, Any] = {
+        checkpointing: config.gradient_checkpointing,
+        f"{checkpointing}_kwargs": {"use_reentrant": False},
+    }
     return TrainingArguments(
         output_dir=str(Path(out) / CHECKPOINTS),
         max_steps=config.steps,
@@ -118,8 +125,6 @@ def training_arguments(
         save_total_limit=2,
         seed=config.seed,
         bf16=config.precision == "bf16",
-        activation_checkpointing=config.gradient_checkpointing,
-        activation_checkpointing_kwargs={"use_reentrant": False},
         deepspeed=zero,
         # Rows of a stream have lengths of their own: every process reads it, and takes its share.
         accelerator_config={"dispatch_batches": False},
@@ -128,6 +133,7 @@ def training_arguments(
         report_to=report_to,
         disable_tqdm=True,
         use_cpu=not torch.cuda.is_available(),
+        **again,
     )
 
 

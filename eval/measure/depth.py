@@ -45,9 +45,10 @@ def answer_depth(steps: list[Step], ids: Tensor, tokenizer: Any, views: list[Vie
     """
     if steps[0].modality.shape[0] != 1:
         raise ValueError(f"`steps`: got a trace of {steps[0].modality.shape[0]} rows, expected 1.")
-    modality = torch.cat([step.modality[0] for step in steps])
-    depth = torch.cat([step.run[:, 0].sum(0) for step in steps])
+    modality = torch.cat([step.modality[0] for step in steps]).cpu()
+    depth = torch.cat([step.run[:, 0].sum(0) for step in steps]).cpu()
     area, patches = on_the_picture(views, depth[modality == VISION].float())
+    ids = ids.cpu()
     # The last generated token never enters the model.
     text = (modality != VISION).nonzero().flatten()
     names = [tokenizer.decode([int(ids[i])]).strip() for i in text]

@@ -15,7 +15,7 @@ from skipit.eval.measure.runner import answer_batches, right_answers
 from skipit.eval.metrics.vqa import METRICS, answer_scores
 from skipit.router.folders import provenance, save_json
 from skipit.train.data.collate import Collator
-from skipit.train.data.sources import DOCUMENTS, load_data, load_model
+from skipit.train.data.sources import DOCUMENTS, load_data, load_model, on_gpu
 from skipit.train.display import progress
 
 from .study import command, markdown
@@ -50,6 +50,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--max-new-tokens", type=int, default=200, help="longest answer (default %(default)s)")
     given = parser.parse_args(argv)
     model, processor = load_model(DOCUMENTS)
+    model = on_gpu(model)
     rows, said = list(load_data(DOCUMENTS, given.split, given.samples, given.seed)), list[str]()
     how = {"batch_size": given.batch_size, "max_new_tokens": given.max_new_tokens}
     with torch.no_grad(), progress("ask", len(rows)) as advance:

@@ -79,7 +79,7 @@ def test_heads_may_be_taken_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(eviction, "_derivatives", watched)
     for at_once in (2**21, 3 * 2 * 6 * 6, 1):
-        monkeypatch.setattr(eviction, "AT_ONCE", at_once)
+        monkeypatch.setitem(eviction.AT_ONCE, "cpu", at_once)
         given = [tensor.requires_grad_() for tensor in (*tensors(3), torch.tensor([[1.0, 0, 1, 1, 0, 1]] * 2))]
         loss = (weighted_attention(*given[:3], None, given[3], None) * wanted).sum()
         found.append(torch.autograd.grad(loss, given))

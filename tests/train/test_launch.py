@@ -306,6 +306,7 @@ class TestGuards:
         before = dict(os.environ)
         with launched(TrainConfig(precision="bf16", gradient_checkpointing=True), tmp_path) as arguments:
             assert arguments.bf16
+            assert arguments.gradient_checkpointing or arguments.activation_checkpointing  # the first name is the older
             assert os.environ["TENSORBOARD_LOGGING_DIR"] == str(tmp_path / "logs")
         assert dict(os.environ) == before
 

@@ -34,6 +34,13 @@ def load_model(source: str, **options: Any) -> tuple[Any, Any]:
     return load_dense(resolve_model(source), **options)
 
 
+def on_gpu(model: Any) -> Any:
+    """A model where the command line runs it: on the first GPU that PyTorch sees, if it sees one."""
+    import torch
+
+    return model.to("cuda") if torch.cuda.is_available() else model
+
+
 def resolve_model(source: str) -> str:
     """The folder of `reference` or of `documents`, which is made at the first use, or the source itself.
 

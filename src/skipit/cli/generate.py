@@ -56,6 +56,7 @@ def run(arguments: argparse.Namespace) -> None:
     from skipit.eval.measure.answer import answer, open_images
     from skipit.router.errors import InputError
     from skipit.train.adapter import load
+    from skipit.train.data.sources import on_gpu
     from skipit.train.display import loading
 
     if arguments.dense and (arguments.depth_map or arguments.budget or arguments.budget_per):
@@ -74,6 +75,7 @@ def run(arguments: argparse.Namespace) -> None:
     images = open_images(arguments.image)
     with loading("loading"):
         model, processor = load(arguments.checkpoint, arguments.base)
+        model = on_gpu(model)
     names = ("budget", "budget_per", "dense", "lossless", "draft_budget", "draft_tokens", "max_new_tokens")
     settings = chosen(arguments, *names)
     reply = answer(model, processor, images, arguments.prompt, **settings)

@@ -71,7 +71,7 @@ def _profile_decoder(arguments: argparse.Namespace) -> None:
     from skipit.theory.artefact import save_profile
     from skipit.theory.partial import Partial
     from skipit.train.data.collate import Collator
-    from skipit.train.data.sources import load_model, name_data
+    from skipit.train.data.sources import load_model, name_data, on_gpu
     from skipit.train.display import loading, note, progress
     from skipit.train.export import DATA, HOW_READ
     from skipit.train.profiling import profile_model
@@ -85,6 +85,7 @@ def _profile_decoder(arguments: argparse.Namespace) -> None:
     )
     with loading("loading"):
         model, processor = load_model(arguments.model)
+        model = on_gpu(model)
         rows = readable_rows(arguments, load_rows(arguments, arguments.samples), Collator(processor))
     with progress("profile", _count(rows, arguments)) as advance:
         settings = chosen(arguments, "batch_size", "seed", "draws", "layers", "decide_at")

@@ -217,6 +217,7 @@ def _plan_for_training(
             "under ZeRO-3 no process has the whole model to measure. Run `skipit profile` and add --profile."
         )
     else:
+        model.to(launch.device)  # where `Trainer` would bring it later
         first = rows.rows
         if hasattr(first, "select"):
             first = first.select(range(min(arguments.profile_samples, len(first))))

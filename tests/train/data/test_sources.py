@@ -7,13 +7,14 @@ from typing import Any
 
 import datasets
 import pytest
+import torch
 from datasets import Dataset, DatasetDict
 from datasets.utils import logging
 
 from skipit.router.errors import CheckpointError, InputError
 from skipit.train.data.collate import Collator
 from skipit.train.data.rows import Broken, RowStream
-from skipit.train.data.sources import load_data, load_held_out, load_model, name_model, resolve_model
+from skipit.train.data.sources import load_data, load_held_out, load_model, name_model, on_gpu, resolve_model
 from skipit.train.reference import WEIGHTS
 from skipit.train.reference.data import reference_dataset
 from studies.architecture import build_processor
@@ -31,6 +32,16 @@ def test_reference() -> None:
     model, processor = load_model("reference")
     assert not model.training
     assert processor.chat_template
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_a_gpu_is_used_where_there_is_one(there: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    placed = []
+    model = torch.nn.Linear(1, 1)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: there)
+    monkeypatch.setattr(model, "to", lambda place: placed.append(place) or model)
+    assert on_gpu(model) is model
+    assert placed == (["cuda"] if there else [])
 
 
 def test_a_folder_is_named_so_that_it_is_found_from_anywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
