@@ -275,8 +275,7 @@ def train_answers(
     """
     folder.mkdir(parents=True, exist_ok=True)
     alphabet, device = Alphabet(processor.tokenizer), model.device
-    # On a CPU eager attention takes half of the time of sdpa's backward pass; a GPU could not keep its scores.
-    model.set_attn_implementation("sdpa" if device.type == "cuda" else "eager")
+    model.model.language_model.set_attn_implementation("sdpa")  # keeps no scores of a batch; the tower has no attention
     model.requires_grad_(False)
     reader = Reader(model, alphabet.tokens).to(device)
     groups = [([p for name, p in model.named_parameters() if ".lora_" in name], peak)]
