@@ -1,6 +1,8 @@
 """The documents model's training: what the tower is told, packing, and a run that was killed."""
 
 import json
+import time
+from collections import Counter
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -8,20 +10,40 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image, ImageFilter
+from safetensors.torch import load_file, save_file
 from tiny_decoder import tiny_documents_model
+from torch import nn
 
 from skipit.router import CheckpointError
 from skipit.train.data.collate import Collator
 from skipit.train.reference.documents.data import documents_dataset, draw_document
-from skipit.train.reference.documents.model import COLUMNS, ROWS
+from skipit.train.reference.documents.model import (
+    COLUMNS,
+    HEIGHT,
+    ROWS,
+    WIDTH,
+    build_model,
+    build_processor,
+)
 from skipit.train.reference.documents.page import Cell, Line, set_page
-from skipit.train.reference.documents.weights import add_lora
+from skipit.train.reference.documents.questions import TASKS
+from skipit.train.reference.documents.weights import add_lora, our_weights
 from studies import pretrain_documents
-from studies.pretrain_documents import answering, tower
-from studies.pretrain_documents.answering import answer_logits, misread, pack, train_answers
+from studies.pretrain_documents import answering, sitting, tower
+from studies.pretrain_documents.answering import (
+    Packed,
+    answer_logits,
+    answer_loss,
+    drawn,
+    misread,
+    pack,
+    train_answers,
+)
 from studies.pretrain_documents.fonts import OWN, faces
+from studies.pretrain_documents.sitting import Sitting
 from studies.pretrain_documents.targets import Alphabet, letters_of, shown, tokens_of
-from studies.pretrain_documents.tower import Reader, batch, loose_page, train_tower
+from studies.pretrain_documents.tower import Reader, _grown, batch, loose_page, seen, train_tower
 from studies.state import FILE, load_state, save_state
 
 
@@ -69,7 +91,7 @@ def test_packed_answers_are_those_of_questions_asked_alone() -> None:
     rows = list(documents_dataset("train", 2, kinds=["lookup"]))
     asked = [(row["prompt"][0]["content"][1]["text"], row["answer"]) for row in rows]
     page = Collator(processor)([rows[0]])["pixel_values"]
-    packed = pack(processor.tokenizer, asked)
+    packed = pack(processor.tokenizer, [asked])
     with torch.no_grad():
         logits, wanted = answer_logits(model, packed, Reader(model, [0])(page)[0])
         for number, row in enumerate(rows, start=1):
@@ -81,6 +103,62 @@ def test_packed_answers_are_those_of_questions_asked_alone() -> None:
             torch.testing.assert_close(logits[mine], expected[: mine.sum()], atol=1e-4, rtol=1e-4)
 
 
+def test_a_batch_of_pages_has_the_loss_and_gradients_of_its_pages_alone() -> None:
+    """Padding is inert, and pages do not see each other."""
+    model, processor = tiny_documents_model()
+    add_lora(model)
+    model.double()
+    lora = {name: p for name, p in model.named_parameters() if ".lora_" in name}
+    for number, parameter in enumerate(lora.values()):
+        nn.init.normal_(parameter, std=0.2, generator=torch.Generator().manual_seed(number))
+    reader, pages = (
+        Reader(model, [0]).double(),
+        [[("Sum?", "12")], [("What is the title?", "A long one"), ("Sum?", "7")] * 4],
+    )
+    pixels = torch.randn(2, 3, HEIGHT, WIDTH, generator=torch.Generator().manual_seed(0)).double()
+
+    def learned(numbers: list[int]) -> tuple[Packed, torch.Tensor, dict[str, torch.Tensor]]:
+        packed = pack(processor.tokenizer, [pages[number] for number in numbers])
+        loss = answer_loss(*answer_logits(model, packed, reader(pixels[numbers])[0]), packed)
+        return packed, loss.detach(), dict(zip(lora, torch.autograd.grad(loss, list(lora.values())), strict=True))
+
+    alone, (packed, loss, gradients) = [learned([number]) for number in range(2)], learned([0, 1])
+    assert alone[0][0].ids.shape[1] < packed.ids.shape[1]  # the first is padded
+    share = [one.weights.sum() / packed.weights.sum() for one, _, _ in alone]
+    torch.testing.assert_close(loss, sum(s * one for s, (_, one, _) in zip(share, alone, strict=True)))
+    for name, gradient in gradients.items():
+        expected = sum(s * one[name] for s, (_, _, one) in zip(share, alone, strict=True))
+        assert expected.abs().max() > 0
+        torch.testing.assert_close(gradient, expected, atol=1e-6, rtol=1e-4)
+
+
+def test_bytes_are_seen_as_the_processor_sees_the_page() -> None:
+    _, processor = tiny_documents_model()
+    alphabet = Alphabet(processor.tokenizer)
+    page = loose_page(alphabet, np.random.default_rng(0))
+    pixels, _, _ = batch([page], alphabet, processor)
+    expected = processor.image_processor(images=[page.image], return_tensors="pt")["pixel_values"]
+    assert pixels.dtype == torch.uint8
+    torch.testing.assert_close(seen(pixels), expected)
+
+
+@pytest.mark.parametrize("light", [True, False])
+def test_letters_grow_as_the_filters_of_pil_make_them(light: bool) -> None:
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (20, 30, 3), dtype=np.uint8))
+    expected = image.filter(ImageFilter.MaxFilter(3) if light else ImageFilter.MinFilter(3))
+    assert np.array_equal(_grown(np.asarray(image), light), np.asarray(expected))
+
+
+def test_every_kind_of_question_is_asked_and_the_weak_ones_most() -> None:
+    asked = Counter(task for n in range(40) for task, _, _ in drawn("train", np.random.default_rng(n))[1])
+    pages = Counter(drawn("train", np.random.default_rng(n))[0].kind for n in range(40))
+    listing = 40 - pages["form"] - pages["sign"] - pages["paragraph"]
+    assert set(asked) == set(TASKS)
+    assert asked["read"] == 40
+    assert min(asked["compare"], asked["sum"]) > 2 * listing
+    assert asked["yesno"] > asked["lookup"] == 80
+
+
 class Killed(Exception):
     pass
 
@@ -88,16 +166,18 @@ class Killed(Exception):
 @pytest.fixture
 def short(monkeypatch: pytest.MonkeyPatch) -> None:
     """Checkpoints every step, and pages held out by the handful."""
-    monkeypatch.setattr(tower, "SAVE_EVERY", 1)
-    monkeypatch.setattr(answering, "SAVE_EVERY", 1)
+    monkeypatch.setattr(sitting, "SAVE_AFTER", 0.0)
+    monkeypatch.setattr(tower, "LOG_EVERY", 1)
+    monkeypatch.setattr(answering, "LOG_EVERY", 1)
     monkeypatch.setattr(tower, "HELD_OUT", 1)
     monkeypatch.setattr(answering, "HELD_OUT", 1)
 
 
 @pytest.mark.usefixtures("short")
-@pytest.mark.parametrize("stage", ["tower", "answers", "together"])
+@pytest.mark.parametrize("stage", ["tower", "answers", "together", "both"])
 def test_a_killed_run_goes_on_as_if_it_had_not_been(stage: str, tmp_path: Path) -> None:
-    train: Any = train_tower if stage == "tower" else partial(train_answers, ideal=stage == "answers")
+    learns = {"ideal": stage == "answers", "tower_peak": 1e-4 * (stage == "both")}
+    train: Any = train_tower if stage == "tower" else partial(train_answers, **learns, cooldown=True)
 
     def run(folder: Path, steps: int, die_at: int | None = None, workers: int = 0) -> dict[str, torch.Tensor]:
         def log(line: str) -> None:
@@ -178,6 +258,37 @@ def test_training_the_tower_lowers_its_loss(tmp_path: Path, monkeypatch: pytest.
     record = json.loads((tmp_path / "log.jsonl").read_text())
     assert record["loss"] < 15
     assert lines[0].startswith("tower 25/25 loss")
+
+
+def test_a_rate_falls_with_the_root_of_the_step_or_to_zero_at_a_known_end() -> None:
+    roots, ends = Sitting(100), Sitting(100, cooldown=True)
+    assert [roots.rate(step, 1.0, warmup=10, flat=20) for step in (0, 9, 19, 79)] == [0.1, 1.0, 1.0, 0.5]
+    assert [ends.rate(step, 1.0, warmup=10, flat=20) for step in (0, 79, 90, 100)] == pytest.approx([0.1, 1, 0.5, 0])
+    now = time.monotonic()
+    late = Sitting(100, deadline=now + 10, cooldown=True, began=now - 90)
+    assert late.rate(20, 1.0, warmup=10, flat=20) == pytest.approx(0.5, abs=0.01)  # a tenth of the time is left
+    assert not late.over(99)
+    assert late.over(100)
+    assert Sitting(100, deadline=now).over(0)
+
+
+@pytest.mark.usefixtures("short")
+def test_a_sitting_ends_in_time_and_writes_its_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It begins with the tower of another file, which stays as it is."""
+    from tiny_decoder import tiny_decoder, tiny_tokenizer
+
+    monkeypatch.setattr(pretrain_documents, "load_decoder", lambda source: (tiny_decoder(), tiny_tokenizer()))
+    start, out = tmp_path / "start.safetensors", tmp_path / "ours.safetensors"
+    model = build_model(tiny_decoder(), build_processor(tiny_tokenizer()))
+    with torch.no_grad():
+        model.model.multi_modal_projector.linear_1.bias.fill_(0.5)
+    add_lora(model)
+    save_file(our_weights(model), start)
+    steps = ["--tower-steps", "0", "--answer-steps", "0", "--steps", "9999", "--minutes", "0.01", "--cooldown"]
+    pretrain_documents.main(["--out", str(tmp_path), *steps, "--start", str(start), "--weights", str(out)])
+    before, after = load_file(start), load_file(out)
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before if ".lora_" not in name)
 
 
 @pytest.mark.usefixtures("short")

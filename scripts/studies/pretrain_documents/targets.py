@@ -64,6 +64,11 @@ class Alphabet:
         return [*dict.fromkeys([*self.listed, *(word for _, word in frequent[: self.common])])]
 
     @cached_property
+    def unlisted(self) -> list[str]:
+        """Frequent words that are on no list."""
+        return self.words[len(self.listed) :]
+
+    @cached_property
     def tokens(self) -> list[int]:
         """All token numbers, that of an empty place first."""
         signs = [piece for sign in PUNCTUATION.split() for piece in (f"a{sign}", f"{sign}1", f"1{sign}")]

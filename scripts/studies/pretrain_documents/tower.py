@@ -1,8 +1,9 @@
 """Stage one: the tower and the projector learn to say each image token in the decoder's own input embeddings."""
 
 import json
+import math
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,8 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, UInt8
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
@@ -21,10 +23,11 @@ from skipit.train.reference.documents.words import WORDS, Face, Split, Words, fo
 
 from ..state import load_state, save_state
 from .fonts import OWN
+from .sitting import Sitting
 from .targets import Alphabet, letters_of, tokens_of
 
 Log = Callable[[str], None]
-SAVE_EVERY, MEASURE_EVERY = 25, 200  # steps
+LOG_EVERY, MEASURE_EVERY = 25, 200  # steps
 HELD_OUT = 24  # pages of a split on which reading is measured
 PEAK = 2e-3  # rate
 _WEIGHTS = (0.0, 0.0, 0.3, 0.6)  # pixels that strokes are thicker by
@@ -131,7 +134,7 @@ def any_words(alphabet: Alphabet, rng: np.random.Generator) -> Words:
 
 def strained(page: Page, rng: np.random.Generator) -> Page:
     """The page squeezed or stretched, its letters thicker or thinner: a few fonts are few to learn from."""
-    from PIL import Image, ImageChops, ImageFilter
+    from PIL import Image, ImageChops
 
     right = max((word.xs.max() for word in page.words), default=SIDE / 2)
     by = float(rng.uniform(0.75, min(1.25, (SIDE - 16) / right)))
@@ -139,9 +142,19 @@ def strained(page: Page, rng: np.random.Generator) -> Page:
     image = Image.new("RGB", old.size, corner)
     image.paste(old.resize((round(SIDE * by), SIDE), Image.Resampling.BILINEAR))
     thick = float(rng.uniform(-0.35, 0.7))
-    grown = image.filter(ImageFilter.MaxFilter(3) if thick < 0 else ImageFilter.MinFilter(3))
-    image = ImageChops.blend(image, grown, abs(thick))
+    image = ImageChops.blend(image, Image.fromarray(_grown(np.asarray(image), thick < 0)), abs(thick))
     return Page(image, [Word(word.text, word.xs * by, word.y) for word in page.words])
+
+
+def _grown(pixels: NDArray[np.uint8], light: bool) -> NDArray[np.uint8]:
+    """The lightest or darkest value within a pixel of each, [height, width, colours], as PIL's filters of size 3.
+
+    They take ten times as long.
+    """
+    pick = np.maximum if light else np.minimum
+    wide = np.pad(pixels, ((1, 1), (1, 1), (0, 0)), mode="edge")
+    rows = pick(pick(wide[:-2], wide[1:-1]), wide[2:])
+    return pick(pick(rows[:, :-2], rows[:, 1:-1]), rows[:, 2:])
 
 
 class Reader(nn.Module):
@@ -192,14 +205,20 @@ def named(logits: Float[Tensor, "batch places classes"], right: Tensor, written:
     return weighted(F.cross_entropy(logits.transpose(1, 2), right, reduction="none"), written)
 
 
-def batch(pages: list[Page], alphabet: Alphabet, processor: Any) -> tuple[Tensor, Tensor, Tensor]:
-    """Pixels, index in the alphabet per place, letter per quarter of a place."""
+def batch(pages: Sequence[Page], alphabet: Alphabet, processor: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """Pixels as bytes, for `seen`; index in the alphabet per place, letter per quarter of a place."""
     index = {token: n for n, token in enumerate(alphabet.tokens)}
     grids = np.stack([tokens_of(page, alphabet).flatten() for page in pages])
     tokens = torch.tensor([[index.get(int(i), 0) for i in grid] for grid in grids])
     signs = torch.tensor(np.stack([letters_of(page).flatten() for page in pages]))
-    pixels = processor.image_processor(images=[page.image for page in pages], return_tensors="pt")["pixel_values"]
+    resized = {"do_rescale": False, "do_normalize": False, "return_tensors": "pt"}
+    pixels = processor.image_processor(images=[page.image for page in pages], **resized)["pixel_values"]
     return pixels, tokens, signs
+
+
+def seen(pixels: UInt8[Tensor, "batch 3 height width"]) -> Float[Tensor, "batch 3 height width"]:
+    """What the processor makes of bytes, which travel between processes at a quarter of the size: -1 to 1."""
+    return pixels / 127.5 - 1
 
 
 @torch.no_grad()
@@ -209,7 +228,7 @@ def reading(reader: Reader, pages: list[Page], alphabet: Alphabet, processor: An
     for page in pages:
         pixels, tokens, signs = (part.to(reader.table.device) for part in batch([page], alphabet, processor))
         with torch.autocast(pixels.device.type, torch.bfloat16):
-            said, letter = reader(pixels)
+            said, letter = reader(seen(pixels))
         hit = reader.distances(said).argmax(-1) == tokens
         right.append(hit[tokens > 1].float())
         empty.append(hit[tokens == 0].float())
@@ -218,11 +237,6 @@ def reading(reader: Reader, pages: list[Page], alphabet: Alphabet, processor: An
         name: round(torch.cat(v).mean().item(), 4)
         for name, v in (("tokens", right), ("empty", empty), ("letters", letters))
     }
-
-
-def rate(step: int, peak: float, warmup: int = 100, flat: int = 500) -> float:
-    """Warm up, hold, then fall with the root of the step: no end has to be known, any sitting may be the last."""
-    return peak * min(1.0, (step + 1) / warmup) * min(1.0, (flat / (step + 1)) ** 0.5)
 
 
 class TowerSteps(Dataset[tuple[Tensor, Tensor, Tensor]]):
@@ -249,9 +263,13 @@ class TowerSteps(Dataset[tuple[Tensor, Tensor, Tensor]]):
         return batch([strained(page, rng) for page in pages], self.alphabet, self.processor)
 
 
-def in_turn(steps: Dataset[Any], first: int, end: int, workers: int) -> Iterable[Any]:
-    """Data of the steps from `first` up to `end`, drawn ahead by other processes where there are some."""
-    return DataLoader(steps, batch_size=None, sampler=range(first, end), num_workers=workers)
+def in_turn(steps: Dataset[Any], first: int, end: int, workers: int, device: torch.device) -> Iterator[Any]:
+    """Data of the steps from `first` up to `end`, drawn ahead by other processes where there are some.
+
+    Each of them draws whole steps, in one thread, and begins at once.
+    """
+    order, pin = range(first, end), device.type == "cuda"
+    return iter(DataLoader(steps, batch_size=None, sampler=order, num_workers=workers, pin_memory=pin))
 
 
 def train_tower(
@@ -263,6 +281,8 @@ def train_tower(
     workers: int = 0,
     log: Log = print,
     among: Sequence[Face] = OWN,
+    deadline: float = math.inf,
+    cooldown: bool = False,
 ) -> Reader:
     """Train tower and projector up to a step; `log.jsonl` has what is read of held-out pages.
 
@@ -275,6 +295,8 @@ def train_tower(
         workers: processes that draw pages ahead.
         log: receives a line now and then.
         among: faces of loose words, as in `FONTS`.
+        deadline: when it stops before, by `time.monotonic()`.
+        cooldown: let the rate fall to zero towards the end.
     """
     folder.mkdir(parents=True, exist_ok=True)
     alphabet, device = Alphabet(processor.tokenizer), model.device
@@ -286,35 +308,42 @@ def train_tower(
         torch.optim.Muon(maps, lr=PEAK, weight_decay=0.02, adjust_lr_fn="match_rms_adamw"),
         torch.optim.AdamW(rest, lr=PEAK, betas=(0.9, 0.98), weight_decay=0.02),
     ]
-    done, started = load_state(folder, {"reader": reader}, *optimizers), time.time()
+    done, sitting = load_state(folder, {"reader": reader}, *optimizers), Sitting(steps, deadline, cooldown)
+    if sitting.over(done):
+        return reader.eval()
+    drawn = in_turn(TowerSteps(alphabet, processor, size, among), done, steps, workers, device)
     held_out = {
         split: [laid_page(split, np.random.default_rng([7, number])) for number in range(HELD_OUT)]
         for split in ("train", "calibration")
     }
-    running = 0.0
-    drawn = in_turn(TowerSteps(alphabet, processor, size, among), done, steps, workers)
+    running = torch.zeros((), device=device)
     for step, parts in enumerate(drawn, start=done):
-        pixels, tokens, signs = (part.to(device) for part in parts)
+        pixels, tokens, signs = (part.to(device, non_blocking=True) for part in parts)
         with torch.autocast(device.type, torch.bfloat16):
-            said, letters = reader(pixels)
+            said, letters = reader(seen(pixels))
         loss = reader.spoken(said, tokens) + named(letters, signs, signs > 0)
         reader.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(reader.parameters(), 1.0)
         for optimizer in optimizers:
-            optimizer.param_groups[0]["lr"] = rate(step, PEAK, flat=1000)
+            optimizer.param_groups[0]["lr"] = sitting.rate(step, PEAK, warmup=100, flat=1000)
             optimizer.step()
-        running = loss.item() if step == done else 0.95 * running + 0.05 * loss.item()
-        if (step + 1) % SAVE_EVERY == 0 or step + 1 == steps:
-            pace = (time.time() - started) / (step + 1 - done)
-            log(f"tower {step + 1}/{steps} loss {running:.3f} {pace:.2f} s/step")
+        # Stays on the device: to read a number there waits for the step.
+        running = loss.detach() if step == done else 0.95 * running + 0.05 * loss.detach()
+        last = sitting.over(step + 1)
+        if (step + 1) % LOG_EVERY == 0 or last:
+            pace = (time.monotonic() - sitting.began) / (step + 1 - done)
+            log(f"tower {step + 1}/{steps} loss {running.item():.3f} {pace:.2f} s/step")
+        if sitting.due() or last:
             save_state(folder, step + 1, {"reader": reader}, *optimizers)
-        if (step + 1) % MEASURE_EVERY == 0 or step + 1 == steps:
+        if (step + 1) % MEASURE_EVERY == 0 or last:
             reader.eval()
             read = {split: reading(reader, pages, alphabet, processor) for split, pages in held_out.items()}
             reader.train()
-            record = json.dumps({"step": step + 1, "loss": round(running, 4), **read})
+            record = json.dumps({"step": step + 1, "loss": round(running.item(), 4), **read})
             log(record)
             with (folder / "log.jsonl").open("a", encoding="utf-8") as file:
                 file.write(record + "\n")
+        if last:
+            break
     return reader.eval()

@@ -8,7 +8,7 @@ import torch
 from skipit.router import CheckpointError
 from skipit.router.folders import load_tensors
 
-RANK, SCALE = 16, 2.0
+RANK, SCALE = 24, 2.0  # any file's rank is read: the scale does not depend on it
 _PARTS = ("model.vision_tower.", "model.multi_modal_projector.")
 _LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
@@ -33,24 +33,29 @@ def our_weights(model: Any) -> dict[str, torch.Tensor]:
     }
 
 
-def add_weights(model: Any, path: Path) -> Any:
+def add_weights(model: Any, path: Path, lora: bool = True) -> Any:
     """A new model with our tower and projector, and our LoRA merged into its decoder.
+
+    Args:
+        model: it is changed and returned.
+        path: as `our_weights` were saved.
+        lora: False leaves the decoder as it is, for another LoRA to be trained.
 
     Raises:
         CheckpointError: the file lacks a tensor or has one of another shape; names it.
     """
-    given = load_tensors(path)
+    given = {name: value for name, value in load_tensors(path).items() if lora or name.startswith(_PARTS)}
     state = model.state_dict()
-    lora = {name.removesuffix(".lora_A.weight") for name in given if name.endswith(".lora_A.weight")}
+    changed = {name.removesuffix(".lora_A.weight") for name in given if name.endswith(".lora_A.weight")}
     wanted = {name for name in state if name.startswith(_PARTS)}
-    wanted |= {f"{name}.lora_{part}.weight" for name in lora for part in "AB"}
+    wanted |= {f"{name}.lora_{part}.weight" for name in changed for part in "AB"}
     if wrong := wanted ^ set(given):
         what = "lacks" if min(wrong) in wanted else "has, without a place for it,"
         raise CheckpointError(f"{path} {what} `{min(wrong)}`.")
     with torch.no_grad():
         for name, value in state.items():
             change = given.get(name)
-            if (weight := name.removesuffix(".weight")) in lora:
+            if (weight := name.removesuffix(".weight")) in changed:
                 up, down = (given[f"{weight}.lora_{part}.weight"].float() for part in "BA")
                 change = value.float() + SCALE * up @ down
             if change is None:
