@@ -5,24 +5,33 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from skipit.router.folders import provenance, save_json
+from skipit.router.folders import load_json, provenance, save_json
 
 from .options import markdown
 
 
 class Report:
-    """Rows of a run that may end at any time.
+    """Rows of a run that may end at any time, and go on in another.
 
     Args:
-        file: JSON, written after every row.
+        file: JSON, written after every row. Rows that it has already are kept, and not measured again.
         minutes: after which no row is begun.
         **about: what the file says beside the rows.
+
+    Raises:
+        ValueError: the file is about something else.
     """
 
     def __init__(self, file: Path, minutes: float, **about: Any) -> None:
         self.file, self.end = file, time.monotonic() + 60 * minutes
         self.about = {**about, "minutes": minutes, "made_by": provenance()}
         self.rows: list[dict[str, Any]] = []
+        if file.exists():
+            before = load_json(file)
+            for name, value in about.items():
+                if before.get(name) != value:
+                    raise ValueError(f"{file}: `{name}` is {before.get(name)!r} there, here {value!r}. Write to another.")
+            self.rows = [row for row in before["rows"] if "left_out" not in row and "failed" not in row]
 
     def add(self, measure: Callable[[], dict[str, Any]], by: float = 1.0, **what: Any) -> None:
         """Measure a row, unless the time has run out.
@@ -32,6 +41,8 @@ class Report:
             by: share of all the time by which it must begin.
             **what: names it.
         """
+        if any(what.items() <= row.items() for row in self.rows):
+            return
         in_time = self.end - time.monotonic() > (1 - by) * 60 * self.about["minutes"]
         try:
             row = {**what, **(measure() if in_time else {"left_out": "no time"})}

@@ -81,8 +81,21 @@ def test_rows_are_kept_named_and_left_out(tmp_path: Path) -> None:
     ]
     assert report.tables().split("\n\n")[0] == "| model | ms |\n|---|---:|\n| dense | 1 |"
     late = Report(file, minutes=0)
-    late.add(fails, kind="a", model="dense")
-    assert late.rows == [{"kind": "a", "model": "dense", "left_out": "no time"}]
+    late.add(fails, kind="a", model="other")
+    assert late.rows[1:] == [{"kind": "a", "model": "other", "left_out": "no time"}]
+
+
+def test_another_run_goes_on_with_the_rows_that_are_missing(tmp_path: Path) -> None:
+    file = tmp_path / "rows.json"
+    before = Report(file, minutes=10, device="one")
+    before.add(lambda: {"ms": 1.0}, kind="a", model="dense")
+    before.add(lambda: {"ms": 2.0}, by=0.0, kind="a", model="late")
+    after = Report(file, minutes=10, device="one")
+    after.add(lambda: {"ms": 9.0}, kind="a", model="dense")
+    after.add(lambda: {"ms": 3.0}, kind="a", model="late")
+    assert [row["ms"] for row in json.loads(file.read_text())["rows"]] == [1.0, 3.0]
+    with pytest.raises(ValueError, match="`device` is 'one' there, here 'another'"):
+        Report(file, minutes=10, device="another")
 
 
 def test_the_shape_of_qwen_7b() -> None:
