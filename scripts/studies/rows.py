@@ -30,7 +30,8 @@ class Report:
             before = load_json(file)
             for name, value in about.items():
                 if before.get(name) != value:
-                    raise ValueError(f"{file}: `{name}` is {before.get(name)!r} there, here {value!r}. Write to another.")
+                    was = before.get(name)
+                    raise ValueError(f"{file}: `{name}` is {was!r} there, here {value!r}. Write to another.")
             self.rows = [row for row in before["rows"] if "left_out" not in row and "failed" not in row]
 
     def add(self, measure: Callable[[], dict[str, Any]], by: float = 1.0, **what: Any) -> None:
