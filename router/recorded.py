@@ -205,6 +205,10 @@ class Recordings:
         self._pools: dict[torch.device, Any] = {}
         self._lock = RLock()
 
+    def __reduce__(self) -> tuple[type["Recordings"], tuple[()]]:
+        """For a copy, which begins with none: they are of the model's own memory."""
+        return Recordings, ()
+
     def run(self, function: Callable[..., Any], layer: nn.Module, hidden: Tensor, *args: Any) -> Any:
         """`function(layer, hidden, *args)`; recorded when a call of its kind comes the second time.
 

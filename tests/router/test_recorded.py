@@ -4,6 +4,7 @@ On a CPU a recording is its function, run again on the same memory; that CUDA's 
 `scripts/bench_gpu` to show.
 """
 
+import copy
 import threading
 from collections import Counter
 from typing import Any
@@ -137,8 +138,6 @@ class TestMemory:
     @KV
     @torch.no_grad()
     def test_a_copy_of_a_cache_goes_its_own_way(self, kv: str) -> None:
-        import copy
-
         plain, recorded = pair("llava", kv=kv)
         batch, found = inputs("llava", ONE_ROW), []
         for model in (plain, recorded):
@@ -209,6 +208,27 @@ class TestChanges:
         recorded(**batch).logits.sum().backward()
         recorded.eval()(**batch)
         assert not replays
+
+
+def test_a_copy_of_the_model_records_anew() -> None:
+    plain, recorded = pair("llava")
+    batch, options = inputs("llava", ONE_ROW), {"policy": Gated(-1e9)}
+    check(plain, recorded, batch, **options)
+    another = copy.deepcopy(recorded)
+    for model in (plain, another):
+        for layer in gated_layers(model):
+            layer.mlp.up_proj.weight.data.mul_(-1)
+    check(plain, another, batch, **options)
+    assert find_router(another)[1].compiling.recordings is not find_router(recorded)[1].compiling.recordings
+
+
+def test_what_torch_compile_makes_is_recorded(replays: Counter[str]) -> None:
+    torch.compiler.reset()
+    plain, recorded = (gated("llava") for _ in range(2))
+    skipit.compile(recorded, mode="reduce-overhead", backend="eager")
+    check(plain, recorded, inputs("llava", ONE_ROW), policy=policy("tokens", plain, recorded), route="whole")
+    assert replays["_step"] > 0
+    assert sum(replays.values()) > replays["_step"] + replays["_keep"]
 
 
 def test_within_inference_mode_and_without() -> None:
