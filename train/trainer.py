@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from skipit.router import MODALITIES, SkipItError, Step, Trace, running
+from skipit.router import MODALITIES, SkipItError, Step, Trace, find_router, running
+from skipit.router.config import decision_points
 from skipit.router.errors import CheckpointError
 from skipit.router.folders import load_json, save_json
 from skipit.theory.calibrate import LIMIT, Listening, threshold_for, totals
@@ -30,7 +31,9 @@ from .run_folder import STATE_FILE, last_checkpoint
 
 PER_ANSWER = {"ce": "ce", "kl": "kl", "accuracy": "correct"}
 GATE = "layer_gate"
-LOGIT_RATE = 0.5  # what a step may move a gate's logit by, about, where no learning rate is given
+# What a step may move a gate's logit by, about, where no learning rate is given; and where the threshold's derivative
+# is missing, because gates decide at several points: there all of them drift together, and fast ones end in ruin.
+LOGIT_RATE, WITHOUT_DERIVATIVE = 0.5, 0.1
 CLOSE, TRIES = 0.0005, 24  # of the search for a step's threshold: share, and thresholds
 
 
@@ -207,7 +210,10 @@ class SkipTrainer(Trainer):
         model: Any = self.model
         gates = (p for name, p in model.named_parameters() if GATE in name and p.requires_grad)
         # Under ZeRO-3 a parameter's own shape is that of nothing; a plan in time may leave no gate to learn.
-        return LOGIT_RATE / max((getattr(p, "ds_shape", p.shape)[-1] for p in gates), default=1)
+        width = max((getattr(p, "ds_shape", p.shape)[-1] for p in gates), default=1)
+        _, router = find_router(model)
+        once = len(decision_points(router.config.decide_at, router.num_layers)) == 1
+        return (LOGIT_RATE if once else WITHOUT_DERIVATIVE) / width
 
     def advice(self, lower: str) -> str:
         """What to do when training cannot go on."""

@@ -271,12 +271,21 @@ class TestLoss:
         made = trainer(replace(CONFIG, gate_learning_rate=0.02))
         assert [group["lr"] for group in made.create_optimizer().param_groups] == [0.02, CONFIG.learning_rate]
         made = trainer()
+        router = find_router(made.model)[1]
+        router.config = replace(router.config, decide_at=(0,))
         width = made.model.config.text_config.hidden_size
         groups = made.create_optimizer().param_groups
         assert [group["lr"] for group in groups] == [0.5 / width, CONFIG.learning_rate]
         assert [len(group["params"]) for group in groups] == [2 * LAYERS, 2 * 7 * LAYERS]
         groups = trainer(replace(CONFIG, lora_rank=0)).create_optimizer().param_groups
         assert len(groups) == 1
+
+    @pytest.mark.parametrize("decide_at", [None, (0, 1)])
+    def test_gates_that_decide_at_several_points_are_slower(self, trainer: Any, decide_at: Any) -> None:
+        made = trainer()
+        router = find_router(made.model)[1]
+        router.config = replace(router.config, decide_at=decide_at)
+        assert made.gate_rate == 0.1 / made.model.config.text_config.hidden_size
 
     def test_one_large_batch_is_two_small_ones(self, base: Any, processor: Any, rows: Dataset, tmp_path: Path) -> None:
         histories = []
