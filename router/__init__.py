@@ -15,7 +15,7 @@ One hidden state's way through a gated layer, in the order to read it:
 8. `cache.py`: where keys and values stay, with the index of each's token; `room.py` has memory to spare.
 
 `lossless.py` has the gated model draft tokens that the dense one verifies; `generation.py` is how a caller asks for it.
-`compiled.py` has steps 5 to 7 once more, for layers that `compile` makes graphs of.
+`compiled.py` has steps 5 to 7 once more, for layers that `compile` makes graphs of; `recorded.py` replays them.
 
 Beside it stand `modality.py` (the two kinds of tokens), `views.py` (a layer with other parts inside),
 `measured.py` (which of two ways to run one is faster here), `eviction.py` (how gates learn what their eviction costs

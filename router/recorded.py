@@ -17,13 +17,15 @@ from weakref import ReferenceType, WeakKeyDictionary, ref
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor, nn
 
 from .cache import Keys, KeysAndValues, SkipCacheLayer, Values
 from .stand_ins import capture
 from .views import run
 
+States = Float[Tensor, "batch seq dim"]
+Something = Shaped[Tensor, "..."]  # whatever a call is given or gives
 MOST = 16  # recordings that a layer has; of more, the one that was used longest ago gives way
 SLOTS = 512  # the room for keys and values that decoding steps are recorded with is a multiple of this
 SPARE = 128  # slots of it that are free at first
@@ -78,12 +80,12 @@ def _keep(
 class _Shared:
     """Memory that recordings read from, or leave something in; those of all layers share it."""
 
-    def __init__(self, like: Tensor) -> None:
+    def __init__(self, like: Something) -> None:
         with torch.inference_mode(False):
             self.memory = torch.empty(like.shape, dtype=like.dtype, device=like.device)
         self._held: tuple[Tensor, int] | None = None
 
-    def fill(self, given: Tensor) -> None:
+    def fill(self, given: Something) -> None:
         """Copy it, unless it is what was copied last: positions are the same in every layer."""
         if given.is_inference():
             self._held = None
@@ -105,7 +107,11 @@ class _Recording:
     """
 
     def __init__(
-        self, function: Callable[[], Any], device: torch.device, pool: Any, left: Callable[[int, Tensor], Tensor]
+        self,
+        function: Callable[[], Any],
+        device: torch.device,
+        pool: Any,
+        left: Callable[[int, Something], Something],
     ) -> None:
         self._graph = None
         tensors: list[Tensor] = []
@@ -209,7 +215,7 @@ class Recordings:
         """For a copy, which begins with none: they are of the model's own memory."""
         return Recordings, ()
 
-    def run(self, function: Callable[..., Any], layer: nn.Module, hidden: Tensor, *args: Any) -> Any:
+    def run(self, function: Callable[..., Any], layer: nn.Module, hidden: States, *args: Any) -> Any:
         """`function(layer, hidden, *args)`; recorded when a call of its kind comes the second time.
 
         Args:
@@ -229,7 +235,13 @@ class Recordings:
                 return function(layer, hidden, *args)
             return self._replay(known, key, leaves, (hidden, *args), partial(function, layer), hidden.device)
 
-    def can_step(self, layer: nn.Module, hidden: Tensor, store: SkipCacheLayer | None, kwargs: dict[str, Any]) -> bool:
+    def can_step(
+        self,
+        layer: nn.Module,
+        hidden: States,
+        store: SkipCacheLayer | None,
+        kwargs: dict[str, Any],
+    ) -> bool:
         """Whether `step` has a recording for this, or can make one."""
         mask = kwargs.get("attention_mask")
         if store is None or not store.is_initialized or hidden.shape[1] != 1:
@@ -276,7 +288,7 @@ class Recordings:
         store: SkipCacheLayer,
         kwargs: dict[str, Any],
         index: Int[Tensor, "batch 1"] | None,
-        hidden: Tensor,
+        hidden: States,
         *args: Any,
     ) -> Any:
         with self._lock:
@@ -303,7 +315,7 @@ class Recordings:
                 self._last_place = place, torch.full((1,), place, device=device)
         return self._last_place[1]
 
-    def _known(self, layer: nn.Module, hidden: Tensor) -> _Layer | None:
+    def _known(self, layer: nn.Module, hidden: States) -> _Layer | None:
         """What is known of a layer; None where it cannot be recorded as things are."""
         device = hidden.device
         if layer.training or torch.is_grad_enabled() or torch.is_autocast_enabled(device.type):
@@ -334,7 +346,7 @@ class Recordings:
         self,
         known: _Layer,
         key: Any,
-        leaves: list[Tensor],
+        leaves: list[Something],
         args: tuple[Any, ...],
         function: Callable[..., Any],
         device: torch.device,
@@ -355,7 +367,7 @@ class Recordings:
         known.recordings.move_to_end(key)
         return recording()
 
-    def _memory_for(self, what: str, number: int, like: Tensor) -> _Shared:
+    def _memory_for(self, what: str, number: int, like: Something) -> _Shared:
         key = (what, number, like.shape, like.dtype, like.device)
         if key not in self._shared:
             self._shared[key] = _Shared(like)
@@ -374,7 +386,7 @@ def _remember(known: OrderedDict[Any, Any], key: Any, value: Any) -> None:
         known.popitem(last=False)
 
 
-def _taken_apart(value: Any, tensors: list[Tensor]) -> Any:
+def _taken_apart(value: Any, tensors: list[Something]) -> Any:
     """The kind of a call's arguments, to be compared; appends their tensors."""
     if isinstance(value, Tensor):
         tensors.append(value)
