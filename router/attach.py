@@ -133,12 +133,11 @@ def compile(
     if multiple is not None and (type(multiple) is not int or multiple < 1):
         raise RouterConfigError(f"`multiple`: got {short(multiple)}, expected a number of tokens, at least 1.")
     router.capacity = None if capacity is None else check_capacity(capacity, router.num_layers)
-    recordings, given = None, None if options.get("backend") == "cudagraphs" else dict(options)
-    if given is None or given.get("mode") == "reduce-overhead":
-        recordings = Recordings()
-        if given is not None:
-            del given["mode"]
-    router.compiling = Compiling(given, multiple, recordings)
+    as_it_is, captured = options.get("backend") == "cudagraphs", options.get("mode") == "reduce-overhead"
+    if captured:  # by us, a layer at a time
+        del options["mode"]
+    recordings = Recordings() if as_it_is or captured else None
+    router.compiling = Compiling(None if as_it_is else options, multiple, recordings)
     return model
 
 

@@ -185,10 +185,7 @@ class SkipCacheLayer(DynamicLayer):
             All keys and values of the layer.
         """
         self.settle()
-        if index is None:
-            self._count(tokens)
-        else:
-            self._mark(index, tokens)
+        self._count(tokens, index)
         if not self.is_initialized:
             self.lazy_initialization(keys, values)
         self._keys, self._room_for_keys = extend(self._keys, self._room_for_keys, keys)
@@ -206,23 +203,18 @@ class SkipCacheLayer(DynamicLayer):
             All keys and values of the layer, the last `tokens` of them still to be written.
         """
         self.settle()
-        if index is None:
-            self._count(tokens)
-        else:
-            self._mark(index, tokens)
+        self._count(tokens, index)
         self._keys, self._room_for_keys = grow(self._keys, self._room_for_keys, tokens)
         self._values, self._room_for_values = grow(self._values, self._room_for_values, tokens)
         return self._keys, self._values
 
-    def _count(self, tokens: int) -> None:
-        if self.partial:
+    def _count(self, tokens: int, index: Int[Tensor, "batch slots"] | None) -> None:
+        if index is not None:
+            batch = len(index)
+            self.index = index if self.seen == 0 else torch.cat([self.slots(batch, index.device), index], dim=1)
+            self.gaps |= batch > 1
+        elif self.partial:
             self._after += tokens
-        self.seen += tokens
-
-    def _mark(self, index: Int[Tensor, "batch slots"], tokens: int) -> None:
-        batch = len(index)
-        self.index = index if self.seen == 0 else torch.cat([self.slots(batch, index.device), index], dim=1)
-        self.gaps |= batch > 1
         self.seen += tokens
 
     def move(self, keys: Keys, values: Values) -> Room:

@@ -12,14 +12,15 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import nn
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
 
 from .attention import visible_keys
 from .cache import Keys, KeysAndValues, SkipCacheLayer, Values
 from .call import Compiling
 from .errors import UnsupportedModelError
 from .execute import Execution, States, complete, mask_over, pack_arguments, route, states_of, with_states
-from .stand_ins import Ended, Taken
+from .stand_ins import Ended, Slot, Taken, capture
 from .stretch import Packing
 from .views import Part, run, with_parts
 
@@ -30,7 +31,7 @@ def run_all(
     """Run a layer for every token."""
     recordings = compiling.recordings
     if recordings is not None and store is not None and recordings.can_step(layer, hidden, store, kwargs):
-        return recordings.step(layer, hidden, store, kwargs)
+        return recordings.step(_step, layer, hidden, store, kwargs, None)
     return _whole(layer, hidden, None, store, compiling, kwargs)
 
 
@@ -65,13 +66,14 @@ def _some_rows(
     assert compiling.recordings is not None
     assert store is not None
     if execution.count == 0:
-        compiling.recordings.keep(layer, hidden, store, kwargs)
+        compiling.recordings.step(_keep, layer, hidden, store, {**kwargs, "attention_mask": None})
         return hidden
     if call.kv == "retain":
-        return compiling.recordings.step(layer, hidden, store, complete(hidden, store, kwargs, call.past), run[:, 0])
-    kwargs = {**kwargs, "attention_mask": mask_over(hidden, store, kwargs, call.past, run)}
-    index = torch.full_like(run, call.past, dtype=torch.long).masked_fill(~run, -1)
-    return compiling.recordings.step(layer, hidden, store, kwargs, run[:, 0], index)
+        kwargs, index = complete(hidden, store, kwargs, call.past), None
+    else:
+        kwargs = {**kwargs, "attention_mask": mask_over(hidden, store, kwargs, call.past, run)}
+        index = torch.full_like(run, call.past, dtype=torch.long).masked_fill(~run, -1)
+    return compiling.recordings.step(_step, layer, hidden, store, kwargs, run[:, 0], index=index)
 
 
 def _whole(
@@ -152,6 +154,37 @@ def _later(
 ) -> Any:
     """A layer in a later call: what it gives; its keys and values are written to the end of those that are held."""
     return _run(layer, hidden, packing, block, {**kwargs, "past_key_values": Ended(*held)})
+
+
+def _step(
+    layer: nn.Module,
+    keys: Keys,
+    values: Values,
+    place: Int[Tensor, " 1"],
+    hidden: Float[Tensor, "batch 1 dim"],
+    runs: Bool[Tensor, " batch"] | None,
+    kwargs: dict[str, Any],
+) -> Any:
+    """A layer for one token per row, which sees the slots up to its own, or those of its mask; who skips stays."""
+    if kwargs.get("attention_mask") is None:
+        visible = torch.arange(keys.shape[-2], device=keys.device) <= place
+        kwargs = {**kwargs, "attention_mask": visible.expand(len(hidden), 1, 1, -1)}
+    output = run(layer, hidden, {**kwargs, "past_key_values": Slot(keys, values, place)})
+    if runs is None:
+        return output
+    return with_states(output, torch.where(runs[:, None, None], states_of(output), hidden))
+
+
+def _keep(
+    layer: nn.Module,
+    keys: Keys,
+    values: Values,
+    place: Int[Tensor, " 1"],
+    hidden: Float[Tensor, "batch 1 dim"],
+    kwargs: dict[str, Any],
+) -> None:
+    """Keys and values of one token per row, and nothing else of the layer."""
+    Slot(keys, values, place).update(*capture(layer, hidden, kwargs))
 
 
 def _run(layer: nn.Module, hidden: States, packing: Packing | None, block: bool, kwargs: dict[str, Any]) -> Any:

@@ -17,64 +17,16 @@ from weakref import ReferenceType, WeakKeyDictionary, ref
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Float, Int, Shaped
+from jaxtyping import Float, Int, Shaped
 from torch import Tensor, nn
 
-from .cache import Keys, KeysAndValues, SkipCacheLayer, Values
-from .stand_ins import capture
-from .views import run
+from .cache import Keys, SkipCacheLayer, Values
 
 States = Float[Tensor, "batch seq dim"]
 Something = Shaped[Tensor, "..."]  # whatever a call is given or gives
 MOST = 16  # recordings that a layer has; of more, the one that was used longest ago gives way
 SLOTS = 512  # the room for keys and values that decoding steps are recorded with is a multiple of this
 SPARE = 128  # slots of it that are free at first
-
-
-class Slot:
-    """Stands in for a cache: writes the keys and values of one token per row to a place that a tensor names."""
-
-    def __init__(self, keys: Keys, values: Values, place: Int[Tensor, " 1"]) -> None:
-        self.keys, self.values, self.place = keys, values, place
-
-    def update(self, keys: Keys, values: Values, *args: Any, **kwargs: Any) -> KeysAndValues:
-        """Write them, and give all that there is memory for."""
-        self.keys.index_copy_(-2, self.place, keys)
-        self.values.index_copy_(-2, self.place, values)
-        return self.keys, self.values
-
-
-def _step(
-    layer: nn.Module,
-    keys: Keys,
-    values: Values,
-    place: Int[Tensor, " 1"],
-    hidden: Float[Tensor, "batch 1 dim"],
-    runs: Bool[Tensor, " batch"] | None,
-    kwargs: dict[str, Any],
-) -> Any:
-    """A layer for one token per row, which sees the slots up to its own, or those of its mask; who skips stays."""
-    if kwargs.get("attention_mask") is None:
-        seen = torch.arange(keys.shape[-2], device=keys.device) <= place
-        kwargs = {**kwargs, "attention_mask": seen.expand(len(hidden), 1, 1, -1)}
-    output = run(layer, hidden, {**kwargs, "past_key_values": Slot(keys, values, place)})
-    if runs is None:
-        return output
-    if isinstance(output, tuple):
-        return torch.where(runs[:, None, None], output[0], hidden), *output[1:]
-    return torch.where(runs[:, None, None], output, hidden)
-
-
-def _keep(
-    layer: nn.Module,
-    keys: Keys,
-    values: Values,
-    place: Int[Tensor, " 1"],
-    hidden: Float[Tensor, "batch 1 dim"],
-    kwargs: dict[str, Any],
-) -> None:
-    """Keys and values of one token per row, and nothing else of the layer."""
-    Slot(keys, values, place).update(*capture(layer, hidden, kwargs))
 
 
 class _Shared:
@@ -256,41 +208,25 @@ class Recordings:
 
     def step(
         self,
+        function: Callable[..., Any],
         layer: nn.Module,
         hidden: Float[Tensor, "batch 1 dim"],
         store: SkipCacheLayer,
         kwargs: dict[str, Any],
-        runs: Bool[Tensor, " batch"] | None = None,
+        *args: Any,
         index: Int[Tensor, "batch 1"] | None = None,
     ) -> Any:
-        """Run a layer for one token per row, where `can_step` says so.
+        """`function(layer, keys, values, place, hidden, *args, kwargs)` where `can_step` says so.
 
         Args:
+            function: of one token per row; writes its keys and values into the memory it is given, at a place.
             layer: a gated layer.
             hidden: states that enter it.
-            store: where its keys and values are.
-            kwargs: its other arguments; a mask over the keys that there are and the new ones.
-            runs: False where a row's token skips; None where all run.
+            store: where its keys and values are; the place is that of its new slots.
+            kwargs: the layer's other arguments; a mask is over the keys that there are and the new ones.
+            *args: more for the function.
             index: the sequence index of the new slots, -1 where a row has none; None where all have one.
         """
-        return self._in_memory(_step, layer, store, kwargs, index, hidden, runs)
-
-    def keep(
-        self, layer: nn.Module, hidden: Float[Tensor, "batch 1 dim"], store: SkipCacheLayer, kwargs: dict[str, Any]
-    ) -> None:
-        """Make keys and values alone of one token per row, where `can_step` says so; see `step`."""
-        self._in_memory(_keep, layer, store, {**kwargs, "attention_mask": None}, None, hidden)
-
-    def _in_memory(
-        self,
-        function: Callable[..., Any],
-        layer: nn.Module,
-        store: SkipCacheLayer,
-        kwargs: dict[str, Any],
-        index: Int[Tensor, "batch 1"] | None,
-        hidden: States,
-        *args: Any,
-    ) -> Any:
         with self._lock:
             if self._found is None or self._found[0] is not layer or self._found[1] is not store:
                 self.can_step(layer, hidden, store, kwargs)  # another thread has asked since
@@ -300,13 +236,13 @@ class Recordings:
             place = store.grow(1, index)[0].shape[-2] - 1
             mask = kwargs.get("attention_mask")
             if mask is not None:
-                mask = F.pad(mask, (0, memory.keys.shape[-2] - mask.shape[-1]))
+                mask = F.pad(mask, (0, memory.slots - mask.shape[-1]))
             kwargs = {name: it for name, it in kwargs.items() if name != "past_key_values"} | {"attention_mask": mask}
-            args = (self._place(place, hidden.device), hidden, *args, kwargs)
+            given = (self._place(place, hidden.device), hidden, *args, kwargs)
             leaves: list[Tensor] = []
-            key = (function, memory.keys.shape, _taken_apart(args, leaves))
+            key = (function, memory.keys.shape, _taken_apart(given, leaves))
             made = partial(function, layer, memory.keys, memory.values)
-            return self._replay(known, key, leaves, args, made, hidden.device)
+            return self._replay(known, key, leaves, given, made, hidden.device)
 
     def _place(self, place: int, device: torch.device) -> Int[Tensor, " 1"]:
         """A number as a tensor, the same one for all layers that ask for it in turn."""

@@ -8,7 +8,7 @@ from collections import defaultdict
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from .cache import Keys, KeysAndValues, SkipCacheLayer, Values
@@ -73,6 +73,19 @@ class Ended:
         first, new = self.keys.shape[-2] - keys.shape[-2], keys.shape[-2]
         self.keys.narrow(-2, first, new).copy_(keys)
         self.values.narrow(-2, first, new).copy_(values)
+        return self.keys, self.values
+
+
+class Slot:
+    """Writes the keys and values of one token per row to a place that a tensor names, where there is memory for it."""
+
+    def __init__(self, keys: Keys, values: Values, place: Int[Tensor, " 1"]) -> None:
+        self.keys, self.values, self.place = keys, values, place
+
+    def update(self, keys: Keys, values: Values, *args: Any, **kwargs: Any) -> KeysAndValues:
+        """Write them, and give all that there is memory for."""
+        self.keys.index_copy_(-2, self.place, keys)
+        self.values.index_copy_(-2, self.place, values)
         return self.keys, self.values
 
 
