@@ -13,7 +13,7 @@ from collections.abc import Callable
 from functools import partial
 from threading import RLock
 from typing import Any
-from weakref import ReferenceType, WeakKeyDictionary, ref
+from weakref import ReferenceType, WeakKeyDictionary, WeakValueDictionary, ref
 
 import torch
 import torch.nn.functional as F
@@ -25,12 +25,13 @@ from .cache import Keys, SkipCacheLayer, Values
 States = Float[Tensor, "batch seq dim"]
 Something = Shaped[Tensor, "..."]  # whatever a call is given or gives
 MOST = 16  # recordings that a layer has; of more, the one that was used longest ago gives way
+MEMORIES = 4  # that a layer has for caches of other sizes, batches first of all; likewise
 SLOTS = 512  # the room for keys and values that decoding steps are recorded with is a multiple of this
-SPARE = 128  # slots of it that are free at first
+SPARE = 128  # slots that are free at first
 
 
 class _Shared:
-    """Memory that recordings read from, or leave something in; those of all layers share it."""
+    """Memory that recordings read from, or leave something in; those of all layers share it, and keep it alive."""
 
     def __init__(self, like: Something) -> None:
         with torch.inference_mode(False):
@@ -53,6 +54,7 @@ class _Recording:
 
     Args:
         function: needs no arguments.
+        given: the memory that it reads.
         device: of everything in it.
         pool: memory for what it makes on the way; None where there is no graph.
         left: memory for the tensors that it gives, by their number: a graph would keep those of its own for ever.
@@ -61,11 +63,13 @@ class _Recording:
     def __init__(
         self,
         function: Callable[[], Any],
+        given: list[_Shared],
         device: torch.device,
         pool: Any,
-        left: Callable[[int, Something], Something],
+        left: Callable[[int, Something], _Shared],
     ) -> None:
         self._graph = None
+        self._given = given
         tensors: list[Tensor] = []
         if device.type == "cuda":
             here, aside = torch.cuda.current_stream(device), torch.cuda.Stream(device)
@@ -78,7 +82,7 @@ class _Recording:
             self._output = function()
         _taken_apart(self._output, tensors)
         self._left = [left(number, tensor) for number, tensor in enumerate(tensors)]
-        self._output = _put_together(self._output, iter(self._left))
+        self._output = _put_together(self._output, iter([one.memory for one in self._left]))
         self._function = function
         if device.type == "cuda":
             del tensors
@@ -89,8 +93,8 @@ class _Recording:
     def _leave(self) -> None:
         tensors: list[Tensor] = []
         _taken_apart(self._function(), tensors)
-        for memory, tensor in zip(self._left, tensors, strict=True):
-            memory.copy_(tensor)
+        for left, tensor in zip(self._left, tensors, strict=True):
+            left.memory.copy_(tensor)
 
     def __call__(self) -> Any:
         """What the function gives, in memory that is the caller's."""
@@ -98,7 +102,7 @@ class _Recording:
             self._leave()
         else:
             self._graph.replay()
-        return _put_together(self._output, map(torch.clone, self._left))
+        return _put_together(self._output, (left.memory.clone() for left in self._left))
 
 
 class _Layer:
@@ -107,7 +111,7 @@ class _Layer:
     def __init__(self, layer: nn.Module) -> None:
         self.recordings: OrderedDict[Any, _Recording] = OrderedDict()
         self.seen: OrderedDict[Any, None] = OrderedDict()
-        self.memory: dict[tuple[Any, ...], _Memory] = {}
+        self.memory: OrderedDict[tuple[Any, ...], _Memory] = OrderedDict()
         modules = [module for name, module in layer.named_modules() if not name.startswith("layer_gate")]
         self._modules = [(module, dict(module._modules)) for module in modules]
         self._tensors = [
@@ -133,22 +137,23 @@ class _Layer:
 
 
 class _Memory:
-    """Keys and values of the one cache that lives here, of so many rows and slots."""
+    """Keys and values of the one cache that lives here, of so many rows and slots; and the steps recorded on them."""
 
     def __init__(self, keys: Keys, values: Values, slots: int) -> None:
         with torch.inference_mode(False):
             self.slots = slots
             self.keys, self.values = (one.new_zeros(*one.shape[:2], slots, one.shape[-1]) for one in (keys, values))
+        self.recordings: OrderedDict[Any, _Recording] = OrderedDict()
         self._tenant: ReferenceType[Any] | None = None
 
-    def admit(self, store: SkipCacheLayer) -> bool:
-        """Let a layer's cache live here; False if another does."""
-        if store.lives_in(self.keys, self.values):
-            return True
-        if self._tenant is not None and self._tenant() is not None:
-            return False
+    @property
+    def taken(self) -> bool:
+        """Whether a cache lives here."""
+        return self._tenant is not None and self._tenant() is not None
+
+    def admit(self, store: SkipCacheLayer) -> None:
+        """Let a layer's cache live here, where none does."""
         self._tenant = ref(store.move(self.keys, self.values))
-        return True
 
 
 class Recordings:
@@ -156,10 +161,10 @@ class Recordings:
 
     def __init__(self) -> None:
         self._layers: WeakKeyDictionary[nn.Module, _Layer] = WeakKeyDictionary()
-        self._shared: dict[Any, _Shared] = {}
+        self._shared: WeakValueDictionary[Any, _Shared] = WeakValueDictionary()
         self._streams: dict[torch.device, Any] = {}
         self._last_place: tuple[int, Tensor] | None = None
-        self._found: tuple[nn.Module, SkipCacheLayer, _Layer, _Memory] | None = None
+        self._found: tuple[nn.Module, SkipCacheLayer, _Memory] | None = None
         self._pools: dict[torch.device, Any] = {}
         self._lock = RLock()
 
@@ -183,9 +188,10 @@ class Recordings:
             leaves: list[Tensor] = []
             key = (function, _taken_apart((hidden, *args), leaves))
             if key not in known.recordings and key not in known.seen:
-                _remember(known.seen, key, None)
+                _remember(known.seen, key, None, MOST)
                 return function(layer, hidden, *args)
-            return self._replay(known, key, leaves, (hidden, *args), partial(function, layer), hidden.device)
+            made = partial(function, layer)
+            return self._replay(known.recordings, key, leaves, (hidden, *args), made, hidden.device)
 
     def can_step(
         self,
@@ -203,7 +209,7 @@ class Recordings:
         with self._lock:
             known = self._known(layer, hidden)
             memory = None if known is None else self._memory(known, store)
-            self._found = None if known is None or memory is None else (layer, store, known, memory)
+            self._found = None if memory is None else (layer, store, memory)
             return self._found is not None
 
     def step(
@@ -231,18 +237,19 @@ class Recordings:
             if self._found is None or self._found[0] is not layer or self._found[1] is not store:
                 self.can_step(layer, hidden, store, kwargs)  # another thread has asked since
             assert self._found is not None
-            known, memory = self._found[2:]
+            memory = self._found[2]
             self._found = None
             place = store.grow(1, index)[0].shape[-2] - 1
+            room = _room(place)
             mask = kwargs.get("attention_mask")
             if mask is not None:
-                mask = F.pad(mask, (0, memory.slots - mask.shape[-1]))
+                mask = F.pad(mask, (0, room - mask.shape[-1]))
             kwargs = {name: it for name, it in kwargs.items() if name != "past_key_values"} | {"attention_mask": mask}
             given = (self._place(place, hidden.device), hidden, *args, kwargs)
             leaves: list[Tensor] = []
-            key = (function, memory.keys.shape, _taken_apart(given, leaves))
-            made = partial(function, layer, memory.keys, memory.values)
-            return self._replay(known, key, leaves, given, made, hidden.device)
+            key = (function, room, _taken_apart(given, leaves))
+            made = partial(function, layer, *(one.narrow(-2, 0, room) for one in (memory.keys, memory.values)))
+            return self._replay(memory.recordings, key, leaves, given, made, hidden.device)
 
     def _place(self, place: int, device: torch.device) -> Int[Tensor, " 1"]:
         """A number as a tensor, the same one for all layers that ask for it in turn."""
@@ -266,21 +273,29 @@ class Recordings:
         return known if known.recordable else None
 
     def _memory(self, known: _Layer, store: SkipCacheLayer) -> _Memory | None:
-        """Memory where the store lives, with a slot to spare; None where another lives there."""
-        memories, keys, values = known.memory, store.keys, store.values
+        """Memory where the store lives, with a slot to spare; None where another lives there.
+
+        One that is outgrown gives way to one twice as large or more: together all that were take no more than the last.
+        """
+        keys, values = store.keys, store.values
         slots = keys.shape[-2]
-        for memory in memories.values():
-            if slots < memory.slots and store.lives_in(memory.keys, memory.values):
-                return memory
-        room = -(-(slots + SPARE) // SLOTS) * SLOTS
-        key = (keys.shape[:2], keys.shape[-1], values.shape[-1], keys.dtype, keys.device, room)
-        if key not in memories:
-            memories[key] = _Memory(keys, values, room)
-        return memories[key] if memories[key].admit(store) else None
+        key = (keys.shape[:2], keys.shape[-1], values.shape[-1], keys.dtype, keys.device)
+        memory = known.memory.get(key)
+        lives = memory is not None and store.lives_in(memory.keys, memory.values)
+        if memory is not None and memory.taken and not lives:
+            return None
+        if memory is None or slots >= memory.slots:
+            room = _room(slots + SPARE - 1)
+            memory = _Memory(keys, values, room if memory is None else max(room, 2 * memory.slots))
+            lives = False
+        if not lives:
+            memory.admit(store)
+        _remember(known.memory, key, memory, MEMORIES)
+        return memory
 
     def _replay(
         self,
-        known: _Layer,
+        recordings: OrderedDict[Any, _Recording],
         key: Any,
         leaves: list[Something],
         args: tuple[Any, ...],
@@ -290,24 +305,25 @@ class Recordings:
         inputs = [self._memory_for("given", number, leaf) for number, leaf in enumerate(leaves)]
         for one, leaf in zip(inputs, leaves, strict=True):
             one.fill(leaf)
-        recording = known.recordings.get(key)
+        recording = recordings.get(key)
         if recording is None:
             read = _put_together(args, iter([one.memory for one in inputs]))
             recording = _Recording(
                 partial(function, *read),
+                inputs,
                 device,
                 self._pool(device),
-                lambda number, like: self._memory_for("left", number, like).memory,
+                partial(self._memory_for, "left"),
             )
-            _remember(known.recordings, key, recording)
-        known.recordings.move_to_end(key)
+        _remember(recordings, key, recording, MOST)
         return recording()
 
     def _memory_for(self, what: str, number: int, like: Something) -> _Shared:
         key = (what, number, like.shape, like.dtype, like.device)
-        if key not in self._shared:
-            self._shared[key] = _Shared(like)
-        return self._shared[key]
+        shared = self._shared.get(key)
+        if shared is None:
+            shared = self._shared[key] = _Shared(like)
+        return shared
 
     def _pool(self, device: torch.device) -> Any:
         """Memory that recordings use in turn, none of which leaves anything in it for another."""
@@ -316,9 +332,15 @@ class Recordings:
         return self._pools.get(device)
 
 
-def _remember(known: OrderedDict[Any, Any], key: Any, value: Any) -> None:
+def _room(place: int) -> int:
+    """The slots that a step is recorded with whose own slot is at a place."""
+    return (place // SLOTS + 1) * SLOTS
+
+
+def _remember(known: OrderedDict[Any, Any], key: Any, value: Any, most: int) -> None:
     known[key] = value
-    while len(known) > MOST:
+    known.move_to_end(key)
+    while len(known) > most:
         known.popitem(last=False)
 
 

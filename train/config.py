@@ -29,7 +29,7 @@ class TrainConfig:
         accumulation: batches per optimizer step.
         learning_rate: of LoRA.
         gate_learning_rate: of the gates; None is 0.5 over the width of the states that they read, so that no step
-            moves a logit by more than about 0.5; 0.1 over it where gates decide at several points.
+            moves a logit by more than about 0.5; 0.1 over it under ZeRO-3 where gates decide at several points.
         lora_rank: rank of LoRA on the decoder's linear maps; 0 trains the gates alone.
         lora_alpha: LoRA's scale is alpha / rank.
         distillation: weight of KL(full model || gated model).

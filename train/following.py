@@ -2,16 +2,27 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float
-from torch import Tensor
+from torch import Tensor, nn
 
 from skipit.router.call import NO_IMAGES, Call, ImageStates
 from skipit.router.config import KVPolicy, Unit
 from skipit.router.gates import TokenGate
 from skipit.theory.calibrate import Listening
 from skipit.theory.cost import Costs
+from skipit.theory.sharded import sharded
+
+
+class _Stretch(NamedTuple):
+    """What gates of some layers have said, and of what."""
+
+    layers: range
+    hidden: Float[Tensor, "batch seq dim"]
+    gates: Sequence[TokenGate]
+    said: Float[Tensor, "layers batch seq"]
 
 
 @dataclass(frozen=True)
@@ -23,7 +34,8 @@ class Following(Listening):
     what it brings, less what its cost would bring elsewhere: the multiplier of a constraint that binds.
 
     The threshold moves as expected spending makes it, in which a token runs with its gate's probability, in every batch
-    by itself. Where gates decide at several points it is left out: at the first, what the others say is not known.
+    by itself. Where gates decide at several points, it moves by their weights alone, not by the states that they read;
+    and not at all there where weights are in shards, as under ZeRO-3.
 
     Args:
         threshold: of this step.
@@ -31,17 +43,29 @@ class Following(Listening):
     """
 
     costs: Costs = field(kw_only=True)
+    _rising: list["_Rising"] = field(default_factory=list, init=False)  # of the call that goes on
 
     def logits(
         self, layers: range, hidden: Float[Tensor, "batch seq dim"], call: Call, gates: Sequence[TokenGate]
     ) -> Float[Tensor, "layers batch seq"]:
         """What is compared with the threshold; the derivatives of anything by these sum to zero."""
         said = super().logits(layers, hidden, call, gates)
-        if not said.requires_grad or len(layers) < self.costs.depth:
+        if not said.requires_grad:
             return said
+        if len(layers) == self.costs.depth:
+            move = (self._moves_in(said, call) * said).sum()
+            return said - (move - move.detach())
+        if layers.start == 0:
+            self._rising[:] = [_Rising(self, call)]
+        if not self._rising or not self._rising[0].weights:
+            return said
+        rising = self._rising[0]
+        rising.stretches.append(_Stretch(layers, hidden.detach(), gates, said.detach()))
+        return said - rising.by
+
+    def _moves_in(self, said: Float[Tensor, "layers batch seq"], call: Call) -> Float[Tensor, "layers batch seq"]:
         images = NO_IMAGES if call.step is None else call.step.images
-        move = (self.moves(said, call.real, call.kv, call.unit, images) * said).sum()
-        return said - (move - move.detach())
+        return self.moves(said, call.real, call.kv, call.unit, images)
 
     @torch.enable_grad()
     def moves(
@@ -66,3 +90,46 @@ class Following(Listening):
         spent, _ = self.costs.spend(run, real, kv, unit=unit, images=images)
         (rises,) = torch.autograd.grad(spent.sum(), said)
         return rises / rises.sum().clamp(min=torch.finfo(rises.dtype).tiny)
+
+    @torch.enable_grad()
+    def moves_by_weights(
+        self, stretches: Sequence[_Stretch], call: Call, weights: Sequence[nn.Parameter]
+    ) -> Sequence[Tensor]:
+        """By how much the threshold rises with each weight of the gates.
+
+        Args:
+            stretches: of a whole call, in turn.
+            call: the call.
+            weights: of its gates.
+        """
+        moves = self._moves_in(torch.cat([each.said for each in stretches]), call)
+        again = [super(Listening, self).logits(each.layers, each.hidden, call, each.gates) for each in stretches]
+        return torch.autograd.grad((moves * torch.cat(again)).sum(), weights)
+
+
+class _Rising:
+    """By how much the threshold rises during a call: by nothing, but it has derivatives.
+
+    At one point those by the gates of the later ones are not known yet. But what comes back to a number that all logits
+    have been compared with is the sum of what came back to all of them.
+    """
+
+    def __init__(self, policy: Following, call: Call) -> None:
+        self.policy, self.call = policy, call
+        self.stretches: list[_Stretch] = []
+        every = [weight for gate in call.gates for weight in gate.parameters() if weight.requires_grad]
+        self.weights = [] if sharded(every) else every
+        self.by: Tensor = _Risen.apply(self, *self.weights)
+
+
+class _Risen(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, rising: _Rising, *weights: Tensor) -> Tensor:
+        ctx.rising = rising
+        return weights[0].new_zeros(()) if weights else torch.zeros(())
+
+    @staticmethod
+    def backward(ctx: Any, *derivative: Tensor) -> Any:
+        rising: _Rising = ctx.rising
+        moves = rising.policy.moves_by_weights(rising.stretches, rising.call, rising.weights)
+        return None, *(derivative[0] * move for move in moves)

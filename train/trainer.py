@@ -21,6 +21,7 @@ from skipit.router.folders import load_json, save_json
 from skipit.theory.calibrate import LIMIT, Listening, threshold_for, totals
 from skipit.theory.cost import Costs, trace_compute
 from skipit.theory.labels import IGNORE, before_answer
+from skipit.theory.sharded import sharded
 
 from .config import TrainConfig
 from .following import Following
@@ -32,7 +33,7 @@ from .run_folder import STATE_FILE, last_checkpoint
 PER_ANSWER = {"ce": "ce", "kl": "kl", "accuracy": "correct"}
 GATE = "layer_gate"
 # What a step may move a gate's logit by, about, where no learning rate is given; and where the threshold's derivative
-# is missing, because gates decide at several points: there all of them drift together, and fast ones end in ruin.
+# is missing (`Following`): there all of them drift together, and fast ones end in ruin.
 LOGIT_RATE, WITHOUT_DERIVATIVE = 0.5, 0.1
 CLOSE, TRIES = 0.0005, 24  # of the search for a step's threshold: share, and thresholds
 
@@ -208,12 +209,12 @@ class SkipTrainer(Trainer):
         if (given := self.settings.gate_learning_rate) is not None:
             return given
         model: Any = self.model
-        gates = (p for name, p in model.named_parameters() if GATE in name and p.requires_grad)
+        gates = [p for name, p in model.named_parameters() if GATE in name and p.requires_grad]
         # Under ZeRO-3 a parameter's own shape is that of nothing; a plan in time may leave no gate to learn.
         width = max((getattr(p, "ds_shape", p.shape)[-1] for p in gates), default=1)
         _, router = find_router(model)
         once = len(decision_points(router.config.decide_at, router.num_layers)) == 1
-        return (LOGIT_RATE if once else WITHOUT_DERIVATIVE) / width
+        return (WITHOUT_DERIVATIVE if sharded(gates) and not once else LOGIT_RATE) / width
 
     def advice(self, lower: str) -> str:
         """What to do when training cannot go on."""

@@ -136,6 +136,45 @@ class TestMemory:
         assert all(len(known.memory) == 1 for known in self._known(recorded) if known.memory)
 
     @KV
+    def test_what_was_outgrown_gives_way(self, kv: str, short_rooms: None) -> None:
+        """One memory per layer, at most twice as large as the longest answer needs, whatever came before it."""
+        plain, recorded = pair("llava", kv=kv)
+        batch = inputs("llava", ONE_ROW)
+        for new in (4, 20, 4):
+            how = {**TEN, "max_new_tokens": new, "min_new_tokens": new}
+            assert torch.equal(recorded.generate(**batch, **how), plain.generate(**batch, **how))
+        held = batch["input_ids"].shape[1] + 20 + recorded_module.SLOTS + recorded_module.SPARE
+        for known in self._known(recorded):
+            assert [memory.slots < 2 * held for memory in known.memory.values()] in ([], [True])
+
+    @KV
+    @torch.no_grad()
+    def test_it_is_bounded_whatever_sizes_come(
+        self, kv: str, short_rooms: None, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Caches of more batch sizes, and prompts of more lengths, than are kept."""
+        monkeypatch.setattr(recorded_module, "MEMORIES", 2)
+        monkeypatch.setattr(recorded_module, "MOST", 3)
+        plain, recorded = pair("llava", kv=kv)
+
+        def ask(rows: int, more: int) -> None:
+            batch = inputs("llava", [["image", *range(40, 43 + more)]] * rows)
+            for _ in range(3):
+                assert torch.equal(recorded.generate(**batch, **TEN), plain.generate(**batch, **TEN))
+
+        sizes = [(rows, 0) for rows in (1, 2, 3, 4)] + [(1, more) for more in range(6)]
+        held = []
+        for rows, more in sizes:
+            ask(rows, more)
+            _, router = find_router(recorded)
+            held.append(len(router.compiling.recordings._shared))
+            for known in self._known(recorded):
+                assert len(known.memory) <= 2
+                assert len(known.recordings) <= 3
+                assert all(len(memory.recordings) <= 3 for memory in known.memory.values())
+        assert max(held[-3:]) <= max(held[:-3])
+
+    @KV
     @torch.no_grad()
     def test_a_copy_of_a_cache_goes_its_own_way(self, kv: str) -> None:
         plain, recorded = pair("llava", kv=kv)

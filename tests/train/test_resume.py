@@ -28,7 +28,7 @@ from skipit.train.config import TrainConfig
 from skipit.train.reference.data import reference_dataset
 from skipit.train.run import train
 from skipit.train.run_folder import STATE_FILE, claimed_run, last_checkpoint
-from skipit.train.trainer import WITHOUT_DERIVATIVE, TrainingError
+from skipit.train.trainer import LOGIT_RATE, TrainingError
 from studies.architecture import build_model, build_processor
 
 # Ten rows in batches of two, twice per step: an epoch ends in the middle of a step's batches.
@@ -349,7 +349,7 @@ def test_learning_rates_can_be_lowered_on_resume(run: Any, stopped: Path, tmp_pa
         stopped,
         Rates(),
         resume=True,
-        config=replace(CONFIG, learning_rate=5e-4, gate_learning_rate=WITHOUT_DERIVATIVE / 128 / 10),
+        config=replace(CONFIG, learning_rate=5e-4, gate_learning_rate=LOGIT_RATE / 128 / 10),
     )
     assert seen[0::2] == pytest.approx([rate / 10 for rate in usual[0::2]])
     assert seen[1::2] == pytest.approx([rate / 2 for rate in usual[1::2]])

@@ -267,12 +267,13 @@ class TestLoss:
         expected = {"ce": ce, "kl": kl, "correct": correct, "answers": (targets != -100).sum()}
         assert sums == pytest.approx({name: float(value) for name, value in expected.items()}, rel=1e-4)
 
-    def test_gates_and_lora_have_learning_rates_of_their_own(self, trainer: Any) -> None:
+    @pytest.mark.parametrize("decide_at", [None, (0,), (0, 1)])
+    def test_gates_and_lora_have_learning_rates_of_their_own(self, trainer: Any, decide_at: Any) -> None:
         made = trainer(replace(CONFIG, gate_learning_rate=0.02))
         assert [group["lr"] for group in made.create_optimizer().param_groups] == [0.02, CONFIG.learning_rate]
         made = trainer()
         router = find_router(made.model)[1]
-        router.config = replace(router.config, decide_at=(0,))
+        router.config = replace(router.config, decide_at=decide_at)
         width = made.model.config.text_config.hidden_size
         groups = made.create_optimizer().param_groups
         assert [group["lr"] for group in groups] == [0.5 / width, CONFIG.learning_rate]
@@ -280,12 +281,18 @@ class TestLoss:
         groups = trainer(replace(CONFIG, lora_rank=0)).create_optimizer().param_groups
         assert len(groups) == 1
 
-    @pytest.mark.parametrize("decide_at", [None, (0, 1)])
-    def test_gates_that_decide_at_several_points_are_slower(self, trainer: Any, decide_at: Any) -> None:
+    @pytest.mark.parametrize(("decide_at", "rate"), [(None, 0.1), ((0,), 0.5), ((0, 1), 0.1)])
+    def test_gates_in_shards_that_decide_at_several_points_are_slower(
+        self, trainer: Any, decide_at: Any, rate: float
+    ) -> None:
+        """Nothing then makes up for what their logits have in common."""
         made = trainer()
         router = find_router(made.model)[1]
         router.config = replace(router.config, decide_at=decide_at)
-        assert made.gate_rate == 0.1 / made.model.config.text_config.hidden_size
+        for layer in gated_layers(made.model):
+            for parameter in layer.layer_gate.parameters():
+                parameter.ds_id, parameter.ds_shape = 0, parameter.shape
+        assert made.gate_rate == rate / made.model.config.text_config.hidden_size
 
     def test_one_large_batch_is_two_small_ones(self, base: Any, processor: Any, rows: Dataset, tmp_path: Path) -> None:
         histories = []

@@ -14,11 +14,15 @@ from skipit.router.paths import is_path, missing
 from .pictures import BesideData
 from .rows import DAMAGE
 
-REFERENCE, DOCUMENTS = "reference", "documents"
+REFERENCE, DOCUMENTS, CONVERSATIONS = "reference", "documents", "conversations"
 BUILT_IN = (REFERENCE, DOCUMENTS)  # models and data that need no file; a folder of that name is `./documents`
+BUILT_IN_DATA = (*BUILT_IN, CONVERSATIONS)  # the last are several questions about each page of `documents`
 _FILES = {".json": "json", ".jsonl": "json", ".parquet": "parquet"}
 _MEDIA = ("images", "videos")
-_KINDS = "Give `reference`, `documents`, a folder made by save_to_disk, a .jsonl or .parquet file, or a Hub id."
+_KINDS = (
+    "Give `reference`, `documents`, `conversations`, a folder made by save_to_disk, a .jsonl or .parquet file, or a "
+    "Hub id."
+)
 
 
 def load_model(source: str, **options: Any) -> tuple[Any, Any]:
@@ -65,7 +69,7 @@ def name_model(source: str) -> str:
 
 def name_data(source: str) -> str:
     """How a record names data so that it is known from any folder."""
-    return str(Path(source).resolve()) if source not in BUILT_IN and Path(source).exists() else source
+    return str(Path(source).resolve()) if source not in BUILT_IN_DATA and Path(source).exists() else source
 
 
 def load_data(
@@ -81,8 +85,8 @@ def load_data(
     """Rows in the conversational vision format.
 
     Args:
-        source: `reference`, `documents`, a folder made by `Dataset.save_to_disk`, a .jsonl, .json or .parquet file, or
-            a Hub id.
+        source: `reference`, `documents`, `conversations`, a folder made by `Dataset.save_to_disk`, a .jsonl, .json or
+            .parquet file, or a Hub id.
         split: of the data set; the built-in ones have train, calibration and test. A file is one split.
         samples: at most this many rows; None is all (1,000 of what is built in).
         seed: of what is built in, and of the shuffle.
@@ -97,24 +101,31 @@ def load_data(
     rows = _rows(source, split, samples, seed, streaming, shuffle_buffer)
     rows = _renamed(rows, columns, source) if columns else rows
     path = Path(source)
-    return rows if source in BUILT_IN or not path.exists() else _beside(rows, path if path.is_dir() else path.parent)
+    return (
+        rows if source in BUILT_IN_DATA or not path.exists() else _beside(rows, path if path.is_dir() else path.parent)
+    )
 
 
 def _rows(source: str, split: str, samples: int | None, seed: int, streaming: bool, shuffle_buffer: int) -> Any:
     if shuffle_buffer and not streaming:
         raise InputError(f"a shuffle buffer of {shuffle_buffer} rows is of a stream: add --streaming.")
     if streaming:
-        rows = _rows(source, split, samples, seed, False, 0) if source in BUILT_IN else _read(source, split, streaming)
+        held = source in BUILT_IN_DATA
+        rows = _rows(source, split, samples, seed, False, 0) if held else _read(source, split, streaming)
         stream = rows.to_iterable_dataset() if hasattr(rows, "to_iterable_dataset") else rows
         stream = stream.shuffle(seed=seed, buffer_size=shuffle_buffer) if shuffle_buffer else stream
         return stream.take(samples) if samples else stream
-    if source in BUILT_IN:
+    if source in BUILT_IN_DATA:
         from skipit.train.reference.data import reference_dataset
-        from skipit.train.reference.documents.data import documents_dataset
+        from skipit.train.reference.documents.data import conversations_dataset, documents_dataset
 
-        drawn: Callable[..., Any] = reference_dataset if source == REFERENCE else documents_dataset
+        drawn: dict[str, Callable[..., Any]] = {
+            REFERENCE: reference_dataset,
+            DOCUMENTS: documents_dataset,
+            CONVERSATIONS: conversations_dataset,
+        }
         try:
-            return drawn(split, samples or 1000, seed)
+            return drawn[source](split, samples or 1000, seed)
         except ValueError as error:
             raise InputError(str(error)) from error
     rows = _read(source, split)
@@ -190,7 +201,7 @@ def load_held_out(
         InputError: they cannot be read, or `data` has one split only.
     """
     path = Path(data)
-    if source is None and data not in BUILT_IN and (path.is_file() or (path / "dataset_info.json").is_file()):
+    if source is None and data not in BUILT_IN_DATA and (path.is_file() or (path / "dataset_info.json").is_file()):
         raise InputError(f"data {data!r} has one split, which is trained on. Name held-out rows: --calibration-data.")
     return load_data(source or data, split, samples, seed, columns=columns)
 

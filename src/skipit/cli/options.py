@@ -8,7 +8,7 @@ from typing import Any, NoReturn
 BUDGET = "share of the dense decoder's FLOPs to spend"
 LATENCY = "share of the dense layers' time for a prompt to spend instead of FLOPs, as `skipit bench` measured it here"
 CHECKPOINT = "folder made by `skipit export`, with or without --adapter"
-DATA = "`reference`, `documents`, a folder, a .jsonl or .parquet file, or a Hub id"
+DATA = "`reference`, `documents`, `conversations`, a folder, a .jsonl or .parquet file, or a Hub id"
 KV = "keys and values of skipped tokens (default %(default)s)"
 # What the folders that skipit makes hold; `--overwrite` replaces nothing else.
 MADE = (

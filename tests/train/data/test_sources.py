@@ -144,7 +144,8 @@ def test_datasets_is_silent_and_hears_nothing_of_it(rows: Dataset, tmp_path: Pat
 def test_what_cannot_be_read(rows: Dataset, tmp_path: Path) -> None:
     (tmp_path / "rows.jsonl").write_text("not json")
     with pytest.raises(
-        InputError, match=r"rows\.jsonl', split 'train', cannot be read: .*\nGive `reference`, `documents`, a folder"
+        InputError,
+        match=r"rows\.jsonl', split 'train', cannot be read: .*\nGive `reference`, `documents`, `conversations`, a f",
     ):
         load_data(str(tmp_path / "rows.jsonl"), "train")
     with pytest.raises(InputError, match="data 'no/such-data', split 'train', cannot be read"):

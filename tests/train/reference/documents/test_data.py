@@ -10,7 +10,13 @@ import numpy as np
 import pytest
 
 from skipit.train.reference.documents.charts import LOOKS
-from skipit.train.reference.documents.data import documents_dataset, draw_document, questions_of
+from skipit.train.reference.documents.data import (
+    QUESTIONS,
+    conversations_dataset,
+    documents_dataset,
+    draw_document,
+    questions_of,
+)
 from skipit.train.reference.documents.layouts import KINDS, STYLES, Facts
 from skipit.train.reference.documents.page import SIDE
 from skipit.train.reference.documents.questions import ABSENT, TASKS, ask
@@ -92,6 +98,21 @@ def test_the_same_request_gives_the_same_rows() -> None:
     assert documents_dataset("train", 3, seed=6)["answer"] != short["answer"]
 
 
+def test_conversations_ask_more_about_the_same_pages() -> None:
+    """Different questions, each answered, of which the first is the one that is asked alone."""
+    alone, together = documents_dataset("test", 16), conversations_dataset("test", 16)
+    for one, many in zip(alone, together, strict=True):
+        assert (many["images"], many["prompt"]) == (one["images"], one["prompt"])
+        assert [many[name] for name in ("kind", "page", "answer")] == [one[name] for name in ("kind", "page", "answer")]
+        assert many["completion"][0] == one["completion"][0]
+        turns = [*many["prompt"], *many["completion"]]
+        assert [turn["role"] for turn in turns] == ["user", "assistant"] * (len(turns) // 2)
+        asked = [turn["content"][-1]["text"] for turn in turns[::2]]
+        assert len({*asked}) == len(asked)
+        assert 3 <= len(asked) <= QUESTIONS
+    assert conversations_dataset("test", 3)[:] == together[:3]
+
+
 FACTS = Facts(
     "Farm 1990", {"date": "1990-01-02", "cashier": "Mary"}, ["Tea", "Milk"], {"the price of {}": ["$2.50", "$3.00"]}
 )
@@ -140,7 +161,8 @@ def test_every_lookup_can_be_read_off_the_page() -> None:
     ("options", "message"),
     [
         ({"split": "validation"}, "`split`: got 'validation', expected one of train, calibration, test"),
-        ({"size": 0}, "`size`: got 0, expected a whole number of rows"),
+        ({"size": 0}, "`size`: got 0, expected a whole number, at least 1"),
+        ({"questions": 0}, "`questions`: got 0, expected a whole number, at least 1"),
         ({"seed": -1}, "`seed`: got -1, expected a whole number, at least 0"),
         ({"kinds": ["guess"]}, r"`kinds`: got \['guess'\], expected a list of one or more of lookup, copy"),
         ({"pages": "form"}, "`pages`: got 'form', expected a list of one or more of receipt"),
