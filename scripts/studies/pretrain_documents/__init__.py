@@ -3,7 +3,7 @@
 It may be stopped at any time and goes on from --out. First the tower learns to say every image token as the decoder's
 own embedding of what is written there, without the decoder (--tower-steps); LoRA on the decoder learns to answer from
 what an ideal tower would say, without the tower (--answer-steps), and goes on with what the tower does say (--steps).
-The first two do not wait for each other: --only runs one stage. --weights writes what is ours in one file.
+The first two do not wait for each other: --only runs one of them. --weights writes what is ours in one file.
 """
 
 import math
@@ -17,7 +17,7 @@ import torch
 from skipit.router import CheckpointError
 from skipit.train.reference.documents.decoder import load_decoder
 from skipit.train.reference.documents.model import build_model, build_processor
-from skipit.train.reference.documents.weights import add_lora, add_weights, our_weights, set_weights
+from skipit.train.reference.documents.weights import add_lora, add_weights, our_weights
 from studies.study import command
 
 from .answering import train_answers
@@ -32,13 +32,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = command(__name__, __doc__, out=Path("runs/documents"), steps=2000, seed=0)
     parser.add_argument("--tower-steps", type=int, default=6000, help="of the first stage (default %(default)s)")
     parser.add_argument("--answer-steps", type=int, default=2000, help="of the second (default %(default)s)")
-    parser.add_argument("--only", choices=("tower", "answers", "together"), help="one of the stages")
+    parser.add_argument("--only", choices=("tower", "answers"), help="one of the first two stages")
     parser.add_argument("--pages", type=int, default=2, help="of a step (default %(default)s)")
     parser.add_argument("--workers", type=int, default=0, help="processes that draw pages ahead (default %(default)s)")
     parser.add_argument("--fonts", type=Path, help="a folder of more fonts for pages to learn from")
-    parser.add_argument(
-        "--start", type=Path, help="weights to begin with: tower and projector, of --only together LoRA too"
-    )
+    parser.add_argument("--start", type=Path, help="a file of weights whose tower and projector to begin with")
     parser.add_argument("--rate", type=float, default=5e-4, help="of LoRA in the third stage (default %(default)s)")
     parser.add_argument(
         "--tower-rate", type=float, default=0.0, help="of the tower there (default 0: it stays as it is)"
@@ -51,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--weights", type=Path, help="the file to write when both stages are done")
     arguments = parser.parse_args(argv)
     deadline = time.monotonic() + 60 * arguments.minutes
-    if arguments.only in ("tower", "answers") and arguments.weights:
+    if arguments.only and arguments.weights:
         parser.error("--weights needs every stage; leave out --only.")
 
     def log(line: str) -> None:
@@ -66,15 +64,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     model.to("cuda" if torch.cuda.is_available() else "cpu")
     how: dict[str, Any] = {"size": arguments.pages, "workers": arguments.workers, "log": log}
     how |= {"among": faces(arguments.fonts), "deadline": deadline, "cooldown": arguments.cooldown}
-    if arguments.only in (None, "tower"):
+    if arguments.only != "answers":
         train_tower(model, processor, arguments.out / "tower", arguments.tower_steps, **how)
     model.model.language_model.to(torch.bfloat16)
     add_lora(model)
-    if arguments.only == "together" and arguments.start:
-        set_weights(model, arguments.start)
-    if arguments.only in (None, "answers"):
+    if arguments.only != "tower":
         train_answers(model, processor, arguments.out / "answers", arguments.answer_steps, ideal=True, **how)
-    if arguments.only in (None, "together"):
+    if arguments.only is None:
         how |= {"peak": arguments.rate, "tower_peak": arguments.tower_rate}
         train_answers(model, processor, arguments.out / "together", arguments.steps, ideal=False, **how)
     if arguments.weights:

@@ -196,21 +196,11 @@ def held_out(alphabet: Alphabet, processor: Any, split: Split, size: int) -> lis
 
 
 def more_words(alphabet: Alphabet, rng: np.random.Generator) -> Words:
-    """The training split's word lists, each with as many frequent words on no list, and twice as many made up.
-
-    With fewer of these the decoder says the lists' words where others are written.
-    """
-
-    def some(words: list[str], count: int) -> list[str]:
-        return [words[i] for i in rng.permutation(len(words))[:count]]
-
+    """The training split's word lists, each with as many frequent words that are on no list."""
+    frequent = alphabet.unlisted
     lists = {each.name: getattr(WORDS["train"], each.name) for each in fields(Words)}
-    return Words(
-        **{
-            name: (*own, *some(alphabet.unlisted, len(own)), *some(alphabet.joined, 2 * len(own)))
-            for name, own in lists.items()
-        }
-    )
+    some = {name: rng.permutation(len(frequent))[: len(own)] for name, own in lists.items()}
+    return Words(**{name: (*own, *(frequent[i] for i in some[name])) for name, own in lists.items()})
 
 
 class AnswerSteps(Dataset[Asked]):

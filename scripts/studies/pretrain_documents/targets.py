@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from functools import cached_property
-from itertools import product
 from typing import Any
 
 import numpy as np
@@ -68,20 +67,6 @@ class Alphabet:
     def unlisted(self) -> list[str]:
         """Frequent words that are on no list."""
         return self.words[len(self.listed) :]
-
-    @cached_property
-    def joined(self) -> list[str]:
-        """Names of two tokens that nobody has: a word of the training split, or on no list, with the end of a word.
-
-        Many names and goods have no token of their own. A decoder that has seen only a few such words says the first of
-        their tokens and no more. Ends are those that the tower reads; no word of another split is made up.
-        """
-        lists = [getattr(WORDS["train"], each.name) for each in fields(WORDS["train"])]
-        firsts = dict.fromkeys(self.ids(word)[0] for words in (*lists, self.unlisted) for word in words)
-        ends = dict.fromkeys(ids[-1] for word in self.listed if word.isalpha() and len(ids := self.ids(word)) > 1)
-        made = ((ids, self.tokenizer.decode(ids).strip()) for ids in product(firsts, ends))
-        names = ((ids, name) for ids, name in made if name.istitle() and 4 <= len(name) <= 10)
-        return [name for ids, name in names if name not in self.listed and self.ids(name) == [*ids]]
 
     @cached_property
     def tokens(self) -> list[int]:

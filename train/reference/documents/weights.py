@@ -33,23 +33,6 @@ def our_weights(model: Any) -> dict[str, torch.Tensor]:
     }
 
 
-def set_weights(model: Any, path: Path) -> None:
-    """Give a model with LoRA (`add_lora`) what `our_weights` saved of one, to be trained further.
-
-    Raises:
-        CheckpointError: the file lacks a tensor, or has one of another shape, as of another rank; names it.
-    """
-    given = load_tensors(path)
-    for name, value in model.state_dict().items():
-        if not (name.startswith(_PARTS) or ".lora_" in name):
-            continue
-        found = given.get(name.replace(".default", ""))
-        if found is None or found.shape != value.shape:
-            got = "nothing" if found is None else f"shape {list(found.shape)}"
-            raise CheckpointError(f"{path}: `{name}`: got {got}, expected shape {list(value.shape)}.")
-        value.copy_(found)
-
-
 def add_weights(model: Any, path: Path, lora: bool = True) -> Any:
     """A new model with our tower and projector, and our LoRA merged into its decoder.
 
