@@ -77,7 +77,7 @@ class _TrainingBar(ProgressCallback):
         if logs and "compute" in logs:
             figures = (
                 f"CE {logs['ce']:.3f}  KL {logs['kl']:.3f}  accuracy {logs['accuracy']:.1%}  "
-                f"{self._counted} {logs['compute']:.1%} of {logs['budget']:.0%}"
+                f"{self._counted} {logs['compute']:.1%} of {logs['target']:.0%}"
             )
             self._bar.update(self._task, figures=figures)
 

@@ -29,7 +29,7 @@ from skipit.train.data.used import RECORD, Noted, held_out
 from .card import LATENCIES
 from .config import TrainConfig
 from .gating import attach_plan
-from .launch import launched, stage_of
+from .launch import launched
 from .run_folder import RunFolder, claimed_run
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}  # of the weights, by precision
@@ -200,11 +200,15 @@ def train(
         checkpoint = folder.prepare(resume, note or (lambda text: None))
         trained, calibrated = Noted(folder.rows_file(arguments.process_index, fresh=checkpoint is None)), Noted()
         rows.check = trained.noting(collate.checked)
+        held: Any = [] if calibration is None else Rows(calibration, calibrated.noting(collate.checked))
+        held_batches = list(batches(held, collate, config.batch_size)) if calibration is not None else []
         # Every process runs every module, but for layers over images in a batch that has none.
         arguments.ddp_find_unused_parameters = "cross_attention" in layer_kinds(find_decoder(model)[1].config)
         trainer = SkipTrainer(
             settings=config,
             costs=costs,
+            held=held_batches,
+            sample=sample,
             model=peft_model,
             args=arguments,
             train_dataset=rows,
@@ -213,11 +217,8 @@ def train(
         )
         _run(trainer, checkpoint)
         peft_model.eval()
-        held: Any = [] if calibration is None else Rows(calibration, calibrated.noting(collate.checked))
-        held_batches = list(batches(held, collate, config.batch_size)) if calibration is not None else []
         used = {**plan.about.get(RECORD, {"profiled": None}), "trained": folder.rows_read(arguments.world_size)}
-        mode: Mode = "masked" if stage_of(arguments) == 3 else "gathered"
-        met = _calibrate(peft_model, held_batches, flops, times, config, mode) if held_batches else {}
+        met = _calibrate(peft_model, held_batches, flops, times, config, trainer.mode) if held_batches else {}
         history = trainer.progress.history
         record = {
             "base": base,

@@ -2,6 +2,7 @@
 
 import math
 import shutil
+from collections.abc import Sequence
 from contextlib import nullcontext
 from inspect import signature
 from pathlib import Path
@@ -9,16 +10,18 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from accelerate.utils import broadcast_object_list
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from skipit.router import MODALITIES, SkipItError, Step, Trace, find_router, running
+from skipit.router.call import Mode
 from skipit.router.config import decision_points
 from skipit.router.errors import CheckpointError
 from skipit.router.folders import load_json, save_json
-from skipit.theory.calibrate import LIMIT, Listening, threshold_for, totals
+from skipit.theory.calibrate import LIMIT, Listening, calibrate, measured_share, threshold_for, totals
 from skipit.theory.cost import Costs, trace_compute
 from skipit.theory.labels import IGNORE, before_answer
 from skipit.theory.sharded import sharded
@@ -48,12 +51,18 @@ class SkipTrainer(Trainer):
     The budget is spent in every step: the threshold of the next is the one at which the last would have spent it. So
     gates learn at the operating point that is calibrated in the end, and which tokens are worth most, not how many.
 
+    A budget is what held-out rows spend. Rows of training that have more text to an image, such as conversations, spend
+    more at the same threshold, and less would be left of their images than of those that the model is for. So a step
+    spends what rows of training spent at the beginning where held-out rows spent the budget.
+
     The teacher is the same model with gates and LoRA off: no second copy in memory. Every process runs every module,
     whatever its rows skip: DeepSpeed mixes up gradients, or hangs, where processes call different modules.
 
     Args:
         settings: budgets and weights of the objective.
         costs: of the model's layers, in what the budget is a share of.
+        held: held-out batches that the budgets are for; none takes them as shares of the rows of training.
+        sample: batches of these rows.
         **trainer: passed to `transformers.Trainer`.
     """
 
@@ -62,11 +71,14 @@ class SkipTrainer(Trainer):
         *,
         settings: TrainConfig,
         costs: Costs,
+        held: Sequence[dict[str, Tensor]] = (),
+        sample: Sequence[dict[str, Tensor]] = (),
         callbacks: list[Any] | None = None,
         **trainer: Any,
     ) -> None:
-        self.settings, self.costs = settings, costs
+        self.settings, self.costs, self.held, self.sample = settings, costs, list(held), list(sample)
         self.budgets = list(settings.points.values())
+        self.targets = list(self.budgets)  # what a step spends for each
         self.thresholds = [0.0] * len(self.budgets)  # where the plan spends the first of them
         self.progress = _Progress(self)
         self.rates: Tensor | None = None
@@ -80,6 +92,25 @@ class SkipTrainer(Trainer):
     def turn(self) -> int:
         """Which of the budgets this step is for."""
         return self.state.global_step % len(self.budgets)
+
+    def begin(self) -> None:
+        """Find where held-out rows spend each budget, and what rows of training spend there."""
+        model: Any = self.model
+        training, mode = model.training, self.mode
+        model.eval()
+        for turn, budget in enumerate(self.budgets):
+            if self.held and budget < 1:
+                how: dict[str, Any] = {"kv": self.settings.kv, "mode": mode}
+                self.thresholds[turn], _ = calibrate(model, self.held, self.costs, budget, **how)
+                how["threshold"] = self.thresholds[turn]
+                self.targets[turn] = measured_share(model, self.sample, self.costs, **how)
+        model.train(training)
+        self.thresholds, self.targets = broadcast_object_list([self.thresholds, self.targets])  # equal to the last bit
+
+    @property
+    def mode(self) -> Mode:
+        """How a model is run whose weights may be sharded: every process has to call every module then."""
+        return "masked" if stage_of(self.args) == 3 else "gathered"
 
     def decider(self) -> Any:
         """The policy of this step."""
@@ -128,7 +159,7 @@ class SkipTrainer(Trainer):
             return float(executed / dense)
 
         start = max(-LIMIT, min(LIMIT, self.thresholds[turn]))
-        return threshold_for(share, self.budgets[turn], start=start, tolerance=CLOSE, steps=TRIES)[0]
+        return threshold_for(share, self.targets[turn], start=start, tolerance=CLOSE, steps=TRIES)[0]
 
     def _check_images(self, inputs: dict[str, Tensor]) -> None:
         """Under ZeRO-3 processes gather a vision tower's weights together: one without images would never join in."""
@@ -179,7 +210,8 @@ class SkipTrainer(Trainer):
         share, threshold = float(sums["executed"] / sums["dense"]), self.thresholds[turn]
         if self._ran:
             self.thresholds[turn], self._ran = self._threshold_after(turn), []
-        return {**per_answer, "budget": self.budgets[turn], "compute": share, "threshold": threshold}
+        figures = {"budget": self.budgets[turn], "target": self.targets[turn], "compute": share}
+        return {**per_answer, **figures, "threshold": threshold}
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """What `Trainer` logs, with the last step's figures; reports are written before any other callback is told."""
@@ -246,7 +278,11 @@ class SkipTrainer(Trainer):
             super()._save_checkpoint(model, trial)
             barrier()  # for the parts that other processes write
             if self.args.should_save:
-                values = {"thresholds": self.thresholds, "history": self.progress.history}
+                values = {
+                    "thresholds": self.thresholds,
+                    "targets": self.targets,
+                    "history": self.progress.history,
+                }
                 pending = folder / f"{STATE_FILE}.new"
                 save_json(pending, values)
                 save_manifest(folder, {pending.name: STATE_FILE})
@@ -265,9 +301,10 @@ class SkipTrainer(Trainer):
             raise TrainingError(f"{folder} cannot be written: {str(error) or type(error).__name__}. {kept}") from error
 
     def restore(self, checkpoint: Path) -> None:
-        """Continue with the thresholds of a checkpoint."""
+        """Continue with the thresholds of a checkpoint, and with what it spent where it says so."""
         values = load_json(checkpoint / STATE_FILE)
         self.thresholds, self.progress.history = values["thresholds"], values["history"]
+        self.targets = values.get("targets", self.budgets)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         """Load both, but with the learning rates of this run's settings, which may have been lowered."""
@@ -308,6 +345,8 @@ class _Progress(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         check_engine(self.trainer.settings.deepspeed, self.trainer.model_wrapped)
+        if state.global_step == 0:
+            self.trainer.begin()
 
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

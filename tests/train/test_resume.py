@@ -113,6 +113,7 @@ def test_interrupted_and_resumed_is_uninterrupted(run: Any, whole: Path, stopped
     state = json.loads((checkpoint / STATE_FILE).read_text())
     assert len(state["history"]) == step
     assert state["thresholds"] != [0]
+    assert state["targets"] == [0.5]
     assert same_run(run(stopped, resume=True), whole)
 
 

@@ -70,6 +70,14 @@ def rows() -> Dataset:
     return reference_dataset("train", 16)
 
 
+def _with_more_text(row: dict[str, Any]) -> dict[str, Any]:
+    """A question with a long story after it."""
+    (turn,) = row["prompt"]
+    words = " ".join(part["text"] for part in turn["content"] if part["text"])
+    story = {"type": "text", "text": " ".join([words] * 8)}
+    return {**row, "prompt": [{**turn, "content": [*turn["content"], story]}]}
+
+
 def plan_for(model: Any, bias: float = 0.3) -> Plan:
     width = model.config.text_config.hidden_size
     weight = 0.1 * torch.randn(LAYERS, 2, width, generator=torch.Generator().manual_seed(0))
@@ -123,12 +131,13 @@ class TestRunFolder:
         assert [figures["step"] for figures in history] == list(range(1, CONFIG.steps + 1))
         assert record["last"] == history[-1]
         for figures in history:
-            assert set(figures) == {"step", "ce", "kl", "accuracy", "budget", "compute", "threshold"}
+            assert set(figures) == {"step", "ce", "kl", "accuracy", "budget", "target", "compute", "threshold"}
             assert 0 <= figures["accuracy"] <= 1
             assert 0 < figures["compute"] < 1.01
             assert min(figures["ce"], figures["kl"]) > 0
-        assert history[0]["threshold"] == 0
-        assert all(figures["compute"] == pytest.approx(CONFIG.budget, abs=0.1) for figures in history[1:])
+            # Rows like the held-out ones spend what these spend, from the first step on.
+            assert figures["compute"] == pytest.approx(CONFIG.budget, abs=0.1)
+            assert figures["target"] == pytest.approx(CONFIG.budget, abs=0.05)
 
     def test_the_model_that_comes_back_is_the_one_on_disk(
         self, finished: tuple[Any, Path], base: Any, processor: Any, rows: Dataset
@@ -306,6 +315,34 @@ class TestLoss:
 
 
 class TestBudget:
+    @pytest.mark.parametrize("decide_at", [(0,), None])
+    @pytest.mark.parametrize("kv", ["retain", "evict"])
+    def test_is_what_held_out_rows_spend(
+        self, trainer: Any, model: Any, processor: Any, rows: Dataset, kv: Any, decide_at: Any
+    ) -> None:
+        """Rows of training with more text to an image spend more, and as much of each image runs as in a held-out row.
+
+        Text runs every layer and images run as the threshold says.
+        """
+        held, talks = (list(batches(each, Collator(processor), 4)) for each in (rows, rows.map(_with_more_text)))
+        config, costs = replace(CONFIG, kv=kv, budget=0.7, more_budgets=(1.0,)), CostModel.of(model)
+        made = trainer(config, held=held, sample=talks)
+        router = find_router(made.model)[1]
+        router.config = replace(router.config, decide_at=decide_at)
+        for layer in gated_layers(made.model):
+            with torch.no_grad():
+                layer.layer_gate.weight[0], layer.layer_gate.bias[0] = 0, 30
+        made.begin()
+        (threshold, _), (target, everything) = made.thresholds, made.targets
+        assert measured_share(made.model, held, costs, kv, threshold) == pytest.approx(0.7, abs=0.03)
+        assert measured_share(made.model, talks, costs, kv, threshold) == pytest.approx(target)
+        assert target > 0.75
+        assert everything == 1
+        made.model.train()
+        made.compute_loss(made.model, dict(talks[0]), num_items_in_batch=10)
+        made.state.global_step = 1
+        assert made.finish_step()["compute"] == pytest.approx(target, abs=0.05)
+
     @pytest.mark.parametrize("kv", ["retain", "evict"])
     @pytest.mark.parametrize("bias", [-9.0, 9.0])
     def test_is_spent_from_the_second_step_on_wherever_gates_begin(
@@ -391,10 +428,11 @@ def test_several_budgets_take_turns(model: Any, processor: Any, rows: Dataset, t
     tuned = train(model, processor, rows, plan_for(model), config, tmp_path / "run", calibration=held_out)
     history = [json.loads(line) for line in (tmp_path / "run" / "history.jsonl").read_text().splitlines()]
     assert [figures["budget"] for figures in history] == [0.6, 0.4, 0.8] * 2
-    assert [figures["threshold"] for figures in history[:3]] == [0, 0, 0]
     for figures in history[3:]:
-        assert figures["compute"] == pytest.approx(figures["budget"], abs=0.1)
-    assert history[4]["compute"] < history[3]["compute"] < history[5]["compute"]
+        assert figures["compute"] == pytest.approx(figures["target"], abs=0.15)
+    for middle, low, high in (history[:3], history[3:]):
+        assert high["threshold"] < middle["threshold"] < low["threshold"]
+        assert low["compute"] < middle["compute"] < high["compute"]
     shares = json.loads((tmp_path / "run" / "run.json").read_text())["calibrated_shares"]
     assert {float(budget): share for budget, share in shares.items()} == pytest.approx(
         {budget: budget for budget in (0.6, 0.4, 0.8)}, abs=0.03
