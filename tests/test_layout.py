@@ -179,7 +179,7 @@ def test_wheel_ships_the_folders_and_nothing_else(wheel: Path, pyproject: dict[s
         assert files, f"{package}: nothing matches {patterns}"
         expected |= {f"{package.replace('.', '/')}/{path.as_posix()}" for path in files}
     assert shipped == expected
-    assert wheel.stat().st_size < 35_000_000  # two references' weights, of 2.3 and 11.9 million parameters
+    assert wheel.stat().st_size < 37_000_000  # two references' weights, of 2.3 and 11.9 million parameters
 
 
 def test_wheel_is_importable(wheel: Path, tmp_path: Path) -> None:

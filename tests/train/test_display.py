@@ -8,7 +8,7 @@ from transformers import TrainerControl, TrainerState
 from skipit.train.config import TrainConfig
 from skipit.train.display import console, progress, training_progress
 
-LOGS = {"loss": 1.0, "ce": 0.1234, "kl": 0.0456, "accuracy": 0.875, "budget": 0.6, "compute": 0.614}
+LOGS = {"loss": 1.0, "ce": 0.1234, "kl": 0.0456, "accuracy": 0.875, "budget": 0.6, "target": 0.6, "compute": 0.614}
 FIGURES = "CE 0.123  KL 0.046  accuracy 87.5%  compute 61.4% of 60%"
 
 

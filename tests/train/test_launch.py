@@ -39,7 +39,10 @@ CLOSE = {"rtol": 1e-4, "atol": 2e-6}
 
 @pytest.fixture(scope="module")
 def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a small model, a plan whose gates skip token by token, and a run of one process."""
+    """A folder with a small model, a plan whose gates skip token by token, and a run of one process.
+
+    It accumulates as many batches as there are processes elsewhere: the threshold's derivative is of each by itself.
+    """
     folder = tmp_path_factory.mktemp("launch")
     config = copy.deepcopy(build_model().config)
     config.text_config.num_hidden_layers, config.vision_config.num_hidden_layers = LAYERS, 1
@@ -50,11 +53,17 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
     weight = torch.randn(LAYERS, 2, config.text_config.hidden_size, generator=torch.Generator().manual_seed(0))
     bias = torch.full((LAYERS, 2), 0.3)
     save_plan(
-        Plan(0.2 * weight, bias, 0.5, "retain", "theory", fingerprint(model), torch.ones(LAYERS, 2)), folder / "plan"
+        Plan(0.2 * weight, bias, 0.5, "retain", "theory", fingerprint(model), torch.ones(LAYERS, 2), decide_at=(0,)),
+        folder / "plan",
     )
     with chdir(folder):  # in this process, whose imports are done
-        assert main(arguments("one", "--batch-size", 8)) == 0
+        assert main(arguments("one", *alone(2))) == 0
     return folder
+
+
+def alone(batches: int) -> tuple[Any, ...]:
+    """Options of one process for what several do, or several in turn: a step of 8 rows in so many batches."""
+    return "--batch-size", 8 // batches, "--accumulation", batches
 
 
 def arguments(out: str, *options: Any, data: str = "reference") -> list[str]:
@@ -115,7 +124,9 @@ def test_zero_2_on_two_processes(work: Path) -> None:
     options = ("--batch-size", 2, "--accumulation", 2, "--deepspeed", "zero2", "--processes", 2)
     said = finish(start(work, "zero2", *options, launcher=launcher))
     assert said.count("Next: skipit export zero2") == 1  # one process speaks
-    assert_same_run(work / "one", work / "zero2", 2)
+    with chdir(work):
+        assert main(arguments("twos", *alone(4))) == 0
+    assert_same_run(work / "twos", work / "zero2", 2)
 
 
 def test_zero_3_on_two_processes(work: Path) -> None:
@@ -155,7 +166,8 @@ def test_two_nodes_with_zero_3(work: Path) -> None:
 def test_every_configuration(work: Path, zero: str, processes: int) -> None:
     launcher = (*TORCHRUN, "--standalone", "--nproc-per-node", processes) if processes > 1 else (sys.executable,)
     out = f"{zero}-{processes}"
-    finish(start(work, out, "--batch-size", 8 // processes, "--deepspeed", zero, launcher=launcher))
+    options = ("--batch-size", 4, "--accumulation", 2 // processes, "--deepspeed", zero)
+    finish(start(work, out, *options, launcher=launcher))
     assert_same_run(work / "one", work / out, processes)
 
 
@@ -163,7 +175,7 @@ def test_every_configuration(work: Path, zero: str, processes: int) -> None:
 @pytest.mark.parametrize("zero", [None, "zero2", "zero3"])
 def test_bf16(work: Path, zero: str | None) -> None:
     options = ["--deepspeed", zero] if zero else []
-    finish(start(work, f"bf16-{zero}", "--batch-size", 8, "--precision", "bf16", *options))
+    finish(start(work, f"bf16-{zero}", *alone(2), "--precision", "bf16", *options))
     for ours, theirs in zip(history(work / "one"), history(work / f"bf16-{zero}"), strict=True):
         assert theirs["ce"] == pytest.approx(ours["ce"], rel=0.02)
 
@@ -243,7 +255,7 @@ def test_text_beside_images_under_zero_3(work: Path) -> None:
 @pytest.mark.slow
 def test_a_stream_on_two_processes(work: Path) -> None:
     """Each takes its share of the rows, in their order."""
-    finish(start(work, "stream1", "--batch-size", 8, "--streaming"))
+    finish(start(work, "stream1", *alone(2), "--streaming"))
     launcher = (*TORCHRUN, "--standalone", "--nproc-per-node", 2)
     finish(start(work, "stream2", "--batch-size", 4, "--streaming", "--deepspeed", "zero2", launcher=launcher))
     assert_same_run(work / "stream1", work / "stream2", 2)
@@ -254,7 +266,7 @@ def test_a_stream_on_two_processes(work: Path) -> None:
 def test_evict_with_gradient_checkpointing(work: Path, zero: str) -> None:
     options = ("--kv", "evict", "--gradient-checkpointing", "--deepspeed", zero)
     if not (work / "evict").exists():
-        finish(start(work, "evict", "--batch-size", 8, "--kv", "evict"))
+        finish(start(work, "evict", *alone(2), "--kv", "evict"))
     launcher = (*TORCHRUN, "--standalone", "--nproc-per-node", 2)
     finish(start(work, f"evict-{zero}", "--batch-size", 4, *options, launcher=launcher))
     assert_same_run(work / "evict", work / f"evict-{zero}", 2)
