@@ -43,25 +43,26 @@ class Following(Listening):
     """
 
     costs: Costs = field(kw_only=True)
-    _rising: list["_Rising"] = field(default_factory=list, init=False)  # of the call that goes on
+    _rising: list["_Rising"] = field(default_factory=list, init=False)  # of the call that goes on; none, or one
 
     def logits(
         self, layers: range, hidden: Float[Tensor, "batch seq dim"], call: Call, gates: Sequence[TokenGate]
     ) -> Float[Tensor, "layers batch seq"]:
         """What is compared with the threshold; the derivatives of anything by these sum to zero."""
         said = super().logits(layers, hidden, call, gates)
-        if not said.requires_grad:
-            return said
         if len(layers) == self.costs.depth:
+            if not said.requires_grad:
+                return said
             move = (self._moves_in(said, call) * said).sum()
             return said - (move - move.detach())
         if layers.start == 0:
-            self._rising[:] = [_Rising(self, call)]
-        if not self._rising or not self._rising[0].weights:
-            return said
-        rising = self._rising[0]
-        rising.stretches.append(_Stretch(layers, hidden.detach(), gates, said.detach()))
-        return said - rising.by
+            weights = [weight for gate in call.gates for weight in gate.parameters() if weight.requires_grad]
+            follows = torch.is_grad_enabled() and weights and not sharded(weights)
+            self._rising[:] = [_Rising(self, call, weights)] if follows else []
+        for rising in self._rising:
+            rising.stretches.append(_Stretch(layers, hidden.detach(), gates, said.detach()))
+            said = said - rising.by
+        return said
 
     def _moves_in(self, said: Float[Tensor, "layers batch seq"], call: Call) -> Float[Tensor, "layers batch seq"]:
         images = NO_IMAGES if call.step is None else call.step.images
@@ -114,19 +115,17 @@ class _Rising:
     have been compared with is the sum of what came back to all of them.
     """
 
-    def __init__(self, policy: Following, call: Call) -> None:
-        self.policy, self.call = policy, call
+    def __init__(self, policy: Following, call: Call, weights: Sequence[nn.Parameter]) -> None:
+        self.policy, self.call, self.weights = policy, call, weights
         self.stretches: list[_Stretch] = []
-        every = [weight for gate in call.gates for weight in gate.parameters() if weight.requires_grad]
-        self.weights = [] if sharded(every) else every
-        self.by: Tensor = _Risen.apply(self, *self.weights)
+        self.by: Tensor = _Risen.apply(self, *weights)
 
 
 class _Risen(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, rising: _Rising, *weights: Tensor) -> Tensor:
         ctx.rising = rising
-        return weights[0].new_zeros(()) if weights else torch.zeros(())
+        return weights[0].new_zeros(())
 
     @staticmethod
     def backward(ctx: Any, *derivative: Tensor) -> Any:

@@ -96,14 +96,13 @@ class SkipTrainer(Trainer):
     def begin(self) -> None:
         """Find where held-out rows spend each budget, and what rows of training spend there."""
         model: Any = self.model
-        training, mode = model.training, self.mode
+        training, kv, mode = model.training, self.settings.kv, self.mode
         model.eval()
         for turn, budget in enumerate(self.budgets):
-            if self.held and budget < 1:
-                how: dict[str, Any] = {"kv": self.settings.kv, "mode": mode}
-                self.thresholds[turn], _ = calibrate(model, self.held, self.costs, budget, **how)
-                how["threshold"] = self.thresholds[turn]
-                self.targets[turn] = measured_share(model, self.sample, self.costs, **how)
+            if budget < 1:
+                threshold, _ = calibrate(model, self.held, self.costs, budget, kv, mode=mode)
+                self.thresholds[turn] = threshold
+                self.targets[turn] = measured_share(model, self.sample, self.costs, kv, threshold, mode)
         model.train(training)
         self.thresholds, self.targets = broadcast_object_list([self.thresholds, self.targets])  # equal to the last bit
 
@@ -345,7 +344,7 @@ class _Progress(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         check_engine(self.trainer.settings.deepspeed, self.trainer.model_wrapped)
-        if state.global_step == 0:
+        if self.trainer.held and state.global_step == 0:
             self.trainer.begin()
 
     def on_pre_optimizer_step(

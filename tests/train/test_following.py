@@ -89,8 +89,9 @@ def test_nothing_moves_without_gradients(made: Any) -> None:
     assert not step.probability.requires_grad
 
 
+@pytest.mark.parametrize("frozen", [(), (0,)], ids=["all learn", "the first does not"])
 @pytest.mark.parametrize("kv", ["retain", "evict"])
-def test_several_points_are_as_one_that_reads_what_they_read(made: Any, kv: Any) -> None:
+def test_several_points_are_as_one_that_reads_what_they_read(made: Any, kv: Any, frozen: tuple[int, ...]) -> None:
     """States that do not depend on what ran before make both derivatives the same, which one point has in closed form.
 
     The layers' own maps are taken out, so that the states at every point are the embeddings.
@@ -103,6 +104,10 @@ def test_several_points_are_as_one_that_reads_what_they_read(made: Any, kv: Any)
                 for module in layer.modules():
                     if hasattr(module, name.split(".")[0]):
                         torch.nn.init.zeros_(module.get_parameter(name))
+        model.requires_grad_(False)
+        gates = [layer.layer_gate for layer in gated_layers(model)]
+        for number, gate in enumerate(gates):
+            gate.requires_grad_(number not in frozen)
         _, router = find_router(model)
         router.config = replace(router.config, decide_at=points)
         policy = Following(THRESHOLD, costs=CostModel.of(model))
@@ -112,7 +117,7 @@ def test_several_points_are_as_one_that_reads_what_they_read(made: Any, kv: Any)
         # Any function of what ran will do.
         taste = torch.randn(LAYERS, *trace.steps[0].real.shape, generator=torch.Generator().manual_seed(2))
         (taste * trace.steps[0].probability).sum().backward()
-        found.append([parameter.grad for layer in gated_layers(model) for parameter in layer.layer_gate.parameters()])
+        found.append([weight.grad for gate in gates for weight in gate.parameters() if weight.requires_grad])
     for several in found[1:]:
         torch.testing.assert_close(several, found[0])
 

@@ -101,9 +101,9 @@ def load_data(
     rows = _rows(source, split, samples, seed, streaming, shuffle_buffer)
     rows = _renamed(rows, columns, source) if columns else rows
     path = Path(source)
-    return (
-        rows if source in BUILT_IN_DATA or not path.exists() else _beside(rows, path if path.is_dir() else path.parent)
-    )
+    if source in BUILT_IN_DATA or not path.exists():
+        return rows
+    return _beside(rows, path if path.is_dir() else path.parent)
 
 
 def _rows(source: str, split: str, samples: int | None, seed: int, streaming: bool, shuffle_buffer: int) -> Any:

@@ -103,7 +103,7 @@ def documents_dataset(
     rows = []
     for number in range(size):
         rng = np.random.default_rng([seed, SPLITS.index(split), number])
-        rows.append(_row(split, kinds, number % len(kinds), pages, questions, rng))
+        rows.append(_row(split, kinds[number % len(kinds)], pages, rng, more=questions - 1, kinds=kinds))
     return Dataset.from_list(rows, features=_features())
 
 
@@ -128,9 +128,9 @@ def _check(
 
 
 def _row(
-    split: Split, kinds: Sequence[Task], first: int, pages: Sequence[Kind], questions: int, rng: np.random.Generator
+    split: Split, task: Task, pages: Sequence[Kind], rng: np.random.Generator, *, more: int, kinds: Sequence[Task]
 ) -> dict[str, Any]:
-    task = kinds[first]
+    """A row that asks for a task, and then at most so many more questions of some kinds."""
     for _ in range(100):
         document = draw_document(split, pages[int(rng.integers(len(pages)))], rng)
         if asked := questions_of(document, split, rng, [task]):
@@ -138,12 +138,11 @@ def _row(
     else:
         raise ValueError(f"`pages`: got {short(pages)}, none of which has anything to ask for as {task!r}.")
     ((_, question, answer),) = asked
-    turns = [question, answer]
-    if questions > 1:
-        others = [each for _ in range(questions) for each in questions_of(document, split, rng, kinds)]
-        different = {question: answer} | {other: said for _, other, said in rng.permutation(others)}
-        turns = [str(text) for turn in [*different.items()][:questions] for text in turn]
-    text = [{"type": "text", "text": text} for text in turns]
+    different = {question: answer}
+    if more:
+        others = [each for _ in range(1 + more) for each in questions_of(document, split, rng, kinds)]
+        different |= {other: said for _, other, said in (others[n] for n in rng.permutation(len(others)))}
+    text = [{"type": "text", "text": text} for turn in [*different.items()][: 1 + more] for text in turn]
     roles = cycle(("assistant", "user"))
     return {
         "images": [{"bytes": _jpeg(document.page.image), "path": None}],
