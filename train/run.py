@@ -207,7 +207,8 @@ def train(
         trainer = SkipTrainer(
             settings=config,
             costs=costs,
-            held=held_batches,
+            # Many thresholds take the same time, and a plan for time is made for its own.
+            held=held_batches if times is None else (),
             sample=sample,
             model=peft_model,
             args=arguments,

@@ -61,7 +61,8 @@ class SkipTrainer(Trainer):
     Args:
         settings: budgets and weights of the objective.
         costs: of the model's layers, in what the budget is a share of.
-        held: held-out batches that the budgets are for; none takes them as shares of the rows of training.
+        held: held-out batches that the budgets are for; none takes them as shares of the rows of training, from the
+            plan's own threshold on.
         sample: batches of these rows.
         **trainer: passed to `transformers.Trainer`.
     """
