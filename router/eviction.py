@@ -15,7 +15,7 @@ from torch import Tensor
 
 KEY_WEIGHT_KWARG = "skipit_key_weight"
 # Numbers in an attention matrix that the backward pass makes at once: where launches take the time, more.
-AT_ONCE = {"cpu": 2**21, "cuda": 2**25}
+AT_ONCE = {"cpu": 2**18, "cuda": 2**25}
 
 
 class KeyWeights(NamedTuple):
@@ -88,52 +88,82 @@ class _WeightedAttention(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Float[Tensor, "batch heads queries value_dim"]) -> Any:
         query, key, value, weight, mask, output = ctx.saved_tensors
-        heads = query.shape[1]
-        # A few heads at a time: their attention matrices are all that training needs beyond plain attention's memory.
+        batch, heads, queries, keys = *query.shape[:3], key.shape[2]
+        there = _there(weight, queries)
+        # Attention matrices of some heads and some queries at a time: all the memory that training needs beyond plain
+        # attention's, and on a CPU what its caches hold.
         at_once = AT_ONCE.get(query.device.type, AT_ONCE["cuda"])
-        together = max(1, at_once // (query.shape[0] * query.shape[2] * key.shape[2]))
-        parts = []
-        for first in range(0, heads, together):
-            some = slice(first, first + together)
-            of_heads = [tensor[:, some] for tensor in (query, key, value, output, gradients[0])]
-            parts.append(_derivatives(of_heads, weight, mask, ctx.scaling))
-        d_query, d_key, d_value, d_weight = zip(*parts, strict=True)
-        of_states = (torch.cat(part, dim=1).to(query.dtype) for part in (d_query, d_key, d_value))
-        return *of_states, torch.stack(d_weight).sum(0).to(weight.dtype), None, None
+        rows = min(queries, max(1, at_once // (batch * keys)))
+        together = max(1, at_once // (batch * rows * keys))
+        of_query, of_key, of_value = (torch.zeros_like(each, dtype=torch.float32) for each in (query, key, value))
+        of_weight = weight.new_zeros(weight.shape, dtype=torch.float32)
+        for asking in range(0, queries, rows):
+            q = slice(asking, asking + rows)
+            seen = slice(0, keys if rows == queries else _last_seen(mask[..., q, :]))
+            masks = mask[..., q, seen], there[..., q, seen]
+            for some in range(0, heads, together):
+                h = slice(some, some + together)
+                asked = [tensor[:, h, q] for tensor in (query, output, gradients[0])]
+                kept = [tensor[:, h, seen] for tensor in (key, value)]
+                found = _derivatives(*asked, *kept, *masks, asking + keys - queries, ctx.scaling)
+                of_query[:, h, q] = found[0]
+                of_key[:, h, seen] += found[1]
+                of_value[:, h, seen] += found[2]
+                of_weight[:, seen] += found[3]
+        of_states = (each.to(query.dtype) for each in (of_query, of_key, of_value))
+        return *of_states, of_weight.to(weight.dtype), None, None
 
 
 def _derivatives(
-    of_heads: list[Float[Tensor, "batch some _ _"]],
-    weight: Float[Tensor, "batch keys"],
-    mask: Shaped[Tensor, "#batch 1 queries keys"],
+    query: Float[Tensor, "batch some asking head_dim"],
+    output: Float[Tensor, "batch some asking value_dim"],
+    gradient: Float[Tensor, "batch some asking value_dim"],
+    key: Float[Tensor, "batch some seen head_dim"],
+    value: Float[Tensor, "batch some seen value_dim"],
+    mask: Shaped[Tensor, "#batch 1 asking seen"],
+    there: Bool[Tensor, "batch 1 asking seen"],
+    own: int,
     scaling: float,
 ) -> tuple[
-    Float[Tensor, "batch some queries head_dim"],
-    Float[Tensor, "batch some keys head_dim"],
-    Float[Tensor, "batch some keys value_dim"],
-    Float[Tensor, "batch keys"],
+    Float[Tensor, "batch some asking head_dim"],
+    Float[Tensor, "batch some seen head_dim"],
+    Float[Tensor, "batch some seen value_dim"],
+    Float[Tensor, "batch seen"],
 ]:
-    """Of query, key, value and weights; given are some heads' query, key, value, output and the output's gradient.
+    """Of query, key, value and weights, for some heads and queries; `own` is the key of the first query's own token.
 
     As flash attention's: sums and exponentials in fp32, products of matrices in the dtype that the output came in,
-    which is the lower one where autocast lowered it.
+    which is the lower one where autocast lowered it. What is as large as the scores is changed in place.
     """
-    dtype = of_heads[3].dtype
-    query, key, value, output, gradient = (tensor.to(dtype) for tensor in of_heads)
-    scores = (query @ key.transpose(-1, -2)).float() * scaling
-    scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask
-    there = _there(weight, query.shape[2])
+    dtype = output.dtype
+    query, key, value, gradient = (tensor.to(dtype) for tensor in (query, key, value, gradient))
+    scores = (query @ key.transpose(-1, -2)).float().mul_(scaling)
+    scores = scores.masked_fill_(~mask, -torch.inf) if mask.dtype == torch.bool else scores.add_(mask)
+    top = torch.where(there, scores, -torch.inf).amax(-1, keepdim=True)
+    top = top.masked_fill(top == -torch.inf, 0)
     # Of each key, over the sum of those that are there: for them attention itself, for the others e_j / A.
-    total = scores.masked_fill(~there, -torch.inf).logsumexp(-1, keepdim=True)
-    share = torch.exp((scores - total.masked_fill(total == -torch.inf, 0)).clamp(max=30))
+    e = scores.sub_(top).clamp_(max=30).exp_()
+    attention = e * there.float()
+    total = attention.sum(-1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
+    share = e.div_((e - attention).add_(total))  # e_j / (A + e_j) of those that are not there
+    attention.div_(total)
     at_output = (gradient.float() * output.float()).sum(-1, keepdim=True)
-    worth = (gradient @ value.transpose(-1, -2)).float() - at_output
-    attention = share * there
-    d_scores = (attention * worth * scaling).to(dtype)
-    others = ~_own(scores.shape[-2], scores.shape[-1], scores.device)
-    d_weight = (torch.where(there, share, share / (1 + share)) * worth * others).sum((1, 2))
-    d_query, d_key = d_scores @ key, d_scores.transpose(-1, -2) @ query
-    return d_query, d_key, attention.to(dtype).transpose(-1, -2) @ gradient, d_weight
+    worth = (gradient @ value.transpose(-1, -2)).float().sub_(at_output)
+    of_keys = share.mul_(worth)
+    # A token always sees itself.
+    d_weight = of_keys.sum((1, 2))
+    d_weight[:, own : own + query.shape[2]] -= of_keys.diagonal(own, -2, -1).sum(1)
+    d_scores = worth.mul_(attention).mul_(scaling).to(dtype)
+    attention = attention.to(dtype)
+    return d_scores @ key, d_scores.transpose(-1, -2) @ query, attention.transpose(-1, -2) @ gradient, d_weight
+
+
+def _last_seen(mask: Shaped[Tensor, "#batch 1 asking keys"]) -> int:
+    """How many keys there are up to the last that any of some queries may see."""
+    if mask.dtype != torch.bool:
+        return mask.shape[-1]
+    seen = mask.any(dim=(0, 1, 2)).nonzero()
+    return int(seen[-1]) + 1 if len(seen) else 1
 
 
 def _own(queries: int, keys: int, device: torch.device) -> Bool[Tensor, "queries keys"]:

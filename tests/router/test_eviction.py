@@ -68,22 +68,24 @@ def test_other_derivatives_are_those_of_the_mask(additive: bool) -> None:
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
 
 
-def test_heads_may_be_taken_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As many at once as a limit of memory allows, and with the same result."""
+def test_heads_and_queries_may_be_taken_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As many at once as a limit of memory allows, of keys those that they see, and with the same result."""
     wanted, found, sizes = torch.randn(2, 6, 4, 8), [], []
     derivatives = eviction._derivatives
 
-    def watched(of_heads: list[Tensor], *rest: Any) -> Any:
-        sizes.append(of_heads[0].shape[1])
-        return derivatives(of_heads, *rest)
+    def watched(query: Tensor, output: Tensor, gradient: Tensor, key: Tensor, *rest: Any) -> Any:
+        sizes.append((query.shape[1], query.shape[2], key.shape[2]))
+        return derivatives(query, output, gradient, key, *rest)
 
     monkeypatch.setattr(eviction, "_derivatives", watched)
-    for at_once in (2**21, 3 * 2 * 6 * 6, 1):
+    for at_once in (2**21, 3 * 2 * 6 * 6, 4 * 2 * 6, 1):
         monkeypatch.setitem(eviction.AT_ONCE, "cpu", at_once)
         given = [tensor.requires_grad_() for tensor in (*tensors(3), torch.tensor([[1.0, 0, 1, 1, 0, 1]] * 2))]
         loss = (weighted_attention(*given[:3], None, given[3], None) * wanted).sum()
         found.append(torch.autograd.grad(loss, given))
-    assert sizes == [4, 3, 1, 1, 1, 1, 1]
+    some_queries = [(1, 4, 4)] * 4 + [(1, 2, 6)] * 4
+    one_by_one = [(1, 1, seen) for seen in range(1, 7) for _ in range(4)]
+    assert sizes == [(4, 6, 6), (3, 6, 6), (1, 6, 6), *some_queries, *one_by_one]
     for other in found[1:]:
         for ours, theirs in zip(other, found[0], strict=True):
             torch.testing.assert_close(ours, theirs)
