@@ -58,10 +58,12 @@ class Following(Listening):
         if layers.start == 0:
             weights = [weight for gate in call.gates for weight in gate.parameters() if weight.requires_grad]
             follows = torch.is_grad_enabled() and weights and not sharded(weights)
-            self._rising[:] = [_Rising(self, call, weights)] if follows else []
+            self._rising[:] = [_Rising(weights)] if follows else []
         for rising in self._rising:
             rising.stretches.append(_Stretch(layers, hidden.detach(), gates, said.detach()))
             said = said - rising.by
+            if layers.stop == self.costs.depth:
+                rising.moves.extend(self.moves_by_weights(rising.stretches, call, rising.weights))
         return said
 
     def _moves_in(self, said: Float[Tensor, "layers batch seq"], call: Call) -> Float[Tensor, "layers batch seq"]:
@@ -113,22 +115,23 @@ class _Rising:
 
     At one point those by the gates of the later ones are not known yet. But what comes back to a number that all logits
     have been compared with is the sum of what came back to all of them.
+
+    Its graph must lead to nothing that leads to it, as the call does: it would never be freed.
     """
 
-    def __init__(self, policy: Following, call: Call, weights: Sequence[nn.Parameter]) -> None:
-        self.policy, self.call, self.weights = policy, call, weights
+    def __init__(self, weights: Sequence[nn.Parameter]) -> None:
+        self.weights = weights
         self.stretches: list[_Stretch] = []
-        self.by: Tensor = _Risen.apply(self, *weights)
+        self.moves: list[Tensor] = []  # known when the last point has been reached
+        self.by: Tensor = _Risen.apply(self.moves, *weights)
 
 
 class _Risen(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, rising: _Rising, *weights: Tensor) -> Tensor:
-        ctx.rising = rising
+    def forward(ctx: Any, moves: list[Tensor], *weights: Tensor) -> Tensor:
+        ctx.moves = moves
         return weights[0].new_zeros(())
 
     @staticmethod
     def backward(ctx: Any, *derivative: Tensor) -> Any:
-        rising: _Rising = ctx.rising
-        moves = rising.policy.moves_by_weights(rising.stretches, rising.call, rising.weights)
-        return None, *(derivative[0] * move for move in moves)
+        return None, *(derivative[0] * move for move in ctx.moves)

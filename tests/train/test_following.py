@@ -1,6 +1,8 @@
 """The derivative of a threshold that keeps a budget spent, against the threshold found anew."""
 
 import copy
+import gc
+import weakref
 from dataclasses import replace
 from typing import Any
 
@@ -11,7 +13,7 @@ from transformers import LlavaForConditionalGeneration
 
 from skipit.router import Gated, RouterConfig, Step, Trace, attach, find_router, gated_layers, running, set_gates
 from skipit.theory.cost import CostModel
-from skipit.train.following import Following
+from skipit.train.following import Following, _Rising
 from studies.architecture import build_model
 
 LAYERS, THRESHOLD = 3, 0.4
@@ -120,6 +122,19 @@ def test_several_points_are_as_one_that_reads_what_they_read(made: Any, kv: Any,
         found.append([weight.grad for gate in gates for weight in gate.parameters() if weight.requires_grad])
     for several in found[1:]:
         torch.testing.assert_close(several, found[0])
+
+
+@pytest.mark.parametrize("made", [(0,), (0, 2), None], indirect=True)
+def test_nothing_of_a_step_is_kept_after_it(made: Any) -> None:
+    """A graph that leads to itself is never freed: a training of hours would end for want of memory."""
+    policy = Following(THRESHOLD, costs=CostModel.of(made))
+    logits, _ = ran(made, policy, "evict")
+    logits.square().sum().backward()
+    kept = weakref.ref(policy)
+    del logits, _, policy
+    gc.collect()
+    assert kept() is None
+    assert not any(isinstance(each, _Rising) for each in gc.get_objects())
 
 
 @pytest.mark.parametrize("made", [(0,), (0, 2), None], indirect=True)
