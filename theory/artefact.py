@@ -23,10 +23,11 @@ from .profile_sums import POLICIES
 from .redundancy import Redundancy
 from .ridge import RidgeFit
 
-# Of every artefact, counted up when what is written changes. Profile 2: the cost of an MLP alone; 3: decision points.
-VERSIONS = {"profile": 3, "plan": 2, "backbone": 1, "probes": 1}
-# The first that can still be read: those without decision points, when every layer decided for itself.
-OLDEST = {**VERSIONS, "profile": 2, "plan": 1}
+# Of every artefact, counted up when what is written changes. Profile 2: the cost of an MLP alone; 3: decision points;
+# 4: the damage of a typical token.
+VERSIONS = {"profile": 4, "plan": 2, "backbone": 1, "probes": 1}
+# The first that can still be read: plans without decision points, when every layer decided for itself.
+OLDEST = {**VERSIONS, "plan": 1}
 # The tables of a profile that no K/V policy changes.
 UNIT_TABLES = ("geometric", "update", "histogram", "count", "keys", "tokens_per_row", "var_text", "var_last")
 AGAIN = {
@@ -58,7 +59,8 @@ def profile_tables(profile: Profile) -> dict[str, Tensor]:
     """Everything that was measured, by the names that it has on disk."""
     tables = {name: getattr(profile, name) for name in UNIT_TABLES}
     for kv, damage in profile.damage.items():
-        tables |= {f"damage_{kv}": damage.unit, f"damage_tokens_{kv}": damage.tokens}
+        parts = {"": damage.unit, "_tokens": damage.tokens, "_typical": damage.typical}
+        tables |= {f"damage{part}_{kv}": table for part, table in parts.items()}
         tables |= {f"ridge_{name}_{kv}": table for name, table in damage.ridge._asdict().items()}
     return tables
 
@@ -92,7 +94,8 @@ def load_profile(path: str | Path) -> Profile:
 
 def _damage(tables: dict[str, Tensor], kv: KVPolicy) -> Damage:
     ridge = RidgeFit(**{name: tables[f"ridge_{name}_{kv}"] for name in RidgeFit._fields})
-    return Damage(tables[f"damage_{kv}"], tables[f"damage_tokens_{kv}"], ridge)
+    unit, tokens, typical = (tables[f"damage{part}_{kv}"] for part in ("", "_tokens", "_typical"))
+    return Damage(unit, tokens, typical, ridge)
 
 
 def save_backbone(backbone: Backbone, out: str | Path, overwrite: bool = False) -> None:

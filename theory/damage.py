@@ -18,6 +18,9 @@ from .measures import attention_scores
 
 # The path from a state to its opposite leads through zero, where the weight below is infinite.
 NEARLY_ONE = 1 - 1e-6
+# Of the power mean that stands for a unit's tokens. Their damages spread over decades, and their mean is that of a few
+# rows whose answer hangs by a thread; gates decide for all rows (ours; docs/evidence.md has the trial).
+EXPONENT = 0.25
 # Below it the divergence is its second-order form to nine digits, and its exact form mostly rounding.
 SMALL_DROP = 1e-4
 

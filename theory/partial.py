@@ -16,7 +16,7 @@ from torch import Tensor
 from skipit.router.errors import CheckpointError, InputError
 from skipit.router.folders import load_json, load_tensors, new_directory, save_json, save_tensors
 
-VERSION = 3
+VERSION = 4
 RECORD, SUMS = "partial.json", "sums.safetensors"
 
 

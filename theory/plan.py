@@ -18,6 +18,7 @@ from skipit.router.config import KVPolicy, Unit
 from skipit.router.errors import InputError, short
 from skipit.router.gates import TokenGate
 
+from .damage import EXPONENT
 from .layer_times import LayerTimes
 from .profile import Profile
 from .spending import Flops, Latency
@@ -224,17 +225,17 @@ def make_plan(
 def _log_damage(profile: Profile, kv: KVPolicy, init: Init) -> tuple[Tensor, Tensor]:
     """Mean and spread, over a unit's tokens, of the predicted log damage of skipping one token.
 
-    The ridge predicts the mean log of a noisy estimate, which lies below the log of its mean. So the prediction is
-    shifted until exp(prediction), averaged over the unit's tokens as a log-normal, is their mean damage. Gates that
-    tell tokens apart use the damages of tokens taken one by one; a bias alone skips whole units, and uses theirs.
+    The ridge predicts the mean log of a noisy estimate, which is low by what the noise is, more in one unit than in
+    another, and knows nothing of tokens that no answer depends on. So the prediction is shifted until the power mean
+    of exp(prediction) over the unit's tokens, as a log-normal, is the one that was measured. Gates that tell tokens
+    apart use the damages of tokens taken one by one; a bias alone skips whole units, and uses theirs.
     """
     damage = profile.damage[kv]
     if init == "theory":
-        std, done = damage.ridge.std.nan_to_num(0.0), damage.tokens
+        std, done = damage.ridge.std.nan_to_num(0.0), damage.typical
     else:
-        std, done = torch.zeros_like(damage.ridge.std), damage.unit
-    mean = (done / profile.tokens_per_row).clamp(min=1e-30).log().float() - std.square() / 2
-    return mean, std
+        std, done = torch.zeros_like(damage.ridge.std), damage.unit / profile.tokens_per_row
+    return done.clamp(min=1e-30).log().float() - EXPONENT * std.square() / 2, std
 
 
 def skip_set(profile: Profile, budget: float, kv: KVPolicy = "retain") -> Bool[Tensor, "layers modality"]:

@@ -14,6 +14,7 @@ from skipit.router.decoder import find_decoder, image_layers
 from skipit.router.errors import CheckpointError, InputError
 
 from .cost import CostModel
+from .damage import EXPONENT
 from .identity import fingerprint
 from .measuring import evaluating, frozen, routed
 from .partial import Partial
@@ -29,12 +30,14 @@ class Damage:
     Attributes:
         unit: when all tokens of the unit skip this layer.
         tokens: the sum of the damages of a row's tokens of the unit, each skipping alone.
+        typical: of one such token: the power mean over all, of exponent `EXPONENT`.
         ridge: prediction of a token's log damage from the state that enters the layer's decision point, `weight`
             [layers, modality, dim].
     """
 
     unit: Float[Tensor, "layers modality"]
     tokens: Float[Tensor, "layers modality"]
+    typical: Float[Tensor, "layers modality"]
     ridge: RidgeFit
 
 
@@ -204,7 +207,12 @@ def _from_sums(sums: ProfileSums, **known: Any) -> Profile:
         var_text=var_text,
         var_last=var_last,
         damage={
-            kv: Damage(unit[kv] / unit["unit_rows"], unit[f"tokens_{kv}"] / unit["unit_rows"], ridge[kv])
+            kv: Damage(
+                unit=unit[kv] / unit["unit_rows"],
+                tokens=unit[f"tokens_{kv}"] / unit["unit_rows"],
+                typical=(unit[f"powers_{kv}"] / unit["count"]).pow(1 / EXPONENT),
+                ridge=ridge[kv],
+            )
             for kv in POLICIES
         },
         **known,

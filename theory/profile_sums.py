@@ -11,7 +11,7 @@ from skipit.router import MODALITIES
 from skipit.router.config import KVPolicy
 from skipit.router.gates import normalize
 
-from .damage import CrossAttention
+from .damage import EXPONENT, CrossAttention
 from .ridge import RidgeFit, RidgeSums, projection
 
 POLICIES: tuple[KVPolicy, ...] = ("retain", "evict")
@@ -69,7 +69,8 @@ class ProfileSums:
         self.rows = self.bad_rows = 0
         self.bad_numbers: list[int] = []
         self.redundancy = RedundancyMetric(layers).to(device)
-        names = ("retain", "evict", "unit_rows", "tokens_retain", "tokens_evict", "keys", "count")
+        of_policies = (f"{name}{kv}" for name in ("", "tokens_", "powers_") for kv in POLICIES)
+        names = (*of_policies, "unit_rows", "keys", "count")
         self.sums = {name: torch.zeros(units, dtype=torch.float64, device=device) for name in names}
         self.var = torch.zeros(2, layers, dtype=torch.float64, device=device)
         self.var_rows = torch.zeros(2, layers, dtype=torch.float64, device=device)
@@ -116,7 +117,9 @@ class ProfileSums:
         """Add the damages, per K/V policy and [batch, seq], of tokens that skip a layer one by one."""
         for m in range(len(MODALITIES)):
             for kv in POLICIES:
-                self.sums[f"tokens_{kv}"][layer, m] += damage[kv][kinds == m].sum()
+                of_unit = damage[kv][kinds == m]
+                self.sums[f"tokens_{kv}"][layer, m] += of_unit.sum()
+                self.sums[f"powers_{kv}"][layer, m] += of_unit.pow(EXPONENT).sum()
 
     def add_samples(self, group: int, x: Tensor, signal: dict[KVPolicy, Tensor], kinds: Tensor) -> None:
         """Add the signal from which the gates of a group's layers learn to tell tokens apart.

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from skipit.router.config import KVPolicy
 
+from .damage import EXPONENT
 from .layer_times import LayerTimes
 from .profile import Profile
 
@@ -69,10 +70,14 @@ class Latency:
             log_price: of a layer's time, in damage.
         """
         damage = self.profile.damage[self.kv]
+        # What all tokens lose, one by one, on the scale that gates compare: of log-normals around typical tokens. The
+        # unit's own damage has the scale of the mean, which the few rows make that a skip hurts most.
+        of_tokens = damage.typical * self.profile.tokens_per_row * ((1 - EXPONENT) * spread.square() / 2).exp()
+        of_unit = damage.unit * of_tokens / damage.tokens.clamp(min=1e-30)
         # Of a log-normal damage, the part below the price is that of a normal shifted by its variance.
         skipped = torch.special.ndtr((log_price - score - spread.square()) / spread)
-        lost = torch.where(rate < 1, skipped, 0.0) * damage.tokens.nan_to_num(0.0)
-        more = damage.unit.nan_to_num(0.0).sum(-1) - lost.sum(-1)
+        lost = torch.where(rate < 1, skipped, 0.0) * of_tokens.nan_to_num(0.0)
+        more = of_unit.nan_to_num(0.0).sum(-1) - lost.sum(-1)
         faster = self._layers(rate) - self._layers(torch.zeros_like(rate))
         return torch.where((more < exp(log_price) * faster)[:, None], 0.0, rate)
 
