@@ -1,10 +1,12 @@
 """How well does the documents model read held-out pages: scripts/study reading.
 
 Greedy answers to questions of every kind on test pages, in % right by exact match, ANLS and relaxed accuracy (5 %),
-with 95 % bootstrap intervals of the mean; and what it says beside what is right, for people.
+with 95 % bootstrap intervals of the mean; and what it says beside what is right, for people. With --run the gates and
+LoRA of a training answer, at one of its budgets.
 """
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +15,12 @@ import torch
 
 from skipit.eval.measure.runner import answer_batches, right_answers
 from skipit.eval.metrics.vqa import METRICS, answer_scores
+from skipit.router import running
 from skipit.router.folders import provenance, save_json
 from skipit.train.data.collate import Collator
 from skipit.train.data.sources import DOCUMENTS, load_data, load_model, on_gpu
 from skipit.train.display import progress
+from skipit.train.export import merge_run
 
 from .study import command, markdown
 
@@ -48,12 +52,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--split", default="test", choices=("train", "calibration", "test"))
     parser.add_argument("--batch-size", type=int, default=8, help="rows asked at once (default %(default)s)")
     parser.add_argument("--max-new-tokens", type=int, default=200, help="longest answer (default %(default)s)")
+    parser.add_argument("--run", type=Path, default=None, help="folder of a `skipit train documents`")
+    parser.add_argument("--budget", type=float, default=None, help="of the run; its first, if it is not given")
     given = parser.parse_args(argv)
-    model, processor = load_model(DOCUMENTS)
+    model, processor = load_model(DOCUMENTS) if given.run is None else merge_run(given.run)
     model = on_gpu(model)
+    gated = nullcontext() if given.run is None else running(budget=given.budget)
     rows, said = list(load_data(DOCUMENTS, given.split, given.samples, given.seed)), list[str]()
     how = {"batch_size": given.batch_size, "max_new_tokens": given.max_new_tokens}
-    with torch.no_grad(), progress("ask", len(rows)) as advance:
+    with torch.no_grad(), gated, progress("ask", len(rows)) as advance:
         for batch in answer_batches(model, rows, Collator(processor, with_completion=False), **how):
             said += [text.strip() for text in processor.batch_decode(batch.new, skip_special_tokens=True)]
             advance(len(batch.rows))
@@ -65,6 +72,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         for number, row in enumerate(rows)
     ]  # fmt: skip
     print(table(found))
-    settings = {"split": given.split, "seed": given.seed, **how}
+    gates = {} if given.run is None else {"run": str(given.run), "budget": given.budget}
+    settings = {"split": given.split, "seed": given.seed, **how, **gates}
     given.file.parent.mkdir(parents=True, exist_ok=True)
     save_json(given.file, {"settings": settings, "rows": found, "made_by": provenance()})

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 from tiny_decoder import tiny_documents_model
 
+from skipit.router import attach, running
 from studies import reading
 
 
@@ -18,6 +19,19 @@ def test_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest
     last = capsys.readouterr().out.splitlines()[-1].split("|")
     assert last[1:3] == [" all ", " 9 "]
     assert last[4].strip() == f"{sum(row['anls'] for row in rows) / 9:.1%}"
+
+
+def test_gates_of_a_run_answer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, processor = tiny_documents_model()
+    attach(model)
+    monkeypatch.setattr(reading, "merge_run", lambda run: (model, processor))
+    budgets = []
+    monkeypatch.setattr(reading, "running", lambda budget: budgets.append(budget) or running(mode="gathered"))
+    out = tmp_path / "reading.json"
+    told = ["--run", "a-run", "--budget", "0.25"]
+    reading.main([*told, "--samples", "2", "--batch-size", "2", "--max-new-tokens", "2", "--out", str(out)])
+    made = json.loads(out.read_text())
+    assert (budgets, made["settings"]["run"], len(made["rows"])) == ([0.25], "a-run", 2)
 
 
 def test_an_interval_holds_the_mean_and_is_a_point_where_all_are_equal() -> None:
