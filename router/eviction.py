@@ -88,7 +88,7 @@ class _WeightedAttention(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Float[Tensor, "batch heads queries value_dim"]) -> Any:
         query, key, value, weight, mask, output = ctx.saved_tensors
-        batch, heads, queries, keys = *query.shape[:3], key.shape[2]
+        (batch, heads, queries, _), keys = query.shape, key.shape[2]
         there = _there(weight, queries)
         # Attention matrices of some heads and some queries at a time: all the memory that training needs beyond plain
         # attention's, and on a CPU what its caches hold.
