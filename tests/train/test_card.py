@@ -133,7 +133,7 @@ def test_calibrating_keeps_the_card_true(made: Path) -> None:
     text = (made / "checkpoint" / CARD).read_text()
     share = json.loads((made / "checkpoint" / PROVENANCE_FILE).read_text())["calibrated_shares"]["0.7"]
     threshold = json.loads((made / "checkpoint" / "router_config.json").read_text())["operating_points"]["0.7"]
-    assert f"| 0.7 | {threshold:g} | {share:.1%} |" in text
+    assert f"| 0.7 | {threshold:.4g} | {share:.1%} |" in text
     assert 0 < share < 1
     assert "for 60% of the dense decoder's FLOPs; nothing was trained." in text
 
