@@ -100,12 +100,20 @@ class _WeightedAttention(torch.autograd.Function):
         for asking in range(0, queries, rows):
             q = slice(asking, asking + rows)
             seen = slice(0, keys if rows == queries else _last_seen(mask[..., q, :]))
-            masks = mask[..., q, seen], there[..., q, seen]
+            visible, present = mask[..., q, seen], there[..., q, seen]
             for some in range(0, heads, together):
                 h = slice(some, some + together)
-                asked = [tensor[:, h, q] for tensor in (query, output, gradients[0])]
-                kept = [tensor[:, h, seen] for tensor in (key, value)]
-                found = _derivatives(*asked, *kept, *masks, asking + keys - queries, ctx.scaling)
+                found = _derivatives(
+                    query[:, h, q],
+                    output[:, h, q],
+                    gradients[0][:, h, q],
+                    key[:, h, seen],
+                    value[:, h, seen],
+                    visible,
+                    present,
+                    asking + keys - queries,
+                    ctx.scaling,
+                )
                 of_query[:, h, q] = found[0]
                 of_key[:, h, seen] += found[1]
                 of_value[:, h, seen] += found[2]
