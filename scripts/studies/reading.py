@@ -55,6 +55,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--run", type=Path, default=None, help="folder of a `skipit train documents`")
     parser.add_argument("--budget", type=float, default=None, help="of the run; its first, if it is not given")
     given = parser.parse_args(argv)
+    if given.budget is not None and given.run is None:
+        parser.error("--budget is one of a run's: give its folder, too (--run).")
     model, processor = load_model(DOCUMENTS) if given.run is None else merge_run(given.run)
     model = on_gpu(model)
     gated = nullcontext() if given.run is None else running(budget=given.budget)

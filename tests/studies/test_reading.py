@@ -34,6 +34,12 @@ def test_gates_of_a_run_answer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert (budgets, made["settings"]["run"], len(made["rows"])) == ([0.25], "a-run", 2)
 
 
+def test_a_budget_of_no_run(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        reading.main(["--budget", "0.25"])
+    assert "--budget is one of a run's: give its folder, too (--run)." in capsys.readouterr().err
+
+
 def test_an_interval_holds_the_mean_and_is_a_point_where_all_are_equal() -> None:
     import numpy as np
 

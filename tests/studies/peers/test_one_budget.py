@@ -26,8 +26,11 @@ def test_every_split_spends_the_budget_and_the_best_on_calibration_rows_is_taken
     alone = splits[-1]
     for split in splits[:-1]:
         # To a token-layer, but that the last layer's gate says the same of all image tokens: they run or skip together,
-        # and are a fifteenth of the decoder.
-        assert split["compute"] == pytest.approx(budget, abs=1 / 30)
+        # and the budget may lie between.
+        beyond = Pruned(dart, split["keep"], Gated(split["threshold"] + 1e-3))
+        less = answers(found.model, lab.held_out, always({"policy": beyond, "kv": "evict", **BY_PROMPT}))
+        together = less.share(found.costs) < budget < split["compute"] < budget + 1 / 30
+        assert together or split["compute"] == pytest.approx(budget, abs=0.01)
     row = 1 / 40  # a pruner drops whole tokens of every row at once
     assert (alone["threshold"], alone["compute"]) == (-LIMIT, pytest.approx(budget, abs=row))
     assert splits[0]["keep"] == 1
