@@ -12,10 +12,9 @@ from skipit.router import find_router
 from skipit.router.attach import attach, set_gates
 from skipit.router.checkpoint import OLD_GATES_FILE, ROUTER_FILE, load_dense, load_router, save_gated, save_router
 from skipit.router.config import RouterConfig
-from skipit.router.errors import CheckpointError, InputError, short
+from skipit.router.errors import CheckpointError, InputError
 from skipit.router.files import CONFIG
 from skipit.router.folders import check_out, claimed, load_json, new_directory, provenance, save_json
-from skipit.router.paths import check_there
 from skipit.router.standalone import CODE, add_code
 from skipit.theory.artefact import check_same_model, load_plan
 from skipit.theory.identity import fingerprint
@@ -28,7 +27,7 @@ from skipit.train.data.sources import load_data, resolve_model
 from .card import ADAPTER_CONFIG, LATENCIES, PROVENANCE_FILE, UNNAMED, read_evaluation, write_card
 from .gating import attach_plan, meet_plan
 from .lora import merge_lora
-from .run_folder import ADAPTER, CONFIG_FILE, RUN_FILE
+from .run_folder import ADAPTER, CONFIG_FILE, RUN_FILE, read_record
 
 DATA = "data"  # of a profile's and a plan's record: its source, and how that was read
 HOW_READ = ("split", "seed", "streaming", "shuffle_buffer", "columns")
@@ -53,15 +52,7 @@ def open_run(run: str | Path) -> Run:
         CheckpointError: not a finished run, or its base is not what it was.
     """
     run = Path(run)
-    check_there(run)
-    if not (run / RUN_FILE).is_file():
-        hint = " Finish it with `skipit train ... --resume`." if (run / CONFIG_FILE).is_file() else ""
-        raise CheckpointError(f"{run} is not a finished run: it has no {RUN_FILE}.{hint}")
-    record = load_json(run / RUN_FILE)
-    for key in ("base", "model"):
-        if not isinstance(record.get(key), str):
-            raise CheckpointError(f"{run / RUN_FILE}: `{key}`: got {short(record.get(key))}, expected a name.")
-    config, gates = load_router(run)
+    record, (config, gates) = read_record(run), load_router(run)
     model, processor = load_dense(resolve_model(record["base"]))
     if (now := fingerprint(model)) != record["model"]:
         raise CheckpointError(

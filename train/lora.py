@@ -42,7 +42,7 @@ def merge_lora(model: Any, folder: Path) -> Any:
     if not folder.is_dir():
         raise CheckpointError(f"{folder} cannot be loaded: there is no such folder.")
     settings, path = read_settings(folder), folder / ADAPTER_WEIGHTS
-    _check_places(path, _places(model, settings))
+    check_places(path, _places(model, settings))
     check_gates(path, load_tensors(path))
     config = LoraConfig(**settings, modules_to_save=[_GATE], bias="none")
     try:
@@ -110,7 +110,16 @@ def _places(model: nn.Module, settings: dict[str, Any]) -> dict[str, tuple[int, 
     return {f"base_model.model.{name}": shape for name, shape in places.items()}
 
 
-def _check_places(path: Path, places: dict[str, tuple[int, ...]]) -> None:
+def check_places(path: Path, places: dict[str, tuple[int, ...]]) -> None:
+    """Refuse an adapter that does not hold just the tensors that a model has a place for.
+
+    Args:
+        path: of its weights.
+        places: shapes by name.
+
+    Raises:
+        CheckpointError: names the first that is missing, too many, or of another shape.
+    """
     header = read_header(path)
     if wrong := set(header) ^ set(places):
         what = "lacks" if min(wrong) in places else "has, without a place for it,"

@@ -24,13 +24,14 @@ from skipit.theory.plan import LOGIT_LIMIT, Plan, check_reachable
 from skipit.theory.time_model import TimeModel
 from skipit.train.data.collate import Collator, batches, forgiving, tried
 from skipit.train.data.rows import Broken, Rows, RowStream, readable, training_rows
-from skipit.train.data.used import RECORD, Noted, held_out
+from skipit.train.data.used import RECORD, Noted, also_used, held_out
 
 from .card import LATENCIES
 from .config import TrainConfig
 from .gating import attach_plan
 from .launch import launched
 from .run_folder import RunFolder, claimed_run
+from .start import Start
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}  # of the weights, by precision
 
@@ -48,19 +49,27 @@ def lora_targets(model: nn.Module) -> str:
     return rf"(.*\.)?{re.escape(path)}\.\d+\.({maps})"
 
 
-def prepare(model: Any, plan: Plan, config: TrainConfig) -> Any:
+def prepare(model: Any, plan: Plan, config: TrainConfig, start: Start | None = None) -> Any:
     """Attach a plan's gates to a dense model and add LoRA: a PEFT model whose adapter holds both.
 
     Under `latency`, gates that a plan has made the same for every token stay so. Layers that it leaves out stay out:
     one token that enters takes nearly as long as all would, and then no token that leaves saves any, so nothing would
     tell training to close the layer again. Layers in which some tokens save no time by leaving keep all.
 
+    Args:
+        model: dense; it is changed.
+        plan: the gates.
+        config: settings of the run.
+        start: a finished run whose LoRA to begin with, and of whose gates the plan is.
+
     Raises:
-        CheckpointError: the plan was made for another model.
+        CheckpointError: the plan was made for another model, or `start` with other settings.
         InputError: nothing is left to train.
     """
     from peft import LoraConfig, get_peft_model
 
+    if start is not None:
+        start.check(config)
     attach_plan(model, plan, RouterConfig(kv=config.kv, unit=config.unit, granularity=config.granularity))
     torch.manual_seed(config.seed)
     lora = LoraConfig(
@@ -71,6 +80,8 @@ def prepare(model: Any, plan: Plan, config: TrainConfig) -> Any:
         bias="none",
     )
     peft_model = get_peft_model(model, lora)
+    if start is not None:
+        start.load(peft_model)
     if config.lora_rank == 0:
         for name, parameter in peft_model.named_parameters():
             if "lora_" in name:
@@ -127,7 +138,7 @@ def train(
     model: Any,
     processor: Any,
     dataset: Any,
-    plan: Plan,
+    plan: Plan | Start,
     config: TrainConfig,
     out: str | Path,
     *,
@@ -146,7 +157,7 @@ def train(
         model: the dense model; gates and LoRA are added to it.
         processor: its processor.
         dataset: rows in the conversational vision format, or `training_rows` of such; without a length, a stream.
-        plan: initial gates.
+        plan: initial gates, or a finished run to go on from.
         config: settings.
         out: run folder; checkpoints go there while training and are removed when it is done.
         calibration: held-out rows, on which the threshold for each budget is found; None keeps threshold 0.
@@ -172,7 +183,8 @@ def train(
     """
     from .trainer import SkipTrainer
 
-    out = Path(out)
+    out, start = Path(out), plan if isinstance(plan, Start) else None
+    plan = plan if isinstance(plan, Plan) else plan.plan
     with (
         launched(config, out, report_to=report_to) if arguments is None else nullcontext(arguments) as arguments,
         claimed_run(out, arguments.process_index == 0, resume=resume, overwrite=overwrite),
@@ -194,7 +206,7 @@ def train(
             check_reachable(config.points.values(), least, config.kv, config.unit)
         else:
             times.times.check(min(config.points.values()), least, config.kv)
-        peft_model = prepare(model, plan, config)
+        peft_model = prepare(model, plan, config, start)
         settings = {**config.to_dict(), "base": base, "processes": arguments.world_size, "decide_at": plan.decide_at}
         folder = RunFolder(out, settings, main=arguments.process_index == 0)
         checkpoint = folder.prepare(resume, note or (lambda text: None))
@@ -218,7 +230,8 @@ def train(
         )
         _run(trainer, checkpoint)
         peft_model.eval()
-        used = {**plan.about.get(RECORD, {"profiled": None}), "trained": folder.rows_read(arguments.world_size)}
+        before = {RECORD: plan.about.get(RECORD, {"profiled": None})}
+        used = also_used(before, "trained", folder.rows_read(arguments.world_size))
         met = _calibrate(peft_model, held_batches, flops, times, config, trainer.mode) if held_batches else {}
         history = trainer.progress.history
         record = {

@@ -12,8 +12,9 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from skipit.router import find_router, gate_state
 from skipit.router.checkpoint import save_router
-from skipit.router.errors import CheckpointError
+from skipit.router.errors import CheckpointError, short
 from skipit.router.folders import check_out, claimed, load_json, new_file, save_json, writing
+from skipit.router.paths import check_there
 from skipit.theory.sharded import unsharded
 
 from .data.used import pack
@@ -44,6 +45,23 @@ FIXED = (
     "precision",
     "deepspeed",
 )
+
+
+def read_record(run: Path) -> dict[str, Any]:
+    """What a finished run says of itself.
+
+    Raises:
+        CheckpointError: not a finished run, or it does not say of which model.
+    """
+    check_there(run)
+    if not (run / RUN_FILE).is_file():
+        hint = " Finish it with `skipit train ... --resume`." if (run / CONFIG_FILE).is_file() else ""
+        raise CheckpointError(f"{run} is not a finished run: it has no {RUN_FILE}.{hint}")
+    record = load_json(run / RUN_FILE)
+    for key in ("base", "model"):
+        if not isinstance(record.get(key), str):
+            raise CheckpointError(f"{run / RUN_FILE}: `{key}`: got {short(record.get(key))}, expected a name.")
+    return record
 
 
 def check_folder(out: Path, *, resume: bool, overwrite: bool) -> None:

@@ -28,6 +28,7 @@ def add_arguments(verb: Parser) -> None:
     verb.add_argument(
         "--profile-samples", type=positive_int, default=256, help="rows to measure without either (default %(default)s)"
     )
+    verb.add_argument("--start", type=Path, default=None, help="finished run to go on from, its gates and its LoRA")
     verb.add_argument("--budget", type=budget, default=None, help=_planned(about["budget"]))
     verb.add_argument("--latency", type=budget, default=None, help=_planned(about["latency"]))
     verb.add_argument(
@@ -107,6 +108,7 @@ def budgets(text: str) -> tuple[float, ...]:
 
 def run(arguments: argparse.Namespace) -> None:
     """Train, on one process or on those of a launcher, and say what share of FLOPs is executed on held-out rows."""
+    from skipit.router.errors import InputError
     from skipit.router.folders import load_json
     from skipit.theory.artefact import load_plan
     from skipit.theory.calibrate import Took
@@ -119,11 +121,16 @@ def run(arguments: argparse.Namespace) -> None:
     from skipit.train.launch import launched
     from skipit.train.run import DTYPES, train
     from skipit.train.run_folder import RUN_FILE, check_folder, claimed_run
+    from skipit.train.start import start_from
 
     out = arguments.out
     check_folder(out, resume=arguments.resume, overwrite=arguments.overwrite)
+    if arguments.start and (arguments.plan or arguments.profile):
+        raise InputError("--start: a run has gates already. Leave --plan and --profile out.")
+    start = start_from(arguments.start) if arguments.start else None
     plan = load_plan(arguments.plan) if arguments.plan else None
-    config = _config(arguments, {"budget": plan.budget, "latency": plan.latency, "kv": plan.kv} if plan else {})
+    planned = {"budget": plan.budget, "latency": plan.latency, "kv": plan.kv} if plan else {}
+    config = _config(arguments, start.settings if start else planned)
     with (
         launched(config, out, report_to=arguments.report_to, processes=arguments.processes) as launch,
         claimed_run(out, launch.process_index == 0, resume=arguments.resume, overwrite=arguments.overwrite),
@@ -142,14 +149,14 @@ def run(arguments: argparse.Namespace) -> None:
                 arguments.seed,
                 arguments.columns,
             )
-        if plan is None:
+        if start is None and plan is None:
             plan = _plan_for_training(arguments, config, launch, model, processor, rows)
         with training_progress(config) as callback:
             train(
                 model,
                 processor,
                 rows,
-                plan,
+                start or plan,
                 config,
                 out,
                 calibration=held_out,

@@ -1,0 +1,90 @@
+"""A finished run to go on from: its gates as a plan, and its LoRA."""
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from skipit.router.checkpoint import check_gates, load_router
+from skipit.router.errors import CheckpointError
+from skipit.router.folders import load_tensors
+from skipit.theory.plan import Plan
+
+from .config import TrainConfig
+from .data.used import RECORD
+from .lora import ADAPTER_WEIGHTS, check_places, read_settings
+from .run_folder import ADAPTER, RUN_FILE, read_record
+
+# What the weights of a run are for; everything else may be another run's.
+KEPT = ("kv", "unit", "granularity", "lora_rank", "lora_alpha")
+OFFERED = ("budget", "more_budgets", "latency")  # where nothing else is asked for
+
+
+class Start(NamedTuple):
+    """What a run begins with that goes on from another.
+
+    Attributes:
+        plan: the other's gates, with what it was made from.
+        settings: of `TrainConfig`: those that must stay, and the budgets.
+        adapter: the folder of its gates and LoRA.
+    """
+
+    plan: Plan
+    settings: dict[str, Any]
+    adapter: Path
+
+    def check(self, config: TrainConfig) -> None:
+        """Refuse settings under which the weights would mean something else.
+
+        Raises:
+            CheckpointError: names them.
+        """
+        now = config.to_dict()
+        if changed := [name for name in KEPT if now[name] != self.settings[name]]:
+            what = ", ".join(f"`{name}` is {self.settings[name]!r} there, {now[name]!r} here" for name in changed)
+            raise CheckpointError(f"{self.adapter.parent} cannot be gone on from with other settings: {what}.")
+
+    def load(self, model: Any) -> None:
+        """Copy gates and LoRA into a PEFT model that was prepared for them.
+
+        Raises:
+            CheckpointError: they are damaged, or of another model.
+        """
+        from peft import get_peft_model_state_dict, set_peft_model_state_dict
+
+        path = self.adapter / ADAPTER_WEIGHTS
+        places = {name: tuple(value.shape) for name, value in get_peft_model_state_dict(model).items()}
+        check_places(path, places)
+        values = load_tensors(path)
+        check_gates(path, values)
+        set_peft_model_state_dict(model, {name: value.float() for name, value in values.items()})
+
+
+def start_from(run: str | Path) -> Start:
+    """Read a finished run to go on from.
+
+    Raises:
+        CheckpointError: not a finished run, or something in it is damaged.
+        RouterConfigError: its settings are malformed.
+    """
+    run = Path(run)
+    record, (router, gates) = read_record(run), load_router(run)
+    if not isinstance(record.get("config"), dict):
+        raise CheckpointError(f"{run / RUN_FILE}: `config`: got none, expected the settings of the run.")
+    config = TrainConfig.from_dict(record["config"])
+    read_settings(run / ADAPTER)
+    used = {kind: rows for kind, rows in (record.get(RECORD) or {"trained": None}).items() if kind != "calibrated"}
+    latency = {} if config.latency is None else {"latency": config.latency}
+    plan = Plan(
+        weight=gates["weight"],
+        bias=gates["bias"],
+        budget=config.budget,
+        kv=router.kv,
+        init=record.get("init", "theory"),
+        model=record["model"],
+        run_rate=torch.full(gates["bias"].shape, torch.nan),
+        about={RECORD: used, **latency},
+        decide_at=router.decide_at,
+    )
+    settings = config.to_dict()
+    return Start(plan, {name: settings[name] for name in (*KEPT, *OFFERED)}, run / ADAPTER)
