@@ -39,7 +39,7 @@ from skipit.train.data.collate import Collator, batches
 from skipit.train.launch import training_arguments
 from skipit.train.objective import answer_losses, answer_targets
 from skipit.train.reference.data import reference_dataset
-from skipit.train.run import check_answers, least_share, lora_targets, prepare, train
+from skipit.train.run import check_answers, lately, least_share, lora_targets, prepare, train
 from skipit.train.trainer import SkipTrainer
 from studies.architecture import build_model, build_processor
 
@@ -130,6 +130,7 @@ class TestRunFolder:
         history = [json.loads(line) for line in (out / "history.jsonl").read_text().splitlines()]
         assert [figures["step"] for figures in history] == list(range(1, CONFIG.steps + 1))
         assert record["last"] == history[-1]
+        assert record["lately"] == {"0.5": {"steps": 1, "accuracy": history[-1]["accuracy"], "kl": history[-1]["kl"]}}
         for figures in history:
             assert set(figures) == {"step", "ce", "kl", "accuracy", "budget", "target", "compute", "threshold"}
             assert 0 <= figures["accuracy"] <= 1
@@ -178,6 +179,15 @@ class TestRunFolder:
             name = name.replace(".base_layer.", ".")
             if name in original:
                 assert torch.equal(parameter, original[name]), name
+
+
+def test_how_each_budget_did_in_the_end() -> None:
+    turns = [{"budget": 0.25 if step % 2 else 0.5, "accuracy": step / 100, "kl": 1 / (1 + step)} for step in range(41)]
+    found = lately(turns, {"0.5": 0.5, "0.25": 0.25, "0.15": 0.15})
+    assert found == {
+        "0.5": {"steps": 2, "accuracy": pytest.approx(0.39), "kl": pytest.approx((1 / 39 + 1 / 41) / 2)},
+        "0.25": {"steps": 2, "accuracy": pytest.approx(0.38), "kl": pytest.approx((1 / 38 + 1 / 40) / 2)},
+    }
 
 
 class TestPreparation:
@@ -414,7 +424,7 @@ def test_a_checkpoint_in_fp16_is_trained_in_the_runs_precision(
     processor.save_pretrained(tmp_path / "model")
     save_plan(plan_for(copy.deepcopy(base).half()), tmp_path / "plan")
     seen: list[torch.dtype] = []
-    monkeypatch.setattr(skipit.train.run, "prepare", lambda model, plan, config: seen.append(model.dtype) or 1 / 0)
+    monkeypatch.setattr(skipit.train.run, "prepare", lambda model, *rest: seen.append(model.dtype) or 1 / 0)
     line = f"train {tmp_path}/model reference --plan {tmp_path}/plan --steps 2 --batch-size 2 --precision {precision}"
     with pytest.raises(ZeroDivisionError):
         main([*line.split(), "--calibration-samples", "4", "--out", str(tmp_path / "run")])

@@ -119,7 +119,7 @@ def run(arguments: argparse.Namespace) -> None:
     from skipit.train.data.used import HeldOut
     from skipit.train.display import loading, note, on_one_process, training_progress
     from skipit.train.launch import launched
-    from skipit.train.run import DTYPES, train
+    from skipit.train.run import DTYPES, LATELY, train
     from skipit.train.run_folder import RUN_FILE, check_folder, claimed_run
     from skipit.train.start import start_from
 
@@ -174,6 +174,10 @@ def run(arguments: argparse.Namespace) -> None:
                 took = record[LATENCIES].get(point)
                 took = f"takes {Took(**took).sentence()}, and " if took else ""
                 print(f"{out}: trained; at {point} {took}executes {share:.1%} of the dense decoder's FLOPs. {told}.")
+            for point, end in record[LATELY].items():
+                steps = f"{end['steps']} steps" if end["steps"] > 1 else "step"
+                right = f"{end['accuracy']:.1%} of the answers' tokens right, KL to the dense model {end['kl']:.3f}"
+                print(f"  at {point}, last {steps}: {right}")
             print(f"Next: skipit export {out} --out DIR")
 
 
