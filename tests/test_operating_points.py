@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from skipit.cli.main import build_parser, main
+from skipit.train.reference.data import reference_dataset
 
 TEXT = (Path(__file__).parents[1] / "docs" / "operating-points.md").read_text(encoding="utf-8")
 COMMANDS = [
@@ -25,6 +26,8 @@ def test_commands_parse(command: list[str]) -> None:
 @pytest.mark.slow
 def test_commands_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("SKIPIT_CACHE", str(tmp_path / "cache"))  # where `skipit bench` writes
+    reference_dataset("test", 1)[0]["images"][0].save("photo.jpg")
     for command in COMMANDS:
         assert main(command) == 0, (command, capsys.readouterr().err)
     assert "With confidence 0.95 at most 0.05 of new answers do" in capsys.readouterr().out
