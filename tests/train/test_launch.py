@@ -221,7 +221,7 @@ def test_deepspeed_is_forgotten(work: Path) -> None:
     program = f"""
 import os
 from skipit.cli.main import main
-line = "train model reference --plan plan {" ".join(TRAIN)} --batch-size 8 --out".split()
+line = "train model reference --plan plan {" ".join(map(str, (*TRAIN, *alone(2))))} --out".split()
 before = dict(os.environ)
 assert main([*line, "first", "--deepspeed", "zero2"]) == 0
 assert os.environ == before
