@@ -174,10 +174,10 @@ def run(arguments: argparse.Namespace) -> None:
                 took = record[LATENCIES].get(point)
                 took = f"takes {Took(**took).sentence()}, and " if took else ""
                 print(f"{out}: trained; at {point} {took}executes {share:.1%} of the dense decoder's FLOPs. {told}.")
-            for point, end in record[LATELY].items():
-                steps = f"{end['steps']} steps" if end["steps"] > 1 else "step"
-                right = f"{end['accuracy']:.1%} of the answers' tokens right, KL to the dense model {end['kl']:.3f}"
-                print(f"  at {point}, last {steps}: {right}")
+                if (end := record[LATELY].get(point)) is not None:
+                    steps = f"{end['steps']} steps" if end["steps"] > 1 else "step"
+                    right = f"{end['accuracy']:.1%} of the answers' tokens right, KL to the dense model {end['kl']:.3f}"
+                    print(f"  Its last {steps}: {right}.")
             print(f"Next: skipit export {out} --out DIR")
 
 
