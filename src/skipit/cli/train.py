@@ -13,6 +13,7 @@ from .options import Parser, budget, load_rows, nonnegative, nonnegative_int, po
 if TYPE_CHECKING:
     from skipit.theory.plan import Plan
     from skipit.train.config import TrainConfig
+    from skipit.train.start import Start
 
 ABOUT = "fine-tune gates and LoRA to a budget"
 EXAMPLE = "skipit train reference reference --budget 0.5 --out runs/run"
@@ -149,14 +150,15 @@ def run(arguments: argparse.Namespace) -> None:
                 arguments.seed,
                 arguments.columns,
             )
-        if start is None and plan is None:
-            plan = _plan_for_training(arguments, config, launch, model, processor, rows)
+        begin: Start | Plan | None = start or plan
+        if begin is None:
+            begin = _plan_for_training(arguments, config, launch, model, processor, rows)
         with training_progress(config) as callback:
             train(
                 model,
                 processor,
                 rows,
-                start or plan,
+                begin,
                 config,
                 out,
                 calibration=held_out,
