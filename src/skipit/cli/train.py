@@ -29,7 +29,7 @@ def add_arguments(verb: Parser) -> None:
     verb.add_argument(
         "--profile-samples", type=positive_int, default=256, help="rows to measure without either (default %(default)s)"
     )
-    verb.add_argument("--start", type=Path, default=None, help="finished run to go on from, its gates and its LoRA")
+    verb.add_argument("--from-run", type=Path, default=None, help="finished run to go on from, its gates and its LoRA")
     verb.add_argument("--budget", type=budget, default=None, help=_planned(about["budget"]))
     verb.add_argument("--latency", type=budget, default=None, help=_planned(about["latency"]))
     verb.add_argument(
@@ -126,9 +126,9 @@ def run(arguments: argparse.Namespace) -> None:
 
     out = arguments.out
     check_folder(out, resume=arguments.resume, overwrite=arguments.overwrite)
-    if arguments.start and (arguments.plan or arguments.profile):
-        raise InputError("--start: a run has gates already. Leave --plan and --profile out.")
-    start = start_from(arguments.start) if arguments.start else None
+    if arguments.from_run and (arguments.plan or arguments.profile):
+        raise InputError("--from-run: a run has gates already. Leave --plan and --profile out.")
+    start = start_from(arguments.from_run) if arguments.from_run else None
     plan = load_plan(arguments.plan) if arguments.plan else None
     planned = {"budget": plan.budget, "latency": plan.latency, "kv": plan.kv} if plan else {}
     config = _config(arguments, start.settings if start else planned)
