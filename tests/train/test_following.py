@@ -9,12 +9,11 @@ from typing import Any
 import pytest
 import torch
 from scipy.optimize import brentq
-from transformers import LlavaForConditionalGeneration
+from shallow import shallow_reference
 
 from skipit.router import Gated, RouterConfig, Step, Trace, attach, find_router, gated_layers, running, set_gates
 from skipit.theory.cost import CostModel
 from skipit.train.following import Following, _Rising
-from studies.architecture import build_model
 
 LAYERS, THRESHOLD = 3, 0.4
 
@@ -22,12 +21,9 @@ LAYERS, THRESHOLD = 3, 0.4
 @pytest.fixture
 def made(request: pytest.FixtureRequest) -> Any:
     """A model with gates of all kinds of opinions, which decide at the layers that are asked for."""
-    config = copy.deepcopy(build_model().config)
-    config.text_config.num_hidden_layers, config.vision_config.num_hidden_layers = LAYERS, 1
-    torch.manual_seed(0)
-    model: Any = LlavaForConditionalGeneration(config)
+    model = shallow_reference(LAYERS).train()
     attach(model, RouterConfig(decide_at=getattr(request, "param", (0,))))
-    width = config.text_config.hidden_size
+    width = model.config.text_config.hidden_size
     set_gates(model, 0.1 * torch.randn(LAYERS, 2, width), torch.randn(LAYERS, 2))
     return model
 

@@ -1,6 +1,5 @@
 """Several processes, under every launcher, do what one process does; a launch that is not what was asked for stops."""
 
-import copy
 import json
 import os
 import re
@@ -16,7 +15,7 @@ import psutil
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import LlavaForConditionalGeneration
+from shallow import shallow_reference
 
 from skipit.cli.main import main
 from skipit.router.checkpoint import GATES_FILE
@@ -26,7 +25,7 @@ from skipit.theory.plan import Plan
 from skipit.train.config import TrainConfig
 from skipit.train.launch import LaunchError, check_engine, deepspeed_config, launched
 from skipit.train.reference.data import reference_dataset
-from studies.architecture import build_model, build_processor
+from studies.architecture import build_processor
 
 LAYERS = 3
 BIN = Path(sys.executable).parent
@@ -44,13 +43,10 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
     It accumulates as many batches as there are processes elsewhere: the threshold's derivative is of each by itself.
     """
     folder = tmp_path_factory.mktemp("launch")
-    config = copy.deepcopy(build_model().config)
-    config.text_config.num_hidden_layers, config.vision_config.num_hidden_layers = LAYERS, 1
-    torch.manual_seed(0)
-    model = LlavaForConditionalGeneration(config)
+    model = shallow_reference(LAYERS)
     model.save_pretrained(folder / "model")
     build_processor().save_pretrained(folder / "model")
-    weight = torch.randn(LAYERS, 2, config.text_config.hidden_size, generator=torch.Generator().manual_seed(0))
+    weight = torch.randn(LAYERS, 2, model.config.text_config.hidden_size, generator=torch.Generator().manual_seed(0))
     bias = torch.full((LAYERS, 2), 0.3)
     save_plan(
         Plan(0.2 * weight, bias, 0.5, "retain", "theory", fingerprint(model), torch.ones(LAYERS, 2), decide_at=(0,)),

@@ -16,8 +16,9 @@ import pytest
 import torch
 from datasets import Dataset
 from safetensors.torch import load_file, save_file
+from shallow import shallow_reference
 from torch import Tensor
-from transformers import LlavaForConditionalGeneration, TrainerCallback
+from transformers import TrainerCallback
 
 from skipit.router.checkpoint import GATES_FILE
 from skipit.router.errors import CheckpointError
@@ -29,7 +30,7 @@ from skipit.train.reference.data import reference_dataset
 from skipit.train.run import train
 from skipit.train.run_folder import STATE_FILE, claimed_run, last_checkpoint
 from skipit.train.trainer import LOGIT_RATE, TrainingError
-from studies.architecture import build_model, build_processor
+from studies.architecture import build_processor
 
 # Ten rows in batches of two, twice per step: an epoch ends in the middle of a step's batches.
 CONFIG = TrainConfig(steps=7, batch_size=2, accumulation=2, lora_rank=2, save_steps=3, learning_rate=1e-3)
@@ -57,10 +58,7 @@ def rows() -> Dataset:
 
 @pytest.fixture(scope="module")
 def model() -> Any:
-    config = copy.deepcopy(build_model().config)
-    config.text_config.num_hidden_layers, config.vision_config.num_hidden_layers = 3, 1
-    torch.manual_seed(0)
-    return LlavaForConditionalGeneration(config).eval()
+    return shallow_reference(3)
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,7 @@ import pytest
 import torch
 from datasets import Dataset
 from safetensors.torch import load_file, save_file
-from transformers import LlavaForConditionalGeneration
+from shallow import shallow_reference
 
 from skipit.router import CheckpointError, find_router, gate_state, running
 from skipit.router.checkpoint import load_router
@@ -25,7 +25,7 @@ from skipit.train.data.used import RECORD, also_used
 from skipit.train.reference.data import reference_dataset
 from skipit.train.run import prepare, train
 from skipit.train.start import start_from
-from studies.architecture import build_model, build_processor
+from studies.architecture import build_processor
 
 LAYERS = 2
 CONFIG = TrainConfig(budget=0.6, kv="evict", steps=3, batch_size=4, lora_rank=2, learning_rate=1e-2)
@@ -33,10 +33,7 @@ CONFIG = TrainConfig(budget=0.6, kv="evict", steps=3, batch_size=4, lora_rank=2,
 
 @pytest.fixture(scope="module")
 def base() -> Any:
-    config = copy.deepcopy(build_model().config)
-    config.text_config.num_hidden_layers, config.vision_config.num_hidden_layers = LAYERS, 1
-    torch.manual_seed(0)
-    return LlavaForConditionalGeneration(config).eval()
+    return shallow_reference(LAYERS)
 
 
 @pytest.fixture(scope="module")

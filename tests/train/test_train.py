@@ -12,8 +12,8 @@ import pytest
 import torch
 from datasets import Dataset
 from safetensors.torch import load_file
+from shallow import shallow_reference
 from torch import nn
-from transformers import LlavaForConditionalGeneration
 
 from skipit.router import (
     CheckpointError,
@@ -41,7 +41,7 @@ from skipit.train.objective import answer_losses, answer_targets
 from skipit.train.reference.data import reference_dataset
 from skipit.train.run import check_answers, lately, least_share, lora_targets, prepare, train
 from skipit.train.trainer import SkipTrainer
-from studies.architecture import build_model, build_processor
+from studies.architecture import build_processor
 
 LAYERS = 3
 CONFIG = TrainConfig(steps=6, batch_size=4, lora_rank=2, learning_rate=1e-3)
@@ -49,10 +49,7 @@ CONFIG = TrainConfig(steps=6, batch_size=4, lora_rank=2, learning_rate=1e-3)
 
 @pytest.fixture(scope="module")
 def base() -> Any:
-    config = copy.deepcopy(build_model().config)
-    config.text_config.num_hidden_layers, config.vision_config.num_hidden_layers = LAYERS, 1
-    torch.manual_seed(0)
-    return LlavaForConditionalGeneration(config).eval()
+    return shallow_reference(LAYERS)
 
 
 @pytest.fixture

@@ -11,7 +11,8 @@ import torch
 from datasets import Dataset
 from PIL import Image
 from safetensors.torch import load_file
-from transformers import LlavaForConditionalGeneration, TrainerCallback
+from shallow import shallow_reference
+from transformers import TrainerCallback
 
 from skipit.router import InputError
 from skipit.theory.identity import fingerprint
@@ -21,7 +22,7 @@ from skipit.train.data.collate import Collator, tried
 from skipit.train.data.rows import DAMAGE, Broken, Check, Rows, RowStream, numbered, readable, training_rows
 from skipit.train.reference.data import reference_dataset
 from skipit.train.run import train
-from studies.architecture import build_model, build_processor
+from studies.architecture import build_processor
 
 LAYERS = 2
 
@@ -170,10 +171,7 @@ def test_columns_by_other_names_are_guessed(check: Check, columns: tuple[str, ..
 
 @pytest.fixture(scope="module")
 def model() -> Any:
-    config = copy.deepcopy(build_model().config)
-    config.text_config.num_hidden_layers, config.vision_config.num_hidden_layers = LAYERS, 1
-    torch.manual_seed(0)
-    return LlavaForConditionalGeneration(config).eval()
+    return shallow_reference(LAYERS)
 
 
 def run(model: Any, data: Any, out: Path, callbacks: Any = None, **options: Any) -> list[dict[str, float]]:
