@@ -5,6 +5,8 @@ makes matrices of any rank. Here a file is held against the one thing that `skip
 """
 
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from sys import float_info
 from typing import Any
@@ -35,6 +37,23 @@ def merge_lora(model: Any, folder: Path) -> Any:
         folder: of the adapter.
 
     Raises:
+        CheckpointError: as of `load_lora`.
+    """
+    with _needed(folder):
+        merged = load_lora(model, folder).merge_and_unload()
+    check_finite(str(folder), merged)
+    return merged.eval()
+
+
+def load_lora(model: Any, folder: Path, *, trainable: bool = False) -> Any:
+    """A gated model as PEFT's, with an adapter's LoRA beside its weights and the adapter's gates.
+
+    Args:
+        model: the base, with gates attached; it is changed.
+        folder: of the adapter.
+        trainable: whether LoRA and gates are to learn.
+
+    Raises:
         CheckpointError: the adapter is damaged, not of this model, or asks for more than LoRA; names file and key.
     """
     from peft import LoraConfig, PeftModel
@@ -42,16 +61,23 @@ def merge_lora(model: Any, folder: Path) -> Any:
     if not folder.is_dir():
         raise CheckpointError(f"{folder} cannot be loaded: there is no such folder.")
     settings, path = read_settings(folder), folder / ADAPTER_WEIGHTS
-    check_places(path, _places(model, settings))
+    _check_places(path, _places(model, settings))
     check_gates(path, load_tensors(path))
     config = LoraConfig(**settings, modules_to_save=[_GATE], bias="none")
+    with _needed(folder):
+        return PeftModel.from_pretrained(model, str(folder), config=config, is_trainable=trainable)
+
+
+@contextmanager
+def _needed(folder: Path) -> Iterator[None]:
+    """Whatever goes wrong within, the file is not what the model needs."""
     try:
-        merged: Any = PeftModel.from_pretrained(model, str(folder), config=config).merge_and_unload()
-    except Exception as error:  # whatever it is, the file is not what the model needs
+        yield
+    except CheckpointError:
+        raise
+    except Exception as error:
         reason = " ".join(f"{type(error).__name__}: {error}".split())
         raise CheckpointError(f"{folder} cannot be loaded: {reason[:300]}") from error
-    check_finite(str(folder), merged)
-    return merged.eval()
 
 
 def read_settings(folder: Path) -> dict[str, Any]:
@@ -110,16 +136,7 @@ def _places(model: nn.Module, settings: dict[str, Any]) -> dict[str, tuple[int, 
     return {f"base_model.model.{name}": shape for name, shape in places.items()}
 
 
-def check_places(path: Path, places: dict[str, tuple[int, ...]]) -> None:
-    """Refuse an adapter that does not hold just the tensors that a model has a place for.
-
-    Args:
-        path: of its weights.
-        places: shapes by name.
-
-    Raises:
-        CheckpointError: names the first that is missing, too many, or of another shape.
-    """
+def _check_places(path: Path, places: dict[str, tuple[int, ...]]) -> None:
     header = read_header(path)
     if wrong := set(header) ^ set(places):
         what = "lacks" if min(wrong) in places else "has, without a place for it,"

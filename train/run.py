@@ -30,6 +30,7 @@ from .card import LATENCIES
 from .config import TrainConfig
 from .gating import attach_plan
 from .launch import launched
+from .lora import load_lora
 from .run_folder import RunFolder, claimed_run
 from .start import Start
 
@@ -64,7 +65,7 @@ def prepare(model: Any, plan: Plan, config: TrainConfig, start: Start | None = N
         start: a finished run whose LoRA to begin with, and of whose gates the plan is.
 
     Raises:
-        CheckpointError: the plan was made for another model, or `start` with other settings.
+        CheckpointError: the plan was made for another model, or `start` with other settings, or its adapter is damaged.
         InputError: nothing is left to train.
     """
     from peft import LoraConfig, get_peft_model
@@ -73,16 +74,17 @@ def prepare(model: Any, plan: Plan, config: TrainConfig, start: Start | None = N
         start.check(config)
     attach_plan(model, plan, RouterConfig(kv=config.kv, unit=config.unit, granularity=config.granularity))
     torch.manual_seed(config.seed)
-    lora = LoraConfig(
-        r=max(1, config.lora_rank),
-        lora_alpha=config.lora_alpha,
-        target_modules=lora_targets(model),
-        modules_to_save=["layer_gate"],
-        bias="none",
-    )
-    peft_model = get_peft_model(model, lora)
     if start is not None:
-        start.load(peft_model)
+        peft_model = load_lora(model, start.adapter, trainable=True)
+    else:
+        lora = LoraConfig(
+            r=max(1, config.lora_rank),
+            lora_alpha=config.lora_alpha,
+            target_modules=lora_targets(model),
+            modules_to_save=["layer_gate"],
+            bias="none",
+        )
+        peft_model = get_peft_model(model, lora)
     if config.lora_rank == 0:
         for name, parameter in peft_model.named_parameters():
             if "lora_" in name:

@@ -5,14 +5,13 @@ from typing import Any, NamedTuple
 
 import torch
 
-from skipit.router.checkpoint import check_gates, load_router
+from skipit.router.checkpoint import load_router
 from skipit.router.errors import CheckpointError
-from skipit.router.folders import load_tensors
 from skipit.theory.plan import Plan
 
 from .config import TrainConfig
 from .data.used import RECORD
-from .lora import ADAPTER_WEIGHTS, check_places, read_settings
+from .lora import read_settings
 from .run_folder import ADAPTER, RUN_FILE, read_record
 
 # What the weights of a run are for; everything else may be another run's.
@@ -43,21 +42,6 @@ class Start(NamedTuple):
         if changed := [name for name in KEPT if now[name] != self.settings[name]]:
             what = ", ".join(f"`{name}` is {self.settings[name]!r} there, {now[name]!r} here" for name in changed)
             raise CheckpointError(f"{self.adapter.parent} cannot be gone on from with other settings: {what}.")
-
-    def load(self, model: Any) -> None:
-        """Copy gates and LoRA into a PEFT model that was prepared for them.
-
-        Raises:
-            CheckpointError: they are damaged, or of another model.
-        """
-        from peft import get_peft_model_state_dict, set_peft_model_state_dict
-
-        path = self.adapter / ADAPTER_WEIGHTS
-        places = {name: tuple(value.shape) for name, value in get_peft_model_state_dict(model).items()}
-        check_places(path, places)
-        values = load_tensors(path)
-        check_gates(path, values)
-        set_peft_model_state_dict(model, {name: value.float() for name, value in values.items()})
 
 
 def start_from(run: str | Path) -> Start:

@@ -195,6 +195,11 @@ def _config(arguments: argparse.Namespace, planned: Mapping[str, Any]) -> "Train
             raise InputError("give either --budget or --latency: a share of FLOPs, or of time.")
         planned = {**planned, "latency": None}
     if planned and arguments.latency not in (None, planned["latency"]):
+        if arguments.from_run:
+            raise InputError(
+                f"--latency: got {arguments.latency:g}, but the run of --from-run was trained for another budget, and "
+                "which layers may be left out is a plan's to say. Begin with --profile instead."
+            )
         raise InputError(
             f"--latency: got {arguments.latency:g}, but the plan was made for another budget. Make one by "
             f"`skipit plan PROFILE --latency {arguments.latency:g}`, or give --profile instead of --plan."

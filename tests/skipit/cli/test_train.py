@@ -98,3 +98,12 @@ def test_training_data_without_held_out_rows(chain: Path, tmp_path: Path) -> Non
     line = ("--plan", chain / "plan", *TRAIN, "--out", tmp_path / "run")
     said = refused("train", "reference", tmp_path / "rows.parquet", *line)
     assert "has one split, which is trained on. Name held-out rows: --calibration-data." in said
+
+
+def test_a_run_to_go_on_from(chain: Path, tmp_path: Path) -> None:
+    line = ("train", "reference", "reference", *TRAIN, "--from-run", chain / "run", "--out", tmp_path / "run")
+    said = refused(*line, "--plan", chain / "plan")
+    assert said == "skipit: --from-run: a run has gates already. Leave --plan and --profile out.\n"
+    assert "the run of --from-run was trained for another budget" in refused(*line, "--latency", 0.7)
+    assert "`lora_rank` is" in refused(*line, "--lora-rank", 3)
+    assert "is not a finished run: it has no run.json" in refused(*line[:-3], tmp_path, "--out", tmp_path / "run")
