@@ -56,8 +56,9 @@ def add_weights(model: Any, path: Path, lora: bool = True) -> Any:
         for name, value in state.items():
             change = given.get(name)
             if (weight := name.removesuffix(".weight")) in changed:
-                up, down = (given[f"{weight}.lora_{part}.weight"].float() for part in "BA")
-                change = value.float() + SCALE * up @ down
+                # In double precision every machine rounds to the same weights, and so to the same fingerprint.
+                up, down = (given[f"{weight}.lora_{part}.weight"].double() for part in "BA")
+                change = value.double() + SCALE * up @ down
             if change is None:
                 continue
             if change.shape != value.shape:
