@@ -1,7 +1,7 @@
 """One training run: from a dense model and a plan to a run folder that can be resumed and exported."""
 
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from itertools import islice
 from pathlib import Path
@@ -34,7 +34,7 @@ from .lora import load_lora
 from .run_folder import RunFolder, claimed_run
 from .start import Start
 
-LATELY = "lately"  # in a record: how each operating point did in the end
+ANSWERED = "answered"  # in a record: how held-out rows are answered at each operating point, before training and after
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}  # of the weights, by precision
 
 
@@ -122,26 +122,6 @@ def least_share(rows: Iterable[dict[str, Tensor]], costs: Costs, kv: KVPolicy, u
         executed, all_of_it = costs.spend(nothing, real, kv, unit=unit)
         least, dense = least + float(executed.sum()), dense + float(all_of_it.sum())
     return least / dense
-
-
-def lately(history: Sequence[Mapping[str, float]], points: Mapping[str, float]) -> dict[str, dict[str, float]]:
-    """How training went in the end: means over the last tenth of the steps of each operating point.
-
-    Args:
-        history: figures of every step.
-        points: what to spend, by name.
-
-    Returns:
-        By name, the number of these `steps`, the share of answer tokens that were right in them (`accuracy`), and `kl`
-        to the dense model, in nats per token; no point without a step.
-    """
-    found = {}
-    for name, budget in points.items():
-        of_point = [figures for figures in history if figures["budget"] == budget]
-        if last := of_point[-max(1, len(of_point) // 10) :]:
-            means = {key: sum(figures[key] for figures in last) / len(last) for key in ("accuracy", "kl")}
-            found[name] = {"steps": len(last), **means}
-    return found
 
 
 def check_dtype(model: nn.Module) -> None:
@@ -256,6 +236,10 @@ def train(
         before = {RECORD: plan.about.get(RECORD, {"profiled": None})}
         used = also_used(before, "trained", folder.rows_read(arguments.world_size))
         met = _calibrate(peft_model, held_batches, flops, times, config, trainer.mode) if held_batches else {}
+        answered = {
+            name: {"before": before, "after": trainer.answered(met[name].threshold)}
+            for name, before in zip(config.points, trainer.before, strict=False)
+        }
         history = trainer.progress.history
         record = {
             "base": base,
@@ -270,7 +254,7 @@ def train(
             "held_out": held_out({RECORD: used}, held)[0].to_json(),
             RECORD: {**used, "calibrated": calibrated.packed()},
             "last": history[-1] if history else None,
-            LATELY: lately(history, config.points),
+            ANSWERED: answered,
             "made_by": provenance(),
         }
         folder.finish(peft_model, history, record)

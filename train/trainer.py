@@ -16,13 +16,14 @@ from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from skipit.router import MODALITIES, SkipItError, Step, Trace, find_router, running
+from skipit.router import MODALITIES, Gated, SkipItError, Step, Trace, find_router, running
 from skipit.router.call import Mode
 from skipit.router.config import decision_points
 from skipit.router.errors import CheckpointError
 from skipit.router.folders import load_json, save_json
 from skipit.theory.calibrate import LIMIT, Listening, calibrate, measured_share, threshold_for, totals
 from skipit.theory.cost import Costs, trace_compute
+from skipit.theory.inputs import to_model
 from skipit.theory.labels import IGNORE, before_answer
 from skipit.theory.sharded import sharded
 
@@ -30,7 +31,7 @@ from .config import TrainConfig
 from .following import Following
 from .launch import barrier, check_engine, stage_of
 from .manifest import save_manifest
-from .objective import answer_losses, answer_targets
+from .objective import AnswerLosses, answer_losses, answer_targets
 from .run_folder import STATE_FILE, last_checkpoint
 
 PER_ANSWER = {"ce": "ce", "kl": "kl", "accuracy": "correct"}
@@ -61,8 +62,8 @@ class SkipTrainer(Trainer):
     Args:
         settings: budgets and weights of the objective.
         costs: of the model's layers, in what the budget is a share of.
-        held: held-out batches that the budgets are for; none takes them as shares of the rows of training, from the
-            plan's own threshold on.
+        held: held-out batches that the budgets are for, with labels; none takes them as shares of the rows of
+            training, from the plan's own threshold on.
         sample: batches of these rows.
         **trainer: passed to `transformers.Trainer`.
     """
@@ -81,6 +82,7 @@ class SkipTrainer(Trainer):
         self.budgets = list(settings.points.values())
         self.targets = list(self.budgets)  # what a step spends for each
         self.thresholds = [0.0] * len(self.budgets)  # where the plan spends the first of them
+        self.before: list[dict[str, float]] = []  # how held-out rows were answered there
         self.progress = _Progress(self)
         self.rates: Tensor | None = None
         self._sums: dict[str, Tensor] = {}
@@ -95,7 +97,7 @@ class SkipTrainer(Trainer):
         return self.state.global_step % len(self.budgets)
 
     def begin(self) -> None:
-        """Find where held-out rows spend each budget, and what rows of training spend there."""
+        """Find where held-out rows spend each budget, how they are answered, and what rows of training spend there."""
         model: Any = self.model
         training, kv, mode = model.training, self.settings.kv, self.mode
         model.eval()
@@ -104,8 +106,30 @@ class SkipTrainer(Trainer):
                 threshold, _ = calibrate(model, self.held, self.costs, budget, kv, mode=mode)
                 self.thresholds[turn] = threshold
                 self.targets[turn] = measured_share(model, self.sample, self.costs, kv, threshold, mode)
+        self.before = [self.answered(threshold) for threshold in self.thresholds]
         model.train(training)
         self.thresholds, self.targets = broadcast_object_list([self.thresholds, self.targets])  # equal to the last bit
+
+    @torch.no_grad()
+    def answered(self, threshold: float) -> dict[str, float]:
+        """How held-out rows are answered at a threshold, by a model in eval mode.
+
+        Returns:
+            The share of answer tokens that are right after right ones (`accuracy`), and the `kl` to the dense model, in
+            nats per token.
+        """
+        model: Any = self.model
+        answers, sums = 0, AnswerLosses(*torch.zeros(3, dtype=torch.float64))
+        for batch in self.held:
+            inputs = to_model(batch, model)
+            labels = inputs.pop("labels")
+            kept, targets = answer_targets(labels)
+            teacher = self._teacher(model, inputs, kept)
+            with running(policy=Gated(threshold), kv=self.settings.kv, mode=self.mode, prompt=before_answer(labels)):
+                losses = answer_losses(self._logits(model, inputs, kept), teacher, targets)
+            sums = AnswerLosses(*(old + new.cpu() for old, new in zip(sums, losses, strict=True)))
+            answers += int((targets != IGNORE).sum())
+        return {"accuracy": float(sums.correct) / answers, "kl": float(sums.kl) / answers}
 
     @property
     def mode(self) -> Mode:
@@ -281,6 +305,7 @@ class SkipTrainer(Trainer):
                 values = {
                     "thresholds": self.thresholds,
                     "targets": self.targets,
+                    "before": self.before,
                     "history": self.progress.history,
                 }
                 pending = folder / f"{STATE_FILE}.new"
@@ -301,10 +326,10 @@ class SkipTrainer(Trainer):
             raise TrainingError(f"{folder} cannot be written: {str(error) or type(error).__name__}. {kept}") from error
 
     def restore(self, checkpoint: Path) -> None:
-        """Continue with the thresholds of a checkpoint, and with what it spent where it says so."""
+        """Continue with the thresholds of a checkpoint, and with what else it knows of the beginning."""
         values = load_json(checkpoint / STATE_FILE)
         self.thresholds, self.progress.history = values["thresholds"], values["history"]
-        self.targets = values.get("targets", self.budgets)
+        self.targets, self.before = values.get("targets", self.budgets), values.get("before", [])
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         """Load both, but with the learning rates of this run's settings, which may have been lowered."""

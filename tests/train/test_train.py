@@ -29,17 +29,19 @@ from skipit.router import (
 from skipit.router.checkpoint import GATES_FILE, load_router
 from skipit.router.measured import bench_file
 from skipit.theory.artefact import save_plan
-from skipit.theory.calibrate import measured_share
+from skipit.theory.calibrate import calibrate, measured_share
 from skipit.theory.cost import CostModel
 from skipit.theory.identity import fingerprint
+from skipit.theory.labels import IGNORE, before_answer
 from skipit.theory.layer_times import LayerTime, LayerTimes
 from skipit.theory.plan import LOGIT_LIMIT, Plan
 from skipit.train.config import TrainConfig
 from skipit.train.data.collate import Collator, batches
+from skipit.train.gating import attach_plan
 from skipit.train.launch import training_arguments
 from skipit.train.objective import answer_losses, answer_targets
 from skipit.train.reference.data import reference_dataset
-from skipit.train.run import check_answers, lately, least_share, lora_targets, prepare, train
+from skipit.train.run import check_answers, least_share, lora_targets, prepare, train
 from skipit.train.trainer import SkipTrainer
 from studies.architecture import build_processor
 
@@ -127,7 +129,6 @@ class TestRunFolder:
         history = [json.loads(line) for line in (out / "history.jsonl").read_text().splitlines()]
         assert [figures["step"] for figures in history] == list(range(1, CONFIG.steps + 1))
         assert record["last"] == history[-1]
-        assert record["lately"] == {"0.5": {"steps": 1, "accuracy": history[-1]["accuracy"], "kl": history[-1]["kl"]}}
         for figures in history:
             assert set(figures) == {"step", "ce", "kl", "accuracy", "budget", "target", "compute", "threshold"}
             assert 0 <= figures["accuracy"] <= 1
@@ -164,6 +165,29 @@ class TestRunFolder:
         share = measured_share(tuned, held_out, costs, "retain", find_router(tuned)[1].config.threshold)
         assert share == pytest.approx(record["calibrated_share"])
 
+    @torch.no_grad()
+    def test_how_held_out_rows_are_answered_before_and_after(
+        self, finished: tuple[Any, Path], base: Any, processor: Any
+    ) -> None:
+        tuned, out = finished
+        attach_plan(before := copy.deepcopy(base), plan_for(base), RouterConfig())
+        record = json.loads((out / "run.json").read_text())["answered"]["0.5"]
+        rows = list(batches(reference_dataset("calibration", 8), Collator(processor), CONFIG.batch_size))
+        costs = CostModel.of(base)
+        for model, found in ((before, record["before"]), (tuned, record["after"])):
+            threshold, _ = calibrate(model, rows, costs, CONFIG.budget, "retain")
+            right = kl = tokens = 0.0
+            for batch in rows:
+                inputs = {name: value for name, value in batch.items() if name != "labels"}
+                wanted, answers = batch["labels"][:, 1:], batch["labels"][:, 1:] != IGNORE
+                full = base(**inputs).logits[:, :-1][answers].log_softmax(-1)
+                with running(policy=Gated(threshold), prompt=before_answer(batch["labels"])):
+                    gated = model(**inputs).logits[:, :-1][answers].log_softmax(-1)
+                right += float((gated.argmax(-1) == wanted[answers]).sum())
+                kl += float((full.exp() * (full - gated)).sum())
+                tokens += int(answers.sum())
+            assert found == pytest.approx({"accuracy": right / tokens, "kl": kl / tokens}, abs=1e-4)
+
     def test_gates_and_lora_were_trained_and_nothing_else(self, finished: tuple[Any, Path], base: Any) -> None:
         tuned, out = finished
         assert not torch.equal(gate_state(tuned)["weight"], plan_for(base).weight)
@@ -176,15 +200,6 @@ class TestRunFolder:
             name = name.replace(".base_layer.", ".")
             if name in original:
                 assert torch.equal(parameter, original[name]), name
-
-
-def test_how_each_budget_did_in_the_end() -> None:
-    turns = [{"budget": 0.25 if step % 2 else 0.5, "accuracy": step / 100, "kl": 1 / (1 + step)} for step in range(41)]
-    found = lately(turns, {"0.5": 0.5, "0.25": 0.25, "0.15": 0.15})
-    assert found == {
-        "0.5": {"steps": 2, "accuracy": pytest.approx(0.39), "kl": pytest.approx((1 / 39 + 1 / 41) / 2)},
-        "0.25": {"steps": 2, "accuracy": pytest.approx(0.38), "kl": pytest.approx((1 / 38 + 1 / 40) / 2)},
-    }
 
 
 class TestPreparation:

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 ABOUT = "fine-tune gates and LoRA to a budget"
 EXAMPLE = "skipit train reference reference --budget 0.5 --out runs/run"
+NOTICED = 0.01  # share of held-out answer tokens: what fewer are right after training is told
 
 
 def add_arguments(verb: Parser) -> None:
@@ -120,7 +121,7 @@ def run(arguments: argparse.Namespace) -> None:
     from skipit.train.data.used import HeldOut
     from skipit.train.display import loading, note, on_one_process, training_progress
     from skipit.train.launch import launched
-    from skipit.train.run import DTYPES, LATELY, train
+    from skipit.train.run import ANSWERED, DTYPES, train
     from skipit.train.run_folder import RUN_FILE, check_folder, claimed_run
     from skipit.train.start import start_from
 
@@ -176,11 +177,20 @@ def run(arguments: argparse.Namespace) -> None:
                 took = record[LATENCIES].get(point)
                 took = f"takes {Took(**took).sentence()}, and " if took else ""
                 print(f"{out}: trained; at {point} {took}executes {share:.1%} of the dense decoder's FLOPs. {told}.")
-                if (end := record[LATELY].get(point)) is not None:
-                    steps = f"{end['steps']} steps" if end["steps"] > 1 else "step"
-                    right = f"{end['accuracy']:.1%} of the answers' tokens right, KL to the dense model {end['kl']:.3f}"
-                    print(f"  Its last {steps}: {right}.")
+                if (answered := record[ANSWERED].get(point)) is not None:
+                    print(f"  {_answered(**answered)}")
             print(f"Next: skipit export {out} --out DIR")
+
+
+def _answered(before: Mapping[str, float], after: Mapping[str, float]) -> str:
+    """What training changed on held-out rows, and what to do where that was for the worse."""
+    said = (
+        f"Of their answers' tokens {after['accuracy']:.1%} are right ({before['accuracy']:.1%} before training), with "
+        f"a KL to the dense model of {after['kl']:.3f} ({before['kl']:.3f})."
+    )
+    if after["accuracy"] < before["accuracy"] - NOTICED and after["kl"] > before["kl"]:
+        said += " Training made it worse: try a lower --learning-rate."
+    return said
 
 
 def _config(arguments: argparse.Namespace, planned: Mapping[str, Any]) -> "TrainConfig":

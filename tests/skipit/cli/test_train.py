@@ -37,9 +37,7 @@ def test_help_prints_the_defaults_that_hold() -> None:
             "more_budgets",
             "batch_size",
             "seed",
-            "collapse",
-            "collapse_steps",
-        ):  # argparse knows, or no option
+        ):  # argparse knows
             shown = words.get(str(default), str(default))
             assert helps[name].endswith((f"(default {shown})", f"(default: the plan's, else {shown})")), helps[name]
 
@@ -107,3 +105,14 @@ def test_a_run_to_go_on_from(chain: Path, tmp_path: Path) -> None:
     assert "the run of --from-run was trained for another budget" in refused(*line, "--latency", 0.7)
     assert "`lora_rank` is" in refused(*line, "--lora-rank", 3)
     assert "is not a finished run: it has no run.json" in refused(*line[:-3], tmp_path, "--out", tmp_path / "run")
+
+
+def test_a_training_that_made_it_worse_is_told() -> None:
+    before = {"accuracy": 0.996, "kl": 0.001}
+    said = train._answered(before, {"accuracy": 0.906, "kl": 0.6})
+    assert said == (
+        "Of their answers' tokens 90.6% are right (99.6% before training), with a KL to the dense model of 0.600 "
+        "(0.001). Training made it worse: try a lower --learning-rate."
+    )
+    for after in ({"accuracy": 0.99, "kl": 0.01}, {"accuracy": 0.95, "kl": 0.0}, {"accuracy": 1.0, "kl": 0.1}):
+        assert "worse" not in train._answered(before, after)
