@@ -51,7 +51,7 @@ def test_the_configuration_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.chdir(tmp_path)
     write_files(tmp_path)
     parsed = parse(verb_of(RUN[0]))
-    assert (parsed.budget, parsed.steps, parsed.learning_rate) == (0.6, 20, 2e-3)
+    assert (parsed.budget, parsed.steps, parsed.learning_rate) == (0.6, 20, 5e-4)
     assert yaml.safe_load((tmp_path / "accelerate.yaml").read_text())["deepspeed_config"] == {"zero_stage": 2}
 
 

@@ -67,13 +67,21 @@ class Listening(Gated):
         return said
 
 
-def _foretold(
-    model: nn.Module, batches: Iterable[dict[str, Tensor]], costs: Costs, kv: KVPolicy, mode: Mode
-) -> Callable[[float], float]:
-    """From a threshold to what execution will spend at it: known beforehand where gates decide before any layer runs.
+def _once(model: nn.Module) -> bool:
+    """Whether gates decide before any layer runs."""
+    return find_router(model)[1].config.decide_at == (0,)
 
-    One pass finds what they say. No layer runs in it, if the mode lets layers be left out.
+
+def shares_of(
+    model: nn.Module, batches: Sequence[dict[str, Tensor]], costs: Costs, kv: KVPolicy, *, mode: Mode = "gathered"
+) -> Callable[[float], float]:
+    """From a threshold to the share of what the dense decoder spends that execution spends at it, over all batches.
+
+    Where gates decide once, before any layer runs, one pass finds it for every threshold; no layer runs in it, if the
+    mode lets layers be left out. Elsewhere every threshold is tried.
     """
+    if not _once(model):
+        return partial(measured_share, model, batches, costs, kv, mode=mode)
     policy = Listening(LIMIT)
     steps = [step for step, _ in _asked(model, batches, policy=policy, mode=mode, kv=kv)]
     return spending(steps, policy.said, costs)
@@ -170,11 +178,9 @@ def calibrate(
     """
     if check_budget(budget) == 1:
         return EVERYTHING, 1.0  # nothing is decided then, so gates cost nothing
-    once = find_router(model)[1].config.decide_at == (0,)
-    trying = partial(measured_share, model, batches, costs, kv, mode=mode)
-    share_at = _foretold(model, batches, costs, kv, mode) if once else trying
+    share_at = shares_of(model, batches, costs, kv, mode=mode)
     threshold, share = threshold_for(share_at, budget, tolerance=tolerance, steps=steps)
-    return threshold, trying(threshold) if once else share
+    return threshold, measured_share(model, batches, costs, kv, threshold, mode) if _once(model) else share
 
 
 def threshold_for(

@@ -51,7 +51,7 @@ class TrainConfig:
     steps: int = 250
     batch_size: int = 16
     accumulation: int = 1
-    learning_rate: float = 2e-3
+    learning_rate: float = 1e-3
     gate_learning_rate: float | None = None
     lora_rank: int = 8
     lora_alpha: int = 16

@@ -18,10 +18,10 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from skipit.router import MODALITIES, Gated, SkipItError, Step, Trace, find_router, running
 from skipit.router.call import Mode
-from skipit.router.config import decision_points
+from skipit.router.config import EVERYTHING, decision_points
 from skipit.router.errors import CheckpointError
 from skipit.router.folders import load_json, save_json
-from skipit.theory.calibrate import LIMIT, Listening, calibrate, measured_share, threshold_for, totals
+from skipit.theory.calibrate import LIMIT, Listening, shares_of, threshold_for, totals
 from skipit.theory.cost import Costs, trace_compute
 from skipit.theory.inputs import to_model
 from skipit.theory.labels import IGNORE, before_answer
@@ -39,7 +39,8 @@ GATE = "layer_gate"
 # What a step may move a gate's logit by, about, where no learning rate is given; and where the threshold's derivative
 # is missing (`Following`): there all of them drift together, and fast ones end in ruin.
 LOGIT_RATE, WITHOUT_DERIVATIVE = 0.5, 0.1
-CLOSE, TRIES = 0.0005, 24  # of the search for a step's threshold: share, and thresholds
+CLOSE, TRIES = 0.0005, 24  # of the search for a threshold: share, and thresholds
+AIMS = 10  # times in a run that what to spend is found anew: what gates have learned changes what rows spend
 
 
 class TrainingError(SkipItError):
@@ -54,7 +55,8 @@ class SkipTrainer(Trainer):
 
     A budget is what held-out rows spend. Rows of training that have more text to an image, such as conversations, spend
     more at the same threshold, and less would be left of their images than of those that the model is for. So a step
-    spends what rows of training spent at the beginning where held-out rows spent the budget.
+    spends what rows of training spend where held-out rows spend the budget, which is found anew `AIMS` times: gates
+    learn to spend it elsewhere, and a run would end at other thresholds than those that are calibrated for it.
 
     The teacher is the same model with gates and LoRA off: no second copy in memory. Every process runs every module,
     whatever its rows skip: DeepSpeed mixes up gradients, or hangs, where processes call different modules.
@@ -97,16 +99,28 @@ class SkipTrainer(Trainer):
         return self.state.global_step % len(self.budgets)
 
     def begin(self) -> None:
-        """Find where held-out rows spend each budget, how they are answered, and what rows of training spend there."""
+        """Aim, and find how held-out rows are answered by what training begins with."""
         model: Any = self.model
-        training, kv, mode = model.training, self.settings.kv, self.mode
+        training = model.training
+        self.aim()
         model.eval()
+        points = zip(self.budgets, self.thresholds, strict=True)
+        self.before = [self.answered(threshold if budget < 1 else EVERYTHING) for budget, threshold in points]
+        model.train(training)
+
+    def aim(self) -> None:
+        """Find where held-out rows spend each budget, and what rows of training spend there, as gates are now."""
+        model: Any = self.model
+        training = model.training
+        model.eval()
+        held, sample = (
+            shares_of(model, rows, self.costs, self.settings.kv, mode=self.mode) for rows in (self.held, self.sample)
+        )
         for turn, budget in enumerate(self.budgets):
             if budget < 1:
-                threshold, _ = calibrate(model, self.held, self.costs, budget, kv, mode=mode)
-                self.thresholds[turn] = threshold
-                self.targets[turn] = measured_share(model, self.sample, self.costs, kv, threshold, mode)
-        self.before = [self.answered(threshold) for threshold in self.thresholds]
+                start = max(-LIMIT, min(LIMIT, self.thresholds[turn]))
+                threshold, _ = threshold_for(held, budget, start=start, tolerance=CLOSE, steps=TRIES)
+                self.thresholds[turn], self.targets[turn] = threshold, sample(threshold)
         model.train(training)
         self.thresholds, self.targets = broadcast_object_list([self.thresholds, self.targets])  # equal to the last bit
 
@@ -388,6 +402,8 @@ class _Progress(TrainerCallback):
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         figures = self.trainer.finish_step()
         self.history.append({"step": state.global_step, **figures})
+        if self.trainer.held and state.global_step % max(1, state.max_steps // AIMS) == 0:
+            self.trainer.aim()
         self.between_updates = True
 
 

@@ -20,6 +20,7 @@ from skipit.router import Gated
 from skipit.router.config import KVPolicy
 from skipit.theory.calibrate import calibrate
 from skipit.theory.plan import Init
+from skipit.train.config import TrainConfig
 
 from .answers import always, answers, right
 from .study import Study, command, once
@@ -29,7 +30,8 @@ MILESTONES = (0, 50, 200)
 SIZES: dict[str, Any] = {
     "budgets": [0.5, 0.25, 0.15],
     "seeds": [0, 1, 2],
-    "steps": 250,
+    "steps": TrainConfig.steps,
+    "learning_rate": TrainConfig.learning_rate,
     "samples": 480,
     "calibration": 96,
     "profiled": 192,

@@ -19,6 +19,7 @@ from skipit.router.config import KVPolicy
 from skipit.theory.calibrate import calibrate
 from skipit.theory.plan import check_budget
 
+from .ablation import SIZES
 from .answers import always, answers, right
 from .study import Study, command, markdown, once
 
@@ -58,17 +59,7 @@ def table(cells: Sequence[dict[str, Any]]) -> str:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Measure what is missing, then print the table."""
-    parser = command(
-        __name__,
-        __doc__,
-        out=Path("runs/curve"),
-        budgets=[0.5, 0.25, 0.15],
-        seeds=[0, 1, 2],
-        steps=250,
-        samples=480,
-        calibration=96,
-        profiled=192,
-    )
+    parser = command(__name__, __doc__, out=Path("runs/curve"), **SIZES)
     parser.add_argument(
         "--at", nargs="+", type=float, default=list(AT), help="budgets to answer at (default %(default)s)"
     )

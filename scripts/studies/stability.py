@@ -21,6 +21,7 @@ from skipit.router.config import KVPolicy
 from skipit.router.errors import InputError, SkipItError
 from skipit.theory.plan import check_budget, skip_set
 from skipit.theory.profile import Profile, profile
+from skipit.train.config import TrainConfig
 
 from .study import REFERENCE, Study, command, markdown, once
 
@@ -157,7 +158,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         seeds=[0],
         steps=100,
         batch_size=16,
-        learning_rate=2e-3,
+        learning_rate=TrainConfig.learning_rate,
         calibration=48,
         profiled=192,
         model=REFERENCE,

@@ -66,7 +66,7 @@ class Study:
     profiled: int = 192
     batch_size: int = 16
     lora_rank: int = 8
-    learning_rate: float = 2e-3
+    learning_rate: float = TrainConfig.learning_rate
     kinds: tuple[Kind, ...] = KINDS
     decide_at: tuple[int, ...] | None = RouterConfig.decide_at
     model: str = REFERENCE

@@ -472,7 +472,7 @@ def test_gates_that_decide_once_say_beforehand_what_every_threshold_spends(
     model, costs = build(family), CostModel.of(build(family))
     attach(model, RouterConfig(kv=kv, granularity=granularity))
     batches = [labelled(family), labelled(family, padding="left", seed=1)]
-    foretold = theory_calibrate._foretold(model, batches, costs, kv, "gathered")
+    foretold = theory_calibrate.shares_of(model, batches, costs, kv)
     for threshold in (-1.0, 0.0, 0.3, 1.0):
         assert foretold(threshold) == measured_share(model, batches, costs, kv, threshold)
     passes: list[float] = []

@@ -42,7 +42,7 @@ from skipit.train.launch import training_arguments
 from skipit.train.objective import answer_losses, answer_targets
 from skipit.train.reference.data import reference_dataset
 from skipit.train.run import check_answers, least_share, lora_targets, prepare, train
-from skipit.train.trainer import SkipTrainer
+from skipit.train.trainer import CLOSE, TRIES, SkipTrainer
 from studies.architecture import build_processor
 
 LAYERS = 3
@@ -174,8 +174,9 @@ class TestRunFolder:
         record = json.loads((out / "run.json").read_text())["answered"]["0.5"]
         rows = list(batches(reference_dataset("calibration", 8), Collator(processor), CONFIG.batch_size))
         costs = CostModel.of(base)
-        for model, found in ((before, record["before"]), (tuned, record["after"])):
-            threshold, _ = calibrate(model, rows, costs, CONFIG.budget, "retain")
+        search = {"tolerance": CLOSE, "steps": TRIES}
+        for model, found, how in ((before, record["before"], search), (tuned, record["after"], {})):
+            threshold, _ = calibrate(model, rows, costs, CONFIG.budget, "retain", **how)
             right = kl = tokens = 0.0
             for batch in rows:
                 inputs = {name: value for name, value in batch.items() if name != "labels"}
@@ -364,6 +365,19 @@ class TestBudget:
         made.compute_loss(made.model, dict(talks[0]), num_items_in_batch=10)
         made.state.global_step = 1
         assert made.finish_step()["compute"] == pytest.approx(target, abs=0.05)
+
+    @pytest.mark.parametrize("kv", ["retain", "evict"])
+    def test_training_stays_at_the_thresholds_that_are_calibrated(
+        self, model: Any, processor: Any, rows: Dataset, tmp_path: Path, kv: Any
+    ) -> None:
+        """Gates learn to spend more on text, of which held-out rows have less: a target of the beginning is too low."""
+        plan = replace(plan_for(model), decide_at=(0,))
+        config = replace(CONFIG, kv=kv, budget=0.6, steps=20, gate_learning_rate=0.02)
+        talks, costs = reference_dataset("train", 80).map(_with_more_text), CostModel.of(model)
+        tuned = train(model, processor, talks, plan, config, tmp_path / "run", calibration=rows)
+        history = [json.loads(line) for line in (tmp_path / "run" / "history.jsonl").read_text().splitlines()]
+        last = measured_share(tuned, batches(rows, Collator(processor), 4), costs, kv, history[-1]["threshold"])
+        assert last == pytest.approx(0.6, abs=0.06)
 
     @pytest.mark.parametrize("kv", ["retain", "evict"])
     @pytest.mark.parametrize("bias", [-9.0, 9.0])

@@ -23,6 +23,7 @@ from skipit.eval.plots import plot_pareto
 from skipit.router import running
 from skipit.router.folders import provenance, save_json
 from skipit.theory.plan import check_budget
+from skipit.train.config import TrainConfig
 from skipit.train.data.collate import Collator
 from skipit.train.trainer import TrainingError
 from studies.answers import answers, right
@@ -168,7 +169,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         steps=250,
         batch_size=16,
         lora_rank=8,
-        learning_rate=2e-3,
+        learning_rate=TrainConfig.learning_rate,
         model=REFERENCE,
         samples=600,
         calibration=96,

@@ -203,7 +203,7 @@ def _config(arguments: argparse.Namespace, planned: Mapping[str, Any]) -> "Train
     if arguments.budget is not None:
         if arguments.latency is not None:
             raise InputError("give either --budget or --latency: a share of FLOPs, or of time.")
-        planned = {**planned, "latency": None}
+        planned = {**planned, "latency": None, "more_budgets": ()}
     if planned and arguments.latency not in (None, planned["latency"]):
         if arguments.from_run:
             raise InputError(

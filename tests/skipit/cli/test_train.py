@@ -12,6 +12,7 @@ from command_line import TRAIN, refused, skipit
 from safetensors.torch import load_file
 
 from skipit.cli import train
+from skipit.cli.main import build_parser
 from skipit.cli.options import Parser
 from skipit.router.checkpoint import GATES_FILE
 from skipit.router.folders import load_json, save_json
@@ -105,6 +106,17 @@ def test_a_run_to_go_on_from(chain: Path, tmp_path: Path) -> None:
     assert "the run of --from-run was trained for another budget" in refused(*line, "--latency", 0.7)
     assert "`lora_rank` is" in refused(*line, "--lora-rank", 3)
     assert "is not a finished run: it has no run.json" in refused(*line[:-3], tmp_path, "--out", tmp_path / "run")
+
+
+def test_a_budget_that_is_typed_stands_for_all_of_a_run_that_is_gone_on_from() -> None:
+    settings = {"budget": 0.5, "more_budgets": [0.25, 0.15], "latency": None, "kv": "evict"}
+    for typed, wanted in (
+        ("", ["0.5", "0.25", "0.15"]),
+        ("--budget 0.25", ["0.25"]),
+        ("--more-budgets 0.7", ["0.5", "0.7"]),
+    ):
+        parsed = build_parser().parse_args(f"train m d --from-run r --out x {typed}".split())
+        assert list(train._config(parsed, settings).points) == wanted
 
 
 def test_a_training_that_made_it_worse_is_told() -> None:
