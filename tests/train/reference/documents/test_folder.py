@@ -78,4 +78,4 @@ def test_a_run_ships_that_is_small_and_names_no_folder_of_the_machine_that_made_
     record, config = load_json(folder.RUN / RUN_FILE), load_router(folder.RUN)[0]
     assert record["base"] == "documents"
     assert load_json(folder.RUN / ADAPTER / "adapter_config.json")["base_model_name_or_path"] == "documents"
-    assert sorted(config.operating_points) == ["0.15", "0.25", "0.5"]
+    assert sorted(config.operating_points) == ["0.25", "0.5"]
