@@ -191,11 +191,12 @@ def threshold_for(
     Args:
         share_at: what a threshold spends.
         budget: to be spent.
-        start: the first threshold that is tried; the next ones are twice as far each time, until two are on both sides.
+        start: the first threshold that is tried, no further than `LIMIT`; the next ones are twice as far each time,
+            until two are on both sides.
         tolerance: share that is close enough.
         steps: thresholds to try, at most; the best one met is returned.
     """
-    low, high, reach, threshold = -LIMIT, LIMIT, 1.0, start
+    low, high, reach, threshold = -LIMIT, LIMIT, 1.0, max(-LIMIT, min(LIMIT, start))
     best: tuple[float, float] | None = None
     for _ in range(steps):
         share = share_at(threshold)

@@ -4,6 +4,7 @@ import math
 import shutil
 from collections.abc import Sequence
 from contextlib import nullcontext
+from functools import partial
 from inspect import signature
 from pathlib import Path
 from typing import Any
@@ -21,10 +22,11 @@ from skipit.router.call import Mode
 from skipit.router.config import EVERYTHING, decision_points
 from skipit.router.errors import CheckpointError
 from skipit.router.folders import load_json, save_json
-from skipit.theory.calibrate import LIMIT, Listening, shares_of, threshold_for, totals
+from skipit.theory.calibrate import Listening, shares_of, threshold_for, totals
 from skipit.theory.cost import Costs, trace_compute
 from skipit.theory.inputs import to_model
 from skipit.theory.labels import IGNORE, before_answer
+from skipit.theory.measuring import evaluating
 from skipit.theory.sharded import sharded
 
 from .config import TrainConfig
@@ -101,27 +103,22 @@ class SkipTrainer(Trainer):
     def begin(self) -> None:
         """Aim, and find how held-out rows are answered by what training begins with."""
         model: Any = self.model
-        training = model.training
         self.aim()
-        model.eval()
         points = zip(self.budgets, self.thresholds, strict=True)
-        self.before = [self.answered(threshold if budget < 1 else EVERYTHING) for budget, threshold in points]
-        model.train(training)
+        with evaluating(model):
+            self.before = [self.answered(threshold if budget < 1 else EVERYTHING) for budget, threshold in points]
 
     def aim(self) -> None:
         """Find where held-out rows spend each budget, and what rows of training spend there, as gates are now."""
         model: Any = self.model
-        training = model.training
-        model.eval()
-        held, sample = (
-            shares_of(model, rows, self.costs, self.settings.kv, mode=self.mode) for rows in (self.held, self.sample)
-        )
-        for turn, budget in enumerate(self.budgets):
-            if budget < 1:
-                start = max(-LIMIT, min(LIMIT, self.thresholds[turn]))
-                threshold, _ = threshold_for(held, budget, start=start, tolerance=CLOSE, steps=TRIES)
-                self.thresholds[turn], self.targets[turn] = threshold, sample(threshold)
-        model.train(training)
+        spends = partial(shares_of, model, costs=self.costs, kv=self.settings.kv, mode=self.mode)
+        with evaluating(model):
+            held, sample = spends(self.held), spends(self.sample)
+            for turn, budget in enumerate(self.budgets):
+                if budget < 1:
+                    start = self.thresholds[turn]
+                    threshold, _ = threshold_for(held, budget, start=start, tolerance=CLOSE, steps=TRIES)
+                    self.thresholds[turn], self.targets[turn] = threshold, sample(threshold)
         self.thresholds, self.targets = broadcast_object_list([self.thresholds, self.targets])  # equal to the last bit
 
     @torch.no_grad()
@@ -196,7 +193,7 @@ class SkipTrainer(Trainer):
             executed, dense = self.accelerator.reduce(here, reduction="sum").tolist()
             return float(executed / dense)
 
-        start = max(-LIMIT, min(LIMIT, self.thresholds[turn]))
+        start = self.thresholds[turn]
         return threshold_for(share, self.targets[turn], start=start, tolerance=CLOSE, steps=TRIES)[0]
 
     def _check_images(self, inputs: dict[str, Tensor]) -> None:
@@ -228,13 +225,8 @@ class SkipTrainer(Trainer):
     @torch.no_grad()
     def _teacher(self, model: nn.Module, inputs: dict[str, Tensor], kept: Tensor) -> Tensor:
         disable = getattr(self.accelerator.unwrap_model(model), "disable_adapter", nullcontext)
-        was_training = model.training
-        model.eval()  # no dropout in the target
-        try:
-            with disable(), running(mode="dense"):
-                return self._logits(model, inputs, kept)
-        finally:
-            model.train(was_training)
+        with evaluating(model), disable(), running(mode="dense"):  # no dropout in the target
+            return self._logits(model, inputs, kept)
 
     def finish_step(self) -> dict[str, float]:
         """Sum up an optimizer step over processes, set the budget's next threshold, and return the step's figures."""
@@ -402,7 +394,8 @@ class _Progress(TrainerCallback):
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         figures = self.trainer.finish_step()
         self.history.append({"step": state.global_step, **figures})
-        if self.trainer.held and state.global_step % max(1, state.max_steps // AIMS) == 0:
+        due = state.global_step % max(1, state.max_steps // AIMS) == 0
+        if self.trainer.held and due and state.global_step < state.max_steps:  # no step would follow
             self.trainer.aim()
         self.between_updates = True
 

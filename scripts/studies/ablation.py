@@ -19,6 +19,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from skipit.router import Gated
 from skipit.router.config import KVPolicy
 from skipit.theory.calibrate import calibrate
+from skipit.theory.measuring import evaluating
 from skipit.theory.plan import Init
 from skipit.train.config import TrainConfig
 
@@ -48,13 +49,11 @@ class _Measure(TrainerCallback):
     def measure(self, model: nn.Module, step: int) -> None:
         if step not in self.steps:
             return
-        was_training = model.training
-        model.eval()
-        threshold, share = calibrate(model, self.study.held_out, self.study.costs, self.budget, self.kv)
-        found = answers(model, self.study.test, always({"policy": Gated(threshold), "kv": self.kv}))
+        with evaluating(model):
+            threshold, share = calibrate(model, self.study.held_out, self.study.costs, self.budget, self.kv)
+            found = answers(model, self.study.test, always({"policy": Gated(threshold), "kv": self.kv}))
         accuracy = found.same(right(self.study.test))
         self.found[str(step)] = {"accuracy": accuracy, "share": share, "threshold": threshold}
-        model.train(was_training)
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any

@@ -39,7 +39,7 @@ from skipit.train.run_folder import RUN_FILE
 
 PROFILE_ROWS = 192
 CALIBRATION_ROWS = 192
-TIME_RATE = 2e-3  # of LoRA where it alone makes up for layers that are left out: 97 % right, 94 at the default
+TIME_RATE = 2e-3  # of LoRA, which alone makes up for layers that are left out
 BENCH_SECONDS = 20.0
 THEORY, TRAINED, IN_TIME = "theory only", "trained", "trained: time"  # columns
 
