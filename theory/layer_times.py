@@ -1,6 +1,6 @@
 """How long a decoder layer takes when a share of its tokens skips it, as `skipit bench` has measured it."""
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, astuple, dataclass
 from math import exp, log
 from pathlib import Path
 
@@ -41,6 +41,21 @@ class LayerTime:
 
 
 @dataclass(frozen=True)
+class StepTime:
+    """Of a layer for one token decoded after a prompt.
+
+    Attributes:
+        ms: of the untouched layer.
+        entered: of a gated layer that the token runs, relative to it.
+        left_out: of one that it skips, which is not entered.
+    """
+
+    ms: float
+    entered: float
+    left_out: float
+
+
+@dataclass(frozen=True)
 class LayerTimes:
     """What was measured about layers of one shape.
 
@@ -52,6 +67,7 @@ class LayerTimes:
         clock: what was counted.
         dense: milliseconds of the untouched layer, by tokens.
         rows: the measurements.
+        steps: of the token after a prompt, by the prompt's tokens.
     """
 
     device: str
@@ -61,6 +77,7 @@ class LayerTimes:
     clock: str
     dense: dict[int, float]
     rows: tuple[LayerTime, ...]
+    steps: dict[int, StepTime]
 
     @property
     def packing_pays(self) -> float:
@@ -103,6 +120,12 @@ class LayerTimes:
         """Milliseconds of the untouched layer for a prompt of so many tokens, as `relative` knows them."""
         logs = [log(self.dense[size]) for size in sorted(self.dense)]
         return exp(float(np.interp(self._place(tokens), range(len(logs)), logs)))
+
+    def step(self, tokens: float) -> StepTime:
+        """Of the token after a prompt of so many, linear between those that were measured."""
+        place, found = self._place(tokens), [self.steps[size] for size in sorted(self.dense)]
+        columns = zip(*(astuple(step) for step in found), strict=True)
+        return StepTime(*(float(np.interp(place, range(len(found)), column)) for column in columns))
 
     def _place(self, tokens: float) -> float:
         """Between the prompts that were measured, in the logarithm: 0 is the shortest."""
@@ -147,7 +170,8 @@ def load_times(path: Path) -> LayerTimes:
     try:
         known = {name: values[name] for name in ("device", "dtype", "hidden", "linear", "clock")}
         dense = {int(tokens): float(ms) for tokens, ms in values["dense"].items()}
-        return LayerTimes(**known, dense=dense, rows=tuple(LayerTime(**row) for row in values["rows"]))
+        steps = {int(tokens): StepTime(**step) for tokens, step in values["steps"].items()}
+        return LayerTimes(**known, dense=dense, rows=tuple(LayerTime(**row) for row in values["rows"]), steps=steps)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise CheckpointError(f"{path} is not what `skipit bench` writes: {error!r}. Run it again.") from error
 

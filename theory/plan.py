@@ -56,7 +56,7 @@ class Plan:
 
     @property
     def latency(self) -> float | None:
-        """The share of the dense layers' time that it was made for, if it was not made for FLOPs."""
+        """The share of the dense layers' time for a prompt that it was made for, if it was not made for FLOPs."""
         return self.about.get("latency")
 
 
@@ -153,6 +153,7 @@ def make_plan(
     init: Init = "theory",
     sharpness: float = 1.0,
     times: LayerTimes | None = None,
+    answer_tokens: int = 0,
 ) -> Plan:
     """Gates for a budget, in closed form from a profile.
 
@@ -169,21 +170,25 @@ def make_plan(
         times: of layers on this machine. With them `budget` is a share of the dense layers' time for a prompt, and the
             plan's budget the share of FLOPs that it comes to. A unit whose skipping saves no time runs, unless its
             layer is left out for all tokens.
+        answer_tokens: under `times`, the time is that of a prompt and of so many tokens decoded after it, which a
+            layer that is left out for all saves whole. The plan's latency is then what the prompt comes to.
 
     Raises:
-        ValueError: `budget` is not in (0, 1], or an unknown `init`.
+        ValueError: `budget` is not in (0, 1], an unknown `init`, or `answer_tokens` negative or without `times`.
         InputError: no gates can be as fast as `budget`, on this machine.
     """
     check_budget(budget)
     if init not in get_args(Init):
         raise ValueError(f"`init`: got {short(init)}, expected one of {', '.join(get_args(Init))}.")
+    if answer_tokens < 0 or (answer_tokens and times is None):
+        raise ValueError(f"`answer_tokens`: got {answer_tokens}, expected 0 or more, and above 0 with `times` only.")
     ridge = profile.damage[kv].ridge
     units, weight = ridge.bias.shape, torch.zeros_like(ridge.weight)
     if init in ("zero", "run"):
         bias = torch.full(units, TokenGate.OPEN if init == "run" else 0.0)
         rate = torch.full(units, 1.0 if init == "run" else 0.5)
         return Plan(weight, bias, float(budget), kv, init, profile.model, rate, dict(profile.about), profile.decide_at)
-    flops, time = Flops(profile, kv), None if times is None else Latency(profile, kv, times)
+    flops, time = Flops(profile, kv), None if times is None else Latency(profile, kv, times, answer_tokens)
     if time is not None:
         time.times.check(budget, time.least(), kv)
     spending: Flops | Latency = time or flops
@@ -216,8 +221,12 @@ def make_plan(
         bias = bias.clamp(-LOGIT_LIMIT, LOGIT_LIMIT)
     about = {**profile.about, "log_price": log_price, "sharpness": sharpness}
     gates = weight.float(), bias.float()
-    if times is not None:
-        about |= {"latency": budget, "expected_latency": spending.share(rate), "measured_on": times.device}
+    if time is not None:
+        expected = time.prompt_share(rate)
+        about |= {"latency": budget, "expected_latency": expected, "measured_on": time.times.device}
+        if answer_tokens:
+            answer = {"tokens": answer_tokens, "latency": budget, "expected_latency": time.share(rate)}
+            about |= {"latency": min(1.0, round(expected, 3)), "answer": answer}
         budget = flops.share(rate)
     return Plan(*gates, float(budget), kv, init, profile.model, rate.float(), about, profile.decide_at)
 

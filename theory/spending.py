@@ -33,24 +33,53 @@ class Flops:
 
 @dataclass(frozen=True)
 class Latency:
-    """Time of the decoder's layers for the prompt of a row of a profile; layers are taken to be alike."""
+    """Time of the decoder's layers, taken to be alike, for the prompt of a row of a profile and for an answer.
+
+    Attributes:
+        profile: of the model.
+        kv: K/V policy.
+        times: of its layers on this machine.
+        answer_tokens: that are decoded after the prompt, one at a time. They are taken to enter every layer that is not
+            left out for all tokens.
+    """
 
     profile: Profile
     kv: KVPolicy
     times: LayerTimes
+    answer_tokens: int = 0
 
     def saving(self) -> Float[Tensor, "layers modality"]:
-        """Share of a layer's time, of a token when its unit alone is skipped by all."""
+        """Share of a layer's time, of a token of the prompt when its unit alone is skipped by all."""
         tokens = self.profile.tokens
         saved = self._relative(torch.zeros_like(tokens)) - self._relative(tokens)
-        return torch.where(tokens > 0, saved / tokens.clamp(min=1e-9), 0.0).clamp(min=0.0)
+        return self._prompt_part * torch.where(tokens > 0, saved / tokens.clamp(min=1e-9), 0.0).clamp(min=0.0)
 
     def share(self, rate: Float[Tensor, "layers modality"]) -> float:
         """Of the untouched layers' time."""
         return float(self._layers(rate).mean())
 
+    def prompt_share(self, rate: Float[Tensor, "layers modality"]) -> float:
+        """Of their time for the prompt alone."""
+        return float(self._prompt(rate).mean())
+
     def _layers(self, rate: Float[Tensor, "layers modality"]) -> Float[Tensor, " layers"]:
+        step, part = self.times.step(self._tokens), self._prompt_part
+        decoded = torch.where((rate > 0).any(-1), step.entered, step.left_out)
+        return part * self._prompt(rate) + (1 - part) * decoded
+
+    def _prompt(self, rate: Float[Tensor, "layers modality"]) -> Float[Tensor, " layers"]:
         return self._relative(((1 - rate) * self.profile.tokens).sum(-1, keepdim=True))[:, 0]
+
+    @property
+    def _prompt_part(self) -> float:
+        """The prompt's share of an untouched layer's time."""
+        prompt, answer = self.times.ms(self._tokens), self.answer_tokens * self.times.step(self._tokens).ms
+        return prompt / (prompt + answer)
+
+    @property
+    def _tokens(self) -> float:
+        """Of the prompt."""
+        return float(self.profile.tokens.sum(-1).max())
 
     def without_layers(
         self,
@@ -61,7 +90,8 @@ class Latency:
     ) -> Float[Tensor, "layers modality"]:
         """Shares that run, when layers are left out for all tokens where the time that this saves is worth its damage.
 
-        A layer that nobody runs is not entered, which on a small model is the only thing that saves time.
+        A layer that nobody runs is not entered, which on a small model, and in decoding, is the only thing that saves
+        time.
 
         Args:
             rate: shares that gates would run, token by token.
@@ -87,6 +117,5 @@ class Latency:
 
     def _relative(self, skipped: Float[Tensor, "layers any"]) -> Float[Tensor, "layers any"]:
         """Time of layers that so many tokens skip, dense is 1."""
-        tokens = self.profile.tokens.sum(-1)
-        share = skipped / tokens.clamp(min=1e-9)[:, None]
-        return self.times.relative(self.kv, float(tokens.max()), share.clamp(0, 1))
+        share = skipped / self.profile.tokens.sum(-1).clamp(min=1e-9)[:, None]
+        return self.times.relative(self.kv, self._tokens, share.clamp(0, 1))

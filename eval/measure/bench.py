@@ -20,7 +20,7 @@ from skipit.router.gates import TokenGate
 from skipit.router.measured import device_name
 from skipit.router.stretch import Decision
 from skipit.theory.cost import CostModel
-from skipit.theory.layer_times import LayerTime, LayerTimes
+from skipit.theory.layer_times import LayerTime, LayerTimes, StepTime
 
 from .twin import twin
 
@@ -34,11 +34,19 @@ WAYS: tuple[tuple[KVPolicy, Route | None], ...] = (("retain", "packed"), ("retai
 
 @dataclass(frozen=True)
 class Case:
-    """A way to run every layer: how many tokens skip it, chosen by chance, and how that is carried out."""
+    """A way to run every layer: how many tokens of a prompt skip it, chosen by chance, and how that is carried out."""
 
     kv: KVPolicy
     route: Route | None
     skipped: int
+
+
+@dataclass(frozen=True)
+class Spent:
+    """Seconds of a case in every repeat: of the prompt, and of one token after it where all tokens do the same."""
+
+    prompt: list[float] = field(default_factory=list)
+    step: list[float] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -80,21 +88,24 @@ def measure_layers(
     attach(gated, RouterConfig(layers="layers"))
     now, clock = clock_of(device)
     depth = len(dense.layers)  # type: ignore[arg-type]
-    base, rows = {}, []
+    base, rows, steps = {}, [], {}
     for size in tokens:
         cases = [Case(kv, None, skipped) for kv in ("retain", "evict") for skipped in (0, size)]
         # The last but one: a layer that a single token enters is not yet a layer that nobody does.
         part = sorted({*(round(share * size) for share in SHARES), size - 1} - {0, size})
         cases += [Case(kv, route, skipped) for skipped in part for kv, route in WAYS]
         found = _times(dense, gated, cases, size, now, seconds / len(tokens))
-        base[size] = 1000 * statistics.median(found[None]) / depth
+        base[size] = 1000 * statistics.median(found[None].prompt) / depth
         for case in cases:
-            ratios = [a / b for a, b in zip(found[case], found[None], strict=True)]
-            ms = 1000 * statistics.median(found[case]) / depth
-            rows.append(LayerTime(size, case.skipped, case.kv, case.route, ms, statistics.median(ratios)))
+            ms = 1000 * statistics.median(found[case].prompt) / depth
+            relative = _relative(found[case].prompt, found[None].prompt)
+            rows.append(LayerTime(size, case.skipped, case.kv, case.route, ms, relative))
+        ends = (found[Case("evict", None, skipped)].step for skipped in (0, size))
+        entered, left_out = (_relative(end, found[None].step) for end in ends)
+        steps[size] = StepTime(1000 * statistics.median(found[None].step) / depth, entered, left_out)
     cost = CostModel.of(dense, "layers").layers[0]
     width, kind = int(dense.config.hidden_size), str(dtype).removeprefix("torch.")  # type: ignore[union-attr, arg-type]
-    return LayerTimes(device_name(device), kind, width, cost.linear, clock, base, tuple(rows))
+    return LayerTimes(device_name(device), kind, width, cost.linear, clock, base, tuple(rows), steps)
 
 
 def small_decoder(model: nn.Module, layers: str | None, dtype: torch.dtype, device: torch.device) -> nn.Module:
@@ -116,26 +127,40 @@ def small_decoder(model: nn.Module, layers: str | None, dtype: torch.dtype, devi
 @torch.no_grad()
 def _times(
     dense: nn.Module, gated: nn.Module, cases: list[Case], size: int, now: Callable[[], float], seconds: float
-) -> dict[Case | None, list[float]]:
-    """Seconds of the decoder in every repeat, in turn, for the untouched one (None) and by case."""
+) -> dict[Case | None, Spent]:
+    """Seconds of the decoder, in turn, for the untouched one (None) and by case."""
     device = next(dense.parameters()).device
     ids = torch.randint(VOCABULARY, (1, size), device=device)
     order = torch.rand(len(dense.layers), size, device=device).argsort(-1)  # type: ignore[arg-type]
-    found: dict[Case | None, list[float]] = {case: [] for case in (None, *cases)}
+    found: dict[Case | None, Spent] = {case: Spent() for case in (None, *cases)}
     begun = time.perf_counter()
     for repeat in count():
         for case in found:
             skipped = 0 if case is None else case.skipped
             options = {"mode": "dense"} if case is None else {"kv": case.kv, "route": case.route}
-            with running(**options, policy=_Skipping(run=order >= skipped)):
+            decoder, run = dense if case is None else gated, order >= skipped
+            with running(**options, policy=_Skipping(run=run)):
                 before = now()
-                (dense if case is None else gated)(input_ids=ids, use_cache=True)
+                cache = decoder(input_ids=ids, use_cache=True).past_key_values
                 spent = now() - before
             if repeat:  # the first warms up
-                found[case].append(spent)
+                found[case].prompt.append(spent)
+            if skipped not in (0, size):
+                continue
+            with running(**options, policy=_Skipping(run=run[:, :1])):
+                before = now()
+                decoder(input_ids=ids[:, :1], past_key_values=cache, use_cache=True)
+                spent = now() - before
+            if repeat:
+                found[case].step.append(spent)
         if repeat >= 2 and time.perf_counter() - begun > seconds:
             return found
     raise AssertionError
+
+
+def _relative(times: Sequence[float], dense: Sequence[float]) -> float:
+    """To the untouched decoder's, the median of ratios in turn."""
+    return statistics.median(a / b for a, b in zip(times, dense, strict=True))
 
 
 def clock_of(device: torch.device) -> tuple[Callable[[], float], str]:

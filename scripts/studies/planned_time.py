@@ -3,7 +3,7 @@
 On the reference model, with a profile of it, after `skipit bench reference`; or, without a profile, on `bench-small`,
 which is measured here. Gates are the plan's, without training: at threshold 0, and calibrated in time on held-out rows.
 Beside them are the operating points in time of checkpoints, as `skipit train` and `skipit calibrate` make them. Timed
-is the decoder for the prompt of one row at a time, against its dense run in turn.
+is the decoder for the prompt of one row at a time, and for `--answer-tokens` after it, against its dense run in turn.
 """
 
 import statistics
@@ -77,26 +77,32 @@ def stopwatch(decoder: nn.Module) -> Iterator[list[float]]:
 
 
 @torch.no_grad()
-def decoder_time(model: nn.Module, prompts: Sequence[dict[str, Tensor]], repeats: int, **options: Any) -> float:
+def decoder_time(
+    model: Any, prompts: Sequence[dict[str, Tensor]], repeats: int, answer_tokens: int = 0, **options: Any
+) -> float:
     """Time of a gated model's decoder, relative to its dense run: the median of ratios, in turn.
 
     Args:
         model: with gates.
         prompts: one batch each.
         repeats: measurements of each prompt, after one that does not count.
+        answer_tokens: that are decoded after each.
         **options: of `running`.
     """
     ratios: list[float] = []
     dense: dict[str, Any] = {"mode": "dense"}
+    length = {"max_new_tokens": answer_tokens + 1, "min_new_tokens": answer_tokens + 1}
     with stopwatch(find_decoder(model)[1]) as at:
         for repeat in range(repeats + 1):
             for prompt in prompts:
-                at.clear()
+                spent = []
                 for how in (dense, options):
+                    at.clear()
                     with running(**how):
-                        model(**prompt, use_cache=True)
+                        model.generate(**prompt, **length, do_sample=False)
+                    spent.append(sum(at[1::2]) - sum(at[::2]))
                 if repeat:
-                    ratios.append((at[3] - at[2]) / (at[1] - at[0]))
+                    ratios.append(spent[1] / spent[0])
     return statistics.median(ratios)
 
 
@@ -126,16 +132,19 @@ def small(hidden: int, layers: int, samples: int, seconds: float) -> Setting:
     return Setting(model, measured, times, ones, prompts)
 
 
-def planned(setting: Setting, kv: KVPolicy, latency: float, repeats: int) -> Iterator[list[str]]:
-    """A plan in time as it is, and calibrated."""
+def planned(
+    setting: Setting, kv: KVPolicy, latency: float, repeats: int, answer_tokens: int = 0
+) -> Iterator[list[str]]:
+    """A plan in time as it is, and calibrated; of one for an answer the second is by the prompt, which is held."""
     model, costs = setting.model, CostModel.of(setting.model)
     times, asked = TimeModel(setting.times, costs.depth), f"{latency:g}"
-    plan = make_plan(setting.profile, latency, kv, times=setting.times)
+    plan = make_plan(setting.profile, latency, kv, times=setting.times, answer_tokens=answer_tokens)
     set_gates(model, plan.weight, plan.bias)
-    found = decoder_time(model, setting.prompts, repeats, kv=kv, policy=Gated(0.0))
-    expected = plan.about["expected_latency"]
+    found = decoder_time(model, setting.prompts, repeats, answer_tokens, kv=kv, policy=Gated(0.0))
+    expected = plan.about.get("answer", plan.about)["expected_latency"]
     yield [f"`{kv}`", "plan", asked, f"{expected:.2f}", f"{found:.2f}", f"{plan.budget:.2f}", ""]
-    met = meet(model, setting.held_out, costs, latency, kv, times=times)
+    assert plan.latency is not None
+    met, asked = meet(model, setting.held_out, costs, plan.latency, kv, times=times), f"{plan.latency:g}"
     assert met.took is not None
     found = decoder_time(model, setting.prompts, repeats, kv=kv, policy=Gated(met.threshold))
     yield [f"`{kv}`", "calibrated", asked, f"{met.took.share:.2f}", f"{found:.2f}", f"{met.flops:.2f}", ""]
@@ -159,6 +168,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = command(__name__, __doc__, samples=16, repeats=3)
     parser.add_argument("profile", type=Path, nargs="?", help="of the reference model; without one, `bench-small`")
     parser.add_argument("--latency", type=float, nargs="+", default=[0.9, 0.75, 0.6, 0.4])
+    parser.add_argument("--answer-tokens", type=int, default=0, help="that plans are made for (default 0)")
     parser.add_argument("--kv", nargs="+", choices=get_args(KVPolicy), default=list(get_args(KVPolicy)))
     parser.add_argument("--checkpoints", type=Path, nargs="*", default=[], help="of the reference model")
     parser.add_argument("--hidden", type=int, default=1024, help="width of `bench-small` (default %(default)s)")
@@ -169,6 +179,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         setting = reference(given.profile, given.samples)
     else:
         setting = small(given.hidden, given.layers, given.samples, given.seconds)
-    lines = [line for kv in given.kv for at in given.latency for line in planned(setting, kv, at, given.repeats)]
+    timed = given.repeats, given.answer_tokens
+    lines = [line for kv in given.kv for at in given.latency for line in planned(setting, kv, at, *timed)]
     lines += [line for at in given.checkpoints for line in trained(at, given.samples, given.repeats)]
     print(markdown(HEAD, lines, (0, 1)))

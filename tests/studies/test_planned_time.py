@@ -33,7 +33,8 @@ def test_reference(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypat
 def test_bench_small(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(planned_time, "IMAGE_TOKENS", 16)
     size = ("--hidden", "64", "--layers", "2", "--seconds", "0", "--samples", "2", "--repeats", "1")
-    planned_time.main([*size, "--latency", "0.99", "--kv", "evict"])
-    rows = table(capsys.readouterr().out)
-    assert [row[1] for row in rows] == ["plan", "calibrated"]
-    assert all(float(row[4]) > 0 for row in rows)
+    for more in ((), ("--answer-tokens", "3")):
+        planned_time.main([*size, "--latency", "0.99", "--kv", "evict", *more])
+        rows = table(capsys.readouterr().out)
+        assert [row[1] for row in rows] == ["plan", "calibrated"]
+        assert all(float(row[4]) > 0 for row in rows)

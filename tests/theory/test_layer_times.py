@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from skipit.router.errors import CheckpointError
-from skipit.theory.layer_times import LayerTime, LayerTimes, load_times
+from skipit.theory.layer_times import LayerTime, LayerTimes, StepTime, load_times
 
 WIDTH = 8
 FLOPS = 4 * WIDTH**2  # that packing one token fewer saves
@@ -20,7 +20,8 @@ def times(*rows: LayerTime) -> LayerTimes:
         for skipped in (0, size)
         for kv in ("retain", "evict")
     ]
-    return LayerTimes("a machine", "float32", WIDTH, 100.0, "wall time", {10: 1.0, 1000: 9.0}, (*ends, *rows))
+    steps = {10: StepTime(0.5, 1.0, 0.1), 1000: StepTime(0.7, 1.2, 0.3)}
+    return LayerTimes("a machine", "float32", WIDTH, 100.0, "wall time", {10: 1.0, 1000: 9.0}, (*ends, *rows), steps)
 
 
 def both(tokens: int, skipped: int, packed: float, whole: float) -> list[LayerTime]:
@@ -50,12 +51,21 @@ def test_time_is_linear_between_the_cases_of_the_route_that_is_taken() -> None:
     assert float(found.relative("evict", 10, shares)[2]) == pytest.approx(0.55)
 
 
+def test_a_step_is_linear_in_the_logarithm_of_the_prompt() -> None:
+    found = times()
+    assert found.step(1) == found.steps[10]
+    assert found.step(9000) == found.steps[1000]
+    between = found.step(100)
+    assert (between.ms, between.entered, between.left_out) == pytest.approx((0.6, 1.1, 0.2))
+
+
 def test_saved_and_read(tmp_path: Path) -> None:
     found, path = times(*both(10, 5, 0.9, 1.0)), tmp_path / "new" / "file.json"
     found.save(path)
     assert load_times(path) == found
     assert json.loads(path.read_text())["packing_pays"] == 0
-    for damaged in ("{}", '{"rows": 3}', path.read_text().replace('"route"', '"way"')):
+    written = path.read_text()
+    for damaged in ("{}", '{"rows": 3}', written.replace('"route"', '"way"'), written.replace('"steps"', '"other"')):
         path.write_text(damaged)
         with pytest.raises(CheckpointError, match=r"file\.json is not what `skipit bench` writes"):
             load_times(path)

@@ -1,5 +1,6 @@
 """Plans in time: asked is what the measured table expects, units that save none run, and layers fall away whole."""
 
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -9,12 +10,13 @@ from made_profiles import made_profile
 from skipit.router.costs import LayerCost
 from skipit.router.errors import InputError
 from skipit.router.measured import bench_file
-from skipit.theory.layer_times import LayerTime, LayerTimes, times_for
+from skipit.theory.layer_times import LayerTime, LayerTimes, StepTime, times_for
 from skipit.theory.plan import LOGIT_LIMIT, Plan, make_plan
 from skipit.theory.profile import Profile
 
 COST = LayerCost(linear=1000.0, keys_values=32.0, attention=10.0, mlp=500.0, gate=1.0, kv_bytes=32, image=0.0)
 DAMAGE = torch.tensor([[0.9, 0.8], [0.1, 0.2], [0.5, 0.01], [0.02, 0.03]])
+STEP = StepTime(0.25, 1.1, 0.1)
 TOKENS = torch.tensor([[4.0, 12.0]]).expand(4, 2)
 
 
@@ -25,15 +27,15 @@ def table(*relative: float, hidden: int = 1, linear: float = 1000.0) -> LayerTim
         for skipped, time in zip((0, 4, 12, 16), relative, strict=True)
         for kv in ("retain", "evict")
     )
-    return LayerTimes("a machine", "float32", hidden, linear, "wall time", {16: 1.0}, rows)
+    return LayerTimes("a machine", "float32", hidden, linear, "wall time", {16: 1.0}, rows, {16: STEP})
 
 
 def profile() -> Profile:
     return made_profile(COST, {"retain": DAMAGE, "evict": DAMAGE}, tokens_per_row=TOKENS)
 
 
-def plan(latency: float, times: LayerTimes) -> Plan:
-    return make_plan(profile(), latency, "evict", times=times)
+def plan(latency: float, times: LayerTimes, answer_tokens: int = 0) -> Plan:
+    return make_plan(profile(), latency, "evict", times=times, answer_tokens=answer_tokens)
 
 
 EVEN = table(1.0, 0.75, 0.25, 0.0)
@@ -52,9 +54,9 @@ def test_where_time_is_flops_a_plan_in_time_is_one_in_flops(latency: float) -> N
 def test_units_that_save_no_time_run() -> None:
     # Text, a quarter of the tokens, saves nothing by itself.
     found = plan(0.8, table(1.0, 1.05, 0.4, 0.35))
-    left_out = (found.run_rate == 0).all(-1)
-    assert (found.run_rate[~left_out][:, 0] == 1).all()
-    assert (found.bias[~left_out][:, 0] == LOGIT_LIMIT).all()
+    entered = (found.run_rate != 0).any(-1)
+    assert (found.run_rate[entered][:, 0] == 1).all()
+    assert (found.bias[entered][:, 0] == LOGIT_LIMIT).all()
     assert (found.run_rate[:, 1] < 1).any()
     assert found.about["expected_latency"] == pytest.approx(0.8, abs=0.01)
 
@@ -70,6 +72,42 @@ def test_where_only_a_layer_that_nobody_runs_saves_time_layers_are_left_out_leas
         assert not found.weight.any()
         assert found.about["expected_latency"] == pytest.approx((1.05 * len(kept) + 0.1 * (4 - len(kept))) / 4)
         assert found.about["expected_latency"] <= latency
+
+
+def left_out(plan: Plan) -> list[int]:
+    return (plan.run_rate == 0).all(-1).nonzero().flatten().tolist()
+
+
+def test_a_plan_for_an_answer_leaves_layers_out_of_which_a_prompt_saves_little() -> None:
+    # Where time is FLOPs a prompt needs no layer left out; of an answer nothing else saves anything.
+    prompt, answer = plan(0.9, EVEN), plan(0.9, EVEN, answer_tokens=40)
+    assert not left_out(prompt)
+    assert left_out(answer) == [3], "the layer that does least damage"
+    about = answer.about
+    assert about["answer"]["tokens"] == 40
+    assert about["answer"]["latency"] == 0.9
+    entered = 4 - len(left_out(answer))
+    step = STEP.entered * entered + STEP.left_out * (4 - entered)
+    # A prompt takes 1 ms in each of four layers, the answer 40 steps of 0.25 ms.
+    taken = (4 * about["expected_latency"] + 40 * STEP.ms * step) / (4 + 4 * 40 * STEP.ms)
+    assert about["answer"]["expected_latency"] == pytest.approx(taken)
+    assert taken <= 0.9
+    # What follows (training, calibration) holds the prompt's share; layers left out stay so by themselves.
+    assert answer.latency == pytest.approx(about["expected_latency"], abs=1e-3)
+
+
+def test_the_longer_the_answer_the_more_layers_are_left_out() -> None:
+    found = [left_out(plan(0.6, EVEN, tokens)) for tokens in (0, 4, 16, 64)]
+    assert [len(out) for out in found] == sorted(len(out) for out in found)
+    assert len(found[-1]) > len(found[0])
+    for shorter, longer in pairwise(found):
+        assert set(shorter) <= set(longer), "least damage first"
+
+
+@pytest.mark.parametrize("tokens", [-1, 8])
+def test_tokens_of_an_answer_without_times_are_refused(tokens: int) -> None:
+    with pytest.raises(ValueError, match=rf"`answer_tokens`: got {tokens}, expected 0 or more"):
+        make_plan(profile(), 0.5, "evict", answer_tokens=tokens)
 
 
 def test_what_cannot_be_reached_is_refused_with_the_least_that_can() -> None:

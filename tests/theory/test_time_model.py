@@ -12,7 +12,7 @@ from skipit.router.errors import InputError
 from skipit.router.measured import bench_file
 from skipit.theory.calibrate import LIMIT, measured_share, meet
 from skipit.theory.cost import CostModel
-from skipit.theory.layer_times import LayerTime, LayerTimes
+from skipit.theory.layer_times import LayerTime, LayerTimes, StepTime
 from skipit.theory.time_model import TimeModel
 
 SHARES = {0: 1.1, 2: 0.8, 6: 0.4, 8: 0.1}  # time by how many of 8 tokens skip
@@ -20,7 +20,8 @@ SHARES = {0: 1.1, 2: 0.8, 6: 0.4, 8: 0.1}  # time by how many of 8 tokens skip
 
 def table(width: int, linear: float) -> LayerTimes:
     rows = (LayerTime(8, n, kv, None, time, time) for n, time in SHARES.items() for kv in ("retain", "evict"))
-    return LayerTimes("a machine", "float32", width, linear, "wall time", {8: 2.0}, tuple(rows))
+    step = StepTime(1.0, 1.1, 0.1)
+    return LayerTimes("a machine", "float32", width, linear, "wall time", {8: 2.0}, tuple(rows), {8: step})
 
 
 def test_rows_are_prompts_by_themselves() -> None:

@@ -33,7 +33,7 @@ from skipit.theory.calibrate import calibrate, measured_share
 from skipit.theory.cost import CostModel
 from skipit.theory.identity import fingerprint
 from skipit.theory.labels import IGNORE, before_answer
-from skipit.theory.layer_times import LayerTime, LayerTimes
+from skipit.theory.layer_times import LayerTime, LayerTimes, StepTime
 from skipit.theory.plan import LOGIT_LIMIT, Plan
 from skipit.train.config import TrainConfig
 from skipit.train.data.collate import Collator, batches
@@ -488,7 +488,8 @@ class TestTime:
         width, linear = base.config.text_config.hidden_size, CostModel.of(base).layers[0].linear
         relative = {0: 1.1, 20: 0.8, 39: 0.7, 40: 0.1}  # by how many of 40 tokens skip
         rows = (LayerTime(40, n, kv, None, t, t) for n, t in relative.items() for kv in ("retain", "evict"))
-        times = LayerTimes("a machine", "float32", width, linear, "wall time", {40: 1.0}, tuple(rows))
+        steps = {40: StepTime(0.5, 1.1, 0.1)}
+        times = LayerTimes("a machine", "float32", width, linear, "wall time", {40: 1.0}, tuple(rows), steps)
         times.save(bench_file(torch.device("cpu"), torch.float32, width))
 
     def test_is_what_training_and_calibration_count(

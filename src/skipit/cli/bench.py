@@ -81,6 +81,13 @@ def times_table(times: "LayerTimes") -> "Group":
             cells = [found.get((skipped, kv, route)) or found[skipped, kv, None] for kv, route in WAYS]
             share = "all but 1" if skipped == tokens - 1 else f"{skipped / tokens:.0%}"
             table.add_row("", share, *(f"{row.ms:.3f} ms  {row.relative:.2f}" for row in cells))
+        step = times.steps[tokens]
+        table.add_row("+ 1", "dense", *[f"{step.ms:.3f} ms"] * 3)
+        for share, relative in (("0%", step.entered), ("100%", step.left_out)):
+            table.add_row("", share, *[f"{step.ms * relative:.3f} ms  {relative:.2f}"] * 3)
     about = f"One layer of width {times.hidden}, {times.dtype}, random weights; {times.device}; {times.clock}."
-    legend = "Beside the milliseconds: relative to the untouched layer (dense). 0 %: gates attached, every token runs."
+    legend = (
+        "Beside the milliseconds: relative to the untouched layer (dense). 0 %: gates attached, every token runs; + 1: "
+        "one token decoded after them."
+    )
     return Group(about, table, legend)

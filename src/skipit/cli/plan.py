@@ -2,9 +2,13 @@
 
 import argparse
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from .options import BUDGET, KV, LATENCY, Parser, budget, chosen, nonnegative
+from .options import BUDGET, KV, LATENCY, Parser, budget, chosen, nonnegative, nonnegative_int
 from .units import picture, show
+
+if TYPE_CHECKING:
+    from skipit.theory.plan import Plan
 
 ABOUT = "turn a profile into gates"
 EXAMPLE = "skipit plan runs/profile --budget 0.5 --out runs/plan"
@@ -17,6 +21,12 @@ def add_arguments(verb: Parser) -> None:
     verb.add_out()
     verb.add_argument("--budget", type=budget, default=0.5, help=f"{BUDGET} (default %(default)s)")
     verb.add_argument("--latency", type=budget, default=None, help=LATENCY)
+    verb.add_argument(
+        "--answer-tokens",
+        type=nonnegative_int,
+        default=0,
+        help="--latency is of the time for a prompt and so many tokens decoded after it (default: a prompt alone)",
+    )
     verb.add_argument("--kv", choices=("retain", "evict"), default="retain", help=KV)
     verb.add_argument(
         "--init", choices=("theory", "theory-bias", "zero", "run"), default="theory", help="how gates are made"
@@ -46,6 +56,8 @@ def run(arguments: argparse.Namespace) -> None:
     rule = next((name for name, value in rules.items() if value is not None), None)
     if arguments.latency is not None and (arguments.mode is not None or arguments.init in ("zero", "run")):
         raise InputError("--latency is for gates made from the profile: leave out --mode, and --init zero or run.")
+    if arguments.answer_tokens and arguments.latency is None:
+        raise InputError("--answer-tokens says of what --latency is a share: give --latency, too.")
     if arguments.mode is not None:
         _plan_span(arguments)
     elif rule is not None:
@@ -65,7 +77,8 @@ def _plan_gates(arguments: argparse.Namespace) -> None:
         plan = make_plan(profile, arguments.budget, arguments.kv, arguments.init)
     else:
         times = times_for(profile.costs, profile.width)
-        plan = make_plan(profile, arguments.latency, arguments.kv, arguments.init, times=times)
+        given: dict[str, Any] = {"times": times, "answer_tokens": arguments.answer_tokens}
+        plan = make_plan(profile, arguments.latency, arguments.kv, arguments.init, **given)
     save_plan(plan, arguments.out, arguments.overwrite, picture({RUNS: plan.run_rate}, shares=True))
     print(show(arguments.out, {RUNS: plan.run_rate}, shares=True))
     text, vision = plan.run_rate.mean(0).tolist()
@@ -74,11 +87,21 @@ def _plan_gates(arguments: argparse.Namespace) -> None:
         f"expected to run {text:.0%} of text and {vision:.0%} of vision token-layers."
     )
     if arguments.latency is not None:
-        print(
-            f"On this machine ({plan.about['measured_on']}) that is expected to take "
-            f"{plan.about['expected_latency']:.0%} of the dense layers' time for a prompt."
-        )
+        _say_times(plan)
     print(f"Next: skipit train MODEL DATA --plan {arguments.out} --out DIR")
+
+
+def _say_times(plan: "Plan") -> None:
+    """What a plan for a latency is expected to take, and which layers it leaves out."""
+    answer, out = plan.about.get("answer"), (plan.run_rate == 0).all(-1).nonzero().flatten().tolist()
+    with_answer = ""
+    if answer:
+        with_answer = f", and {answer['expected_latency']:.0%} for it and {answer['tokens']} tokens after it"
+    print(
+        f"On this machine ({plan.about['measured_on']}) that is expected to take "
+        f"{plan.about['expected_latency']:.0%} of the dense layers' time for a prompt{with_answer}.\n"
+        f"Left out for all tokens: {'layers ' + ', '.join(map(str, out)) if out else 'no layer'}."
+    )
 
 
 def _plan_span(arguments: argparse.Namespace) -> None:

@@ -42,3 +42,12 @@ def test_cases(monkeypatch: pytest.MonkeyPatch) -> None:
     assert ran["whole"] == {6, 4, 2, 12, 8, 1}, "of 8 and of 16 tokens, three shares and one token, by whole attention"
     assert ran["execute"] >= {6, 4, 2, 12, 8, 1, 0}
     assert len(times.rows) == 2 * (4 + 3 * (len(SHARES) + 1))
+    assert set(times.steps) == {8, 16}
+
+
+def test_a_step_after_a_prompt_enters_every_layer_or_none() -> None:
+    """Whole models in order: what no layer is entered for is faster than what all are."""
+    times = measure_layers(build("llava"), dtype=torch.float32, device=CPU, tokens=[16], seconds=1)
+    step = times.steps[16]
+    assert 0 < step.left_out < step.entered
+    assert step.ms > 0

@@ -21,6 +21,8 @@ def test_bench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     packing_pays.cache_clear()
     assert f"{times.dense[12]:.3f} ms" in done.out
     assert all(f"{row.ms:.3f} ms  {row.relative:.2f}" in done.out for row in times.rows)
+    step = times.steps[12]
+    assert all(f"{step.ms * x:.3f} ms  {x:.2f}" in done.out for x in (step.entered, step.left_out))
     assert f"{path}: the router reads from it that packing must save" in done.out
 
 

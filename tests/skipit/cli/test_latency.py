@@ -8,6 +8,7 @@ import pytest
 from command_line import refused, skipit
 
 from skipit.router.checkpoint import load_router
+from skipit.theory.artefact import load_plan
 
 
 @pytest.fixture(scope="module")
@@ -67,6 +68,24 @@ def test_a_plan_in_time_trains_in_time(measured: None, chain: Path, tmp_path: Pa
     plan = skipit("export", tmp_path / "plan", "--model", "reference", "--out", tmp_path / "untrained")
     assert "takes " in plan.out
     assert "There it takes" in (tmp_path / "untrained" / "README.md").read_text()
+
+
+def test_a_plan_for_an_answer_trains_for_what_its_prompt_takes(measured: None, chain: Path, tmp_path: Path) -> None:
+    line = ("plan", chain / "profile", "--answer-tokens", 20, "--out", tmp_path / "plan")
+    assert "--answer-tokens says of what --latency is a share" in refused(*line)
+    assert "got '-1', expected a whole number, at least 0" in refused(*line, "--answer-tokens", -1, code=2)
+    done = skipit(*line, "--latency", 0.6)
+    assert done.code == 0, done.err
+    plan = load_plan(tmp_path / "plan")
+    answer = plan.about["answer"]
+    assert (answer["tokens"], answer["latency"]) == (20, 0.6)
+    assert f", and {answer['expected_latency']:.0%} for it and 20 tokens after it." in done.out
+    out = (plan.run_rate == 0).all(-1).nonzero().flatten().tolist()
+    assert f"Left out for all tokens: layers {', '.join(map(str, out))}." in done.out
+    sizes = ("--steps", 2, "--batch-size", 2, "--calibration-samples", 8, "--out", tmp_path / "run")
+    done = skipit("train", "reference", "reference", "--plan", tmp_path / "plan", *sizes)
+    assert done.code == 0, done.err
+    assert f"trained; at latency-{plan.latency:g} takes " in done.out
 
 
 def test_a_profile_in_time(measured: None, chain: Path, tmp_path: Path) -> None:
