@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import TrainingArguments
 
-from skipit.router import RouterConfig, find_router
+from skipit.router import RouterConfig, find_router, set_gates
 from skipit.router.call import Mode
 from skipit.router.config import KVPolicy, Unit
 from skipit.router.decoder import find_decoder, layer_kinds
@@ -76,6 +76,7 @@ def prepare(model: Any, plan: Plan, config: TrainConfig, start: Start | None = N
     torch.manual_seed(config.seed)
     if start is not None:
         peft_model = load_lora(model, start.adapter, trainable=True)
+        set_gates(peft_model, plan.weight, plan.bias)  # in place of the adapter's, which may have been changed
     else:
         lora = LoraConfig(
             r=max(1, config.lora_rank),

@@ -1,16 +1,17 @@
 """A finished run to go on from: its gates as a plan, and its LoRA."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
 from skipit.router.checkpoint import load_router
-from skipit.router.errors import CheckpointError
-from skipit.theory.plan import Plan
+from skipit.router.errors import CheckpointError, InputError
+from skipit.theory.plan import LOGIT_LIMIT, Plan, points_text
 
 from .config import TrainConfig
-from .data.used import RECORD
+from .data.used import RECORD, also_used
 from .lora import read_settings
 from .run_folder import ADAPTER, RUN_FILE, read_record
 
@@ -42,6 +43,39 @@ class Start(NamedTuple):
         if changed := [name for name in KEPT if now[name] != self.settings[name]]:
             what = ", ".join(f"`{name}` is {self.settings[name]!r} there, {now[name]!r} here" for name in changed)
             raise CheckpointError(f"{self.adapter.parent} cannot be gone on from with other settings: {what}.")
+
+    def leaving_out(self, plan: Plan) -> "Start":
+        """Begin without the layers that a plan for a latency leaves out for all tokens, and hold its latency.
+
+        The other gates stay the run's.
+
+        Raises:
+            CheckpointError: the plan is of another model, K/V policy or decision points.
+            InputError: it is not for a latency, or leaves out no layer.
+        """
+        for name, there, here in (
+            ("model", self.plan.model, plan.model),
+            ("K/V policy", self.plan.kv, plan.kv),
+            ("decision points", points_text(self.plan.decide_at), points_text(plan.decide_at)),
+        ):
+            if there != here:
+                raise CheckpointError(
+                    f"{self.adapter.parent} has {name} {there}, the plan {here}: they must be the same."
+                )
+        out = (plan.run_rate == 0).all(-1)
+        if plan.latency is None or not out.any():
+            raise InputError(
+                "`plan`: to go on from a run, expected one for a latency that leaves out layers for all tokens; this one "
+                "leaves out none. Make it by `skipit plan PROFILE --latency L`, with --answer-tokens."
+            )
+        used = plan.about.get(RECORD, {}).get("profiled")
+        begun = replace(
+            self.plan,
+            weight=torch.where(out[:, None, None], 0.0, self.plan.weight),
+            bias=torch.where(out[:, None], -LOGIT_LIMIT, self.plan.bias),
+            about={RECORD: also_used(self.plan.about, "profiled", used), "latency": plan.latency},
+        )
+        return self._replace(plan=begun, settings={**self.settings, "latency": plan.latency, "more_budgets": ()})
 
 
 def start_from(run: str | Path) -> Start:

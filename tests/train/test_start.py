@@ -14,11 +14,15 @@ from datasets import Dataset
 from safetensors.torch import load_file, save_file
 from shallow import shallow_reference
 
-from skipit.router import CheckpointError, find_router, gate_state, running
+from skipit.router import CheckpointError, InputError, find_router, gate_state, running
+from skipit.router.attach import gated_layers
 from skipit.router.checkpoint import load_router
 from skipit.router.decoder import find_decoder
+from skipit.router.measured import bench_file
+from skipit.theory.cost import CostModel
 from skipit.theory.identity import fingerprint
-from skipit.theory.plan import Plan
+from skipit.theory.layer_times import LayerTime, LayerTimes, StepTime
+from skipit.theory.plan import LOGIT_LIMIT, Plan
 from skipit.train.config import TrainConfig
 from skipit.train.data.collate import Collator, batches
 from skipit.train.data.used import RECORD, also_used
@@ -27,7 +31,7 @@ from skipit.train.run import prepare, train
 from skipit.train.start import start_from
 from studies.architecture import build_processor
 
-LAYERS = 2
+LAYERS, WIDTH = 2, 128
 CONFIG = TrainConfig(budget=0.6, kv="evict", steps=3, batch_size=4, lora_rank=2, learning_rate=1e-2)
 
 
@@ -81,6 +85,60 @@ def test_both_have_used_their_rows(base: Any, first: tuple[Any, Path], tmp_path:
     assert after["held_out"]["used"] == {"profiled": None, "trained": 0}
     joined = also_used(before, "trained", after[RECORD]["trained"])["trained"]
     assert joined == after[RECORD]["trained"] != before[RECORD]["trained"]
+
+
+def in_time(base: Any, out: int | None, **changed: Any) -> Plan:
+    """A plan for a latency that leaves out a layer for all, or none."""
+    rates, about = torch.ones(LAYERS, 2), {"latency": 0.7}
+    if out is not None:
+        rates[out] = 0
+    plan = Plan(torch.zeros(LAYERS, 2, WIDTH), torch.zeros(LAYERS, 2), 0.6, "evict", "theory", fingerprint(base), rates)
+    return replace(plan, **{"about": about, "decide_at": (0,), **changed})
+
+
+def test_layers_that_a_plan_leaves_out_stay_out_and_the_other_gates_are_the_runs(
+    base: Any, rows: Dataset, first: tuple[Any, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SKIPIT_CACHE", str(tmp_path))
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    tuned, out = first
+    start = start_from(out).leaving_out(in_time(base, 1))
+    assert (start.settings["latency"], start.settings["more_budgets"]) == (0.7, ())
+    again = prepare(copy.deepcopy(base), start.plan, replace(CONFIG, latency=0.7), start)
+    before, begun = gate_state(tuned), gate_state(again)
+    for name, value in begun.items():
+        assert torch.equal(value[0], before[name][0])
+        assert not torch.equal(value[1], before[name][1])
+    assert (begun["bias"][1] == -LOGIT_LIMIT).all()
+    assert not begun["weight"][1].any()
+    learn = [any(p.requires_grad for p in layer.layer_gate.parameters()) for layer in gated_layers(again)]
+    assert learn == [True, False]
+    # What one layer of a prompt takes, and no layer nothing: half of the time is the layer that is left.
+    width, linear = WIDTH, CostModel.of(base).layers[0].linear
+    table = (LayerTime(40, skipped, "evict", None, 1.0, 1 - skipped / 40) for skipped in (0, 40))
+    steps = {40: StepTime(0.5, 1.0, 0.0)}
+    times = LayerTimes("a machine", "float32", width, linear, "wall time", {40: 1.0}, tuple(table), steps)
+    times.save(bench_file(torch.device("cpu"), torch.float32, width))
+    config = replace(CONFIG, latency=0.45, steps=2)
+    held = reference_dataset("calibration", 4)
+    ended = train(copy.deepcopy(base), build_processor(), rows, start, config, tmp_path / "on", calibration=held)
+    after = gate_state(ended)
+    assert (after["bias"][1] == -LOGIT_LIMIT).all(), "it stays out"
+    assert not torch.equal(after["weight"][0], before["weight"][0]), "the others learn"
+
+
+def test_a_plan_that_does_not_fit_a_run_is_refused(base: Any, first: tuple[Any, Path]) -> None:
+    start = start_from(first[1])
+    for plan in (in_time(base, None), in_time(base, 1, about={})):
+        with pytest.raises(InputError, match="expected one for a latency that leaves out layers for all tokens"):
+            start.leaving_out(plan)
+    for changed, wanted in (
+        ({"kv": "retain"}, "K/V policy evict, the plan retain"),
+        ({"decide_at": None}, "decision points layer 0, the plan each layer"),
+        ({"model": "another"}, "the plan another"),
+    ):
+        with pytest.raises(CheckpointError, match=wanted):
+            start.leaving_out(in_time(base, 1, **changed))
 
 
 @pytest.mark.parametrize(

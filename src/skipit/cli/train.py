@@ -30,7 +30,10 @@ def add_arguments(verb: Parser) -> None:
     verb.add_argument(
         "--profile-samples", type=positive_int, default=256, help="rows to measure without either (default %(default)s)"
     )
-    verb.add_argument("--from-run", type=Path, default=None, help="finished run to go on from, its gates and its LoRA")
+    about_run = (
+        "finished run to go on from, its gates and its LoRA; with --plan without the layers that this leaves out"
+    )
+    verb.add_argument("--from-run", type=Path, default=None, help=about_run)
     verb.add_argument("--budget", type=budget, default=None, help=_planned(about["budget"]))
     verb.add_argument("--latency", type=budget, default=None, help=_planned(about["latency"]))
     verb.add_argument(
@@ -127,10 +130,16 @@ def run(arguments: argparse.Namespace) -> None:
 
     out = arguments.out
     check_folder(out, resume=arguments.resume, overwrite=arguments.overwrite)
-    if arguments.from_run and (arguments.plan or arguments.profile):
-        raise InputError("--from-run: a run has gates already. Leave --plan and --profile out.")
+    if arguments.from_run and arguments.profile:
+        raise InputError("--from-run: a run has gates already. Leave --profile out.")
+    if arguments.from_run and arguments.plan and arguments.budget is not None:
+        raise InputError(
+            "--from-run with --plan leaves out the plan's layers and holds its latency. Leave --budget out."
+        )
     start = start_from(arguments.from_run) if arguments.from_run else None
     plan = load_plan(arguments.plan) if arguments.plan else None
+    if start and plan:
+        start = start.leaving_out(plan)
     planned = {"budget": plan.budget, "latency": plan.latency, "kv": plan.kv} if plan else {}
     config = _config(arguments, start.settings if start else planned)
     with (

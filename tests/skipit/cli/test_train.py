@@ -101,8 +101,10 @@ def test_training_data_without_held_out_rows(chain: Path, tmp_path: Path) -> Non
 
 def test_a_run_to_go_on_from(chain: Path, tmp_path: Path) -> None:
     line = ("train", "reference", "reference", *TRAIN, "--from-run", chain / "run", "--out", tmp_path / "run")
-    said = refused(*line, "--plan", chain / "plan")
-    assert said == "skipit: --from-run: a run has gates already. Leave --plan and --profile out.\n"
+    said = refused(*line, "--profile", chain / "profile")
+    assert said == "skipit: --from-run: a run has gates already. Leave --profile out.\n"
+    assert "this one leaves out none" in refused(*line, "--plan", chain / "plan")
+    assert "holds its latency. Leave --budget out." in refused(*line, "--plan", chain / "plan", "--budget", 0.5)
     assert "the run of --from-run was trained for another budget" in refused(*line, "--latency", 0.7)
     assert "`lora_rank` is" in refused(*line, "--lora-rank", 3)
     assert "is not a finished run: it has no run.json" in refused(*line[:-3], tmp_path, "--out", tmp_path / "run")
