@@ -65,8 +65,8 @@ class Start(NamedTuple):
         out = (plan.run_rate == 0).all(-1)
         if plan.latency is None or not out.any():
             raise InputError(
-                "`plan`: to go on from a run, expected one for a latency that leaves out layers for all tokens; this one "
-                "leaves out none. Make it by `skipit plan PROFILE --latency L`, with --answer-tokens."
+                "`plan`: to go on from a run, expected one for a latency that leaves out layers for all tokens; this "
+                "one leaves out none. Make it by `skipit plan PROFILE --latency L`, with --answer-tokens."
             )
         used = plan.about.get(RECORD, {}).get("profiled")
         begun = replace(
