@@ -223,8 +223,7 @@ def train(
         trainer = SkipTrainer(
             settings=config,
             costs=costs,
-            # Many thresholds take the same time, and a plan for time is made for its own.
-            held=held_batches if times is None else (),
+            held=held_batches,
             sample=sample,
             model=peft_model,
             args=arguments,

@@ -67,7 +67,7 @@ class SkipTrainer(Trainer):
         settings: budgets and weights of the objective.
         costs: of the model's layers, in what the budget is a share of.
         held: held-out batches that the budgets are for, with labels; none takes them as shares of the rows of
-            training, from the plan's own threshold on.
+            training.
         sample: batches of these rows.
         **trainer: passed to `transformers.Trainer`.
     """

@@ -35,6 +35,7 @@ from skipit.theory.identity import fingerprint
 from skipit.theory.labels import IGNORE, before_answer
 from skipit.theory.layer_times import LayerTime, LayerTimes, StepTime
 from skipit.theory.plan import LOGIT_LIMIT, Plan
+from skipit.theory.time_model import TimeModel
 from skipit.train.config import TrainConfig
 from skipit.train.data.collate import Collator, batches
 from skipit.train.gating import attach_plan
@@ -504,9 +505,42 @@ class TestTime:
         assert record["calibrated_share"] == record["calibrated_shares"]["latency-0.85"] < 0.75
         assert set(find_router(tuned)[1].config.operating_points) == {"latency-0.85"}
         history = [json.loads(line) for line in (tmp_path / "run" / "history.jsonl").read_text().splitlines()]
-        assert {figures["budget"] for figures in history} == {figures["target"] for figures in history} == {0.85}
-        assert history[0]["threshold"] == 0  # the plan's own: many others take as long, and run other tokens
+        assert {figures["budget"] for figures in history} == {0.85}
+        # Rows of training and held-out ones are alike here.
+        assert [figures["target"] for figures in history] == pytest.approx([0.85] * len(history), abs=0.03)
         assert all(0.7 < figures["compute"] <= 1.1 for figures in history)
+        assert record["answered"]["latency-0.85"].keys() == {"before", "after"}
+
+    def test_rows_of_training_may_take_longer_than_those_that_are_held_out(
+        self, model: Any, processor: Any, rows: Dataset, tmp_path: Path
+    ) -> None:
+        """Held to the share of held-out rows they would skip more tokens than any row does that is served."""
+        plan = replace(plan_for(model), decide_at=(0,))
+        plan.bias[:, 0] += 2  # text runs, of which these rows have more
+        config = replace(CONFIG, kv="evict", latency=0.85, steps=8)
+        talks, times = reference_dataset("train", 32).map(_with_more_text), TimeModel.of(model)
+        tuned = train(model, processor, talks, plan, config, tmp_path / "run", calibration=rows)
+        history = [json.loads(line) for line in (tmp_path / "run" / "history.jsonl").read_text().splitlines()]
+        last, held = history[-1], list(batches(rows, Collator(processor), 4))
+        spent = measured_share(tuned, held, times, "evict", last["threshold"])
+        assert spent == pytest.approx(0.85, abs=0.05)
+        assert abs(last["target"] - 0.85) > 0.05, "these rows do differ"
+
+    def test_a_plan_of_whole_layers_stays_as_it_is_made(
+        self, model: Any, processor: Any, rows: Dataset, tmp_path: Path
+    ) -> None:
+        """Whatever threshold between open and closed takes as long: nothing of the time left over is spent."""
+        plan = plan_for(model)
+        runs = torch.arange(LAYERS) % 2 == 0
+        bias = torch.where(runs, LOGIT_LIMIT, -LOGIT_LIMIT)[:, None].expand_as(plan.bias)
+        plan = replace(plan, weight=torch.zeros_like(plan.weight), bias=bias)
+        config = replace(CONFIG, latency=0.7, kv="retain")
+        tuned = train(model, processor, rows, plan, config, tmp_path / "run", calibration=rows)
+        history = [json.loads(line) for line in (tmp_path / "run" / "history.jsonl").read_text().splitlines()]
+        share = float(torch.where(runs, 1.1, 0.1).mean())
+        assert [figures["compute"] for figures in history] == pytest.approx([share] * len(history), abs=1e-3)
+        assert {figures["threshold"] for figures in history} == {0.0}
+        assert find_router(tuned)[1].config.threshold == 0
 
     def test_less_than_the_least(self, model: Any, processor: Any, rows: Dataset, tmp_path: Path) -> None:
         message = r"`latency`: got 0\.05, expected at least 0\.100 on this machine \(kv 'retain'\)"
