@@ -15,7 +15,7 @@ from skipit.router.config import EVERYTHING, KVPolicy
 from skipit.router.gates import TokenGate
 
 from .cost import CostModel, Costs, share_of, total_of
-from .inputs import to_model
+from .inputs import keeps_logits, to_model
 from .labels import before_answer
 from .plan import check_budget
 from .time_model import TimeModel
@@ -31,12 +31,13 @@ def _asked(
 
     Answers do not decide for their prompt.
     """
+    unread = {"logits_to_keep": 1} if keeps_logits(model) else {}
     for batch in batches:
         inputs, trace = to_model(batch, model), Trace()
         labels = inputs.pop("labels", None)
         prompt = None if labels is None else before_answer(labels)
         with running(**options, prompt=prompt, trace=trace):
-            model(**inputs, use_cache=False)
+            model(**inputs, use_cache=False, **unread)
         for step in trace.steps:
             yield step, prompt
 

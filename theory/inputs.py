@@ -1,8 +1,15 @@
-"""A batch where a model is."""
+"""What a model is called with: a batch where it is, and no logits that nobody reads."""
 
 from collections.abc import Mapping
+from inspect import signature
 
 from torch import Tensor, nn
+
+
+def keeps_logits(model: nn.Module) -> bool:
+    """Whether a model, or the one within PEFT's, takes `logits_to_keep`: those of a whole vocabulary cost much."""
+    own = model.get_base_model() if hasattr(model, "get_base_model") else model
+    return "logits_to_keep" in signature(own.forward).parameters
 
 
 def to_model(batch: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:

@@ -5,7 +5,6 @@ import shutil
 from collections.abc import Sequence
 from contextlib import nullcontext
 from functools import partial
-from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +23,7 @@ from skipit.router.errors import CheckpointError
 from skipit.router.folders import load_json, save_json
 from skipit.theory.calibrate import Listening, shares_of, threshold_for, totals
 from skipit.theory.cost import Costs, trace_compute
-from skipit.theory.inputs import to_model
+from skipit.theory.inputs import keeps_logits, to_model
 from skipit.theory.labels import IGNORE, before_answer
 from skipit.theory.measuring import evaluating
 from skipit.theory.sharded import sharded
@@ -216,9 +215,7 @@ class SkipTrainer(Trainer):
 
     def _logits(self, model: nn.Module, inputs: dict[str, Tensor], kept: Tensor) -> Tensor:
         """Logits [batch, kept, vocabulary] at the positions that predict answers; most are at prompts and images."""
-        own = self.accelerator.unwrap_model(model)
-        own = own.get_base_model() if hasattr(own, "get_base_model") else own
-        if "logits_to_keep" in signature(own.forward).parameters:
+        if keeps_logits(self.accelerator.unwrap_model(model)):
             return model(**inputs, use_cache=False, logits_to_keep=kept).logits
         return model(**inputs, use_cache=False).logits[:, kept]
 
