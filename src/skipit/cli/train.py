@@ -213,7 +213,8 @@ def _config(arguments: argparse.Namespace, planned: Mapping[str, Any]) -> "Train
         if arguments.latency is not None:
             raise InputError("give either --budget or --latency: a share of FLOPs, or of time.")
         planned = {**planned, "latency": None, "more_budgets": ()}
-    if planned and arguments.latency not in (None, planned["latency"]):
+    chosen = arguments.from_run and arguments.plan  # the plan chooses layers, the run's gates are for any budget
+    if planned and arguments.latency not in (None, planned["latency"]) and not chosen:
         if arguments.from_run:
             raise InputError(
                 f"--latency: got {arguments.latency:g}, but the run of --from-run was trained for another budget, and "
