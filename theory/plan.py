@@ -26,6 +26,7 @@ from .spending import Flops, Latency
 Init = Literal["theory", "theory-bias", "zero", "run"]
 SpanMode = Literal["late-entry", "early-exit", "both"]  # constant gates, see modes.py
 LOGIT_LIMIT = 8.0  # keeps sigmoid gradients alive
+LEFT_OUT = -1000.0  # in a layer that is left out for all tokens: below every threshold, wherever it moves
 
 
 @dataclass(frozen=True)
@@ -216,9 +217,10 @@ def make_plan(
         # Where nothing could be regressed (a unit that no answer depends on) the unit's mean stands for every token.
         base = torch.where(predicted.isfinite(), predicted, mean)
     bias = sharpness * (base.double() - saving.log() - log_price)
-    bias = torch.where(out, -LOGIT_LIMIT, torch.where(here, bias, LOGIT_LIMIT))
+    bias = torch.where(here, bias, LOGIT_LIMIT)
     if init == "theory-bias":
         bias = bias.clamp(-LOGIT_LIMIT, LOGIT_LIMIT)
+    bias = torch.where(out, LEFT_OUT, bias)
     about = {**profile.about, "log_price": log_price, "sharpness": sharpness}
     gates = weight.float(), bias.float()
     if time is not None:

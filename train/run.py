@@ -20,7 +20,7 @@ from skipit.router.folders import provenance
 from skipit.theory.calibrate import Met, meet
 from skipit.theory.cost import CostModel, Costs
 from skipit.theory.labels import predicts_answer
-from skipit.theory.plan import LOGIT_LIMIT, Plan, check_reachable
+from skipit.theory.plan import LEFT_OUT, LOGIT_LIMIT, Plan, check_reachable
 from skipit.theory.time_model import TimeModel
 from skipit.train.data.collate import Collator, batches, forgiving, tried
 from skipit.train.data.rows import Broken, Rows, RowStream, readable, training_rows
@@ -91,7 +91,7 @@ def prepare(model: Any, plan: Plan, config: TrainConfig, start: Start | None = N
             if "lora_" in name:
                 parameter.requires_grad_(False)
     if config.latency is not None:
-        same = (plan.bias.abs() == LOGIT_LIMIT) & (plan.weight == 0).all(-1)
+        same = ((plan.bias == LEFT_OUT) | (plan.bias == LOGIT_LIMIT)) & (plan.weight == 0).all(-1)
         for layer, fixed in zip(find_decoder(model)[2], same.all(-1).tolist(), strict=True):
             for name, parameter in layer.named_parameters():
                 if "layer_gate" in name and fixed:

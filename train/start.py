@@ -8,7 +8,7 @@ import torch
 
 from skipit.router.checkpoint import load_router
 from skipit.router.errors import CheckpointError, InputError
-from skipit.theory.plan import LOGIT_LIMIT, Plan, points_text
+from skipit.theory.plan import LEFT_OUT, Plan, points_text
 
 from .config import TrainConfig
 from .data.used import RECORD, also_used
@@ -72,7 +72,7 @@ class Start(NamedTuple):
         begun = replace(
             self.plan,
             weight=torch.where(out[:, None, None], 0.0, self.plan.weight),
-            bias=torch.where(out[:, None], -LOGIT_LIMIT, self.plan.bias),
+            bias=torch.where(out[:, None], LEFT_OUT, self.plan.bias),
             about={RECORD: also_used(self.plan.about, "profiled", used), "latency": plan.latency},
         )
         return self._replace(plan=begun, settings={**self.settings, "latency": plan.latency, "more_budgets": ()})

@@ -11,7 +11,7 @@ from skipit.router.costs import LayerCost
 from skipit.router.errors import InputError
 from skipit.router.measured import bench_file
 from skipit.theory.layer_times import LayerTime, LayerTimes, StepTime, times_for
-from skipit.theory.plan import LOGIT_LIMIT, Plan, make_plan
+from skipit.theory.plan import LEFT_OUT, LOGIT_LIMIT, Plan, make_plan
 from skipit.theory.profile import Profile
 
 COST = LayerCost(linear=1000.0, keys_values=32.0, attention=10.0, mlp=500.0, gate=1.0, kv_bytes=32, image=0.0)
@@ -68,7 +68,7 @@ def test_where_only_a_layer_that_nobody_runs_saves_time_layers_are_left_out_leas
         runs = torch.zeros(4, dtype=torch.bool)
         runs[kept] = True
         assert torch.equal(found.run_rate, runs.float()[:, None].expand(4, 2))
-        assert torch.equal(found.bias, torch.where(runs, LOGIT_LIMIT, -LOGIT_LIMIT)[:, None].expand(4, 2))
+        assert torch.equal(found.bias, torch.where(runs, LOGIT_LIMIT, LEFT_OUT)[:, None].expand(4, 2))
         assert not found.weight.any()
         assert found.about["expected_latency"] == pytest.approx((1.05 * len(kept) + 0.1 * (4 - len(kept))) / 4)
         assert found.about["expected_latency"] <= latency

@@ -22,7 +22,7 @@ from skipit.router.measured import bench_file
 from skipit.theory.cost import CostModel
 from skipit.theory.identity import fingerprint
 from skipit.theory.layer_times import LayerTime, LayerTimes, StepTime
-from skipit.theory.plan import LOGIT_LIMIT, Plan
+from skipit.theory.plan import LEFT_OUT, Plan
 from skipit.train.config import TrainConfig
 from skipit.train.data.collate import Collator, batches
 from skipit.train.data.used import RECORD, also_used
@@ -109,7 +109,7 @@ def test_layers_that_a_plan_leaves_out_stay_out_and_the_other_gates_are_the_runs
     for name, value in begun.items():
         assert torch.equal(value[0], before[name][0])
         assert not torch.equal(value[1], before[name][1])
-    assert (begun["bias"][1] == -LOGIT_LIMIT).all()
+    assert (begun["bias"][1] == LEFT_OUT).all()
     assert not begun["weight"][1].any()
     learn = [any(p.requires_grad for p in layer.layer_gate.parameters()) for layer in gated_layers(again)]
     assert learn == [True, False]
@@ -123,7 +123,7 @@ def test_layers_that_a_plan_leaves_out_stay_out_and_the_other_gates_are_the_runs
     held = reference_dataset("calibration", 4)
     ended = train(copy.deepcopy(base), build_processor(), rows, start, config, tmp_path / "on", calibration=held)
     after = gate_state(ended)
-    assert (after["bias"][1] == -LOGIT_LIMIT).all(), "it stays out"
+    assert (after["bias"][1] == LEFT_OUT).all(), "it stays out"
     assert not torch.equal(after["weight"][0], before["weight"][0]), "the others learn"
 
 

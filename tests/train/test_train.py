@@ -29,12 +29,12 @@ from skipit.router import (
 from skipit.router.checkpoint import GATES_FILE, load_router
 from skipit.router.measured import bench_file
 from skipit.theory.artefact import save_plan
-from skipit.theory.calibrate import calibrate, measured_share
+from skipit.theory.calibrate import LIMIT, calibrate, measured_share
 from skipit.theory.cost import CostModel
 from skipit.theory.identity import fingerprint
 from skipit.theory.labels import IGNORE, before_answer
 from skipit.theory.layer_times import LayerTime, LayerTimes, StepTime
-from skipit.theory.plan import LOGIT_LIMIT, Plan
+from skipit.theory.plan import LEFT_OUT, LOGIT_LIMIT, Plan
 from skipit.theory.time_model import TimeModel
 from skipit.train.config import TrainConfig
 from skipit.train.data.collate import Collator, batches
@@ -221,7 +221,7 @@ class TestPreparation:
 
     def test_gates_of_whole_layers_stay_as_a_plan_in_time_has_made_them(self, model: Any) -> None:
         plan = plan_for(model)
-        plan.bias[0], plan.bias[1], plan.weight[:2] = LOGIT_LIMIT, -LOGIT_LIMIT, 0.0
+        plan.bias[0], plan.bias[1], plan.weight[:2] = LOGIT_LIMIT, LEFT_OUT, 0.0
         for latency, learn in ((None, LAYERS), (0.7, LAYERS - 2)):
             tuned = prepare(copy.deepcopy(model), plan, replace(CONFIG, latency=latency))
             gates = [name for name, p in tuned.named_parameters() if p.requires_grad and "layer_gate" in name]
@@ -532,7 +532,7 @@ class TestTime:
         """Whatever threshold between open and closed takes as long: nothing of the time left over is spent."""
         plan = plan_for(model)
         runs = torch.arange(LAYERS) % 2 == 0
-        bias = torch.where(runs, LOGIT_LIMIT, -LOGIT_LIMIT)[:, None].expand_as(plan.bias)
+        bias = torch.where(runs, LOGIT_LIMIT, LEFT_OUT)[:, None].expand_as(plan.bias)
         plan = replace(plan, weight=torch.zeros_like(plan.weight), bias=bias)
         config = replace(CONFIG, latency=0.7, kv="retain")
         tuned = train(model, processor, rows, plan, config, tmp_path / "run", calibration=rows)
@@ -541,6 +541,9 @@ class TestTime:
         assert [figures["compute"] for figures in history] == pytest.approx([share] * len(history), abs=1e-3)
         assert {figures["threshold"] for figures in history} == {0.0}
         assert find_router(tuned)[1].config.threshold == 0
+        # Gates that learn may move the threshold as far as it goes: a layer that is left out does not come back.
+        held = list(batches(rows, Collator(processor), 4))
+        assert measured_share(tuned, held, TimeModel.of(model), "retain", -LIMIT) == pytest.approx(share, abs=1e-3)
 
     def test_less_than_the_least(self, model: Any, processor: Any, rows: Dataset, tmp_path: Path) -> None:
         message = r"`latency`: got 0\.05, expected at least 0\.100 on this machine \(kv 'retain'\)"

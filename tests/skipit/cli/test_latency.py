@@ -9,7 +9,7 @@ from command_line import refused, skipit
 
 from skipit.router.checkpoint import load_router
 from skipit.theory.artefact import load_plan
-from skipit.theory.plan import LOGIT_LIMIT
+from skipit.theory.plan import LEFT_OUT
 
 
 @pytest.fixture(scope="module")
@@ -87,12 +87,12 @@ def test_a_plan_for_an_answer_trains_for_what_its_prompt_takes(measured: None, c
     done = skipit("train", "reference", "reference", "--plan", tmp_path / "plan", *sizes)
     assert done.code == 0, done.err
     assert f"trained; at latency-{plan.latency:g} takes " in done.out
-    # A run that has learned which tokens skip goes on without the plan's layers; how fast prompts are to be may be typed.
+    # A run that has learned which tokens skip goes on without the plan's layers, for any latency of prompts.
     further = ("--from-run", chain / "run", "--plan", tmp_path / "plan", "--latency", 0.9, *sizes, "--overwrite")
     done = skipit("train", "reference", "reference", *further)
     assert done.code == 0, done.err
     assert "trained; at latency-0.9 takes " in done.out
-    closed = (load_router(tmp_path / "run")[1]["bias"] == -LOGIT_LIMIT).all(-1)
+    closed = (load_router(tmp_path / "run")[1]["bias"] == LEFT_OUT).all(-1)
     assert closed.nonzero().flatten().tolist() == out
 
 
