@@ -15,7 +15,7 @@ from skipit.eval.compare import Comparison, compare, theory_tables
 from skipit.eval.measure.answer import answer
 from skipit.eval.measure.bench import measure_layers
 from skipit.eval.plots import plot_layer_modality_heatmaps
-from skipit.router import InputError, find_router
+from skipit.router import CheckpointError, InputError, find_router
 from skipit.router.checkpoint import load, save_gated
 from skipit.router.config import KVPolicy
 from skipit.router.folders import load_json, new_directory, provenance, save_json
@@ -142,10 +142,10 @@ class Clock:
 
 
 def _times(model: Any) -> LayerTimes:
-    """How long layers take on this machine, measured now where `skipit bench` was not run for such layers."""
+    """How long layers take on this machine, measured now where `skipit bench` of this version was not run for such."""
     try:
         return TimeModel.of(model).times
-    except InputError:
+    except (InputError, CheckpointError):
         with loading("bench"):
             times = measure_layers(model, dtype=model.dtype, device=model.device, seconds=BENCH_SECONDS)
         times.save(bench_file(model.device, model.dtype, times.hidden))

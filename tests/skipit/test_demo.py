@@ -6,6 +6,7 @@ from functools import partial
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
 from transformers import AutoProcessor, LlavaForConditionalGeneration
 
@@ -13,8 +14,10 @@ import skipit
 from skipit.cli.main import main
 from skipit.eval.compare import compare
 from skipit.eval.measure.answer import answer, open_images
-from skipit.router.folders import load_json
+from skipit.router.folders import load_json, save_json
+from skipit.router.measured import bench_file
 from skipit.theory.artefact import load_plan, load_profile
+from skipit.theory.layer_times import load_times
 
 STEPS = ["load", "bench", "profile", "plan", "train", "export", "generate", "eval", "plots", "total"]
 TRAINED = ("plan", "run", "checkpoint")
@@ -27,10 +30,14 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     with pytest.MonkeyPatch.context() as patch, redirect_stdout(said):
         patch.setenv("SKIPIT_CACHE", str(out.parents[1] / "cache"))
         patch.setattr("skipit.demo.BENCH_SECONDS", 1.0)
+        measured = bench_file(torch.device("cpu"), torch.float32, 128)
+        measured.parent.mkdir(parents=True)
+        save_json(measured, {"device": "a version before, which measured less", "packing_pays": 0.0})
         patch.setattr("skipit.demo.PROFILE_ROWS", 16)
         patch.setattr("skipit.demo.CALIBRATION_ROWS", 8)
         patch.setattr("skipit.demo.compare", partial(compare, repeats=2))
         assert main(["demo", "--out", str(out), "--steps", "4", "--samples", "12", "--budget", "0.6"]) == 0
+        assert load_times(measured).hidden == 128
     return out, said.getvalue()
 
 
