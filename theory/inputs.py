@@ -2,11 +2,12 @@
 
 from collections.abc import Mapping
 from inspect import signature
+from typing import Any
 
 from torch import Tensor, nn
 
 
-def keeps_logits(model: nn.Module) -> bool:
+def keeps_logits(model: Any) -> bool:
     """Whether a model, or the one within PEFT's, takes `logits_to_keep`: those of a whole vocabulary cost much."""
     own = model.get_base_model() if hasattr(model, "get_base_model") else model
     return "logits_to_keep" in signature(own.forward).parameters
