@@ -81,6 +81,9 @@ class Following(Listening):
     ) -> Float[Tensor, "layers batch seq"]:
         """By how much the threshold rises with each logit, if spending is to stay what it is; together by 1.
 
+        Where a token more takes less time, as a layer of which few skip may, the threshold does not follow its logit;
+        and where that is so of all, it follows none.
+
         Args:
             said: all gates' logits.
             real: False at padding.
@@ -92,6 +95,7 @@ class Following(Listening):
         run = torch.sigmoid(said - self.threshold).double()
         spent, _ = self.costs.spend(run, real, kv, unit=unit, images=images)
         (rises,) = torch.autograd.grad(spent.sum(), said)
+        rises = rises.clamp(min=0)
         return rises / rises.sum().clamp(min=torch.finfo(rises.dtype).tiny)
 
     @torch.enable_grad()

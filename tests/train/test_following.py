@@ -67,6 +67,30 @@ def test_the_threshold_moves_as_one_that_is_found_anew(made: Any, kv: Any) -> No
 
 
 @pytest.mark.parametrize("made", [(0,), (0, 2), None], indirect=True)
+class Slower:
+    """Times in which a layer that some tokens skip takes longer than one that all run, as small layers do."""
+
+    depth = LAYERS
+
+    def __init__(self, also: float) -> None:
+        self.also = also  # of the first layer, where a token more takes more time
+
+    def spend(self, run: torch.Tensor, real: torch.Tensor, *_: Any, **__: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        spent = torch.cat([self.also * run[:1], -run[1:]]) * real
+        return spent, torch.ones_like(spent)
+
+
+def test_where_a_token_more_takes_less_time_no_threshold_follows_it() -> None:
+    said, real = torch.randn(LAYERS, 2, 9), torch.ones(2, 9, dtype=torch.bool)
+    costs: Any = Slower(also=0.0)
+    assert not Following(THRESHOLD, costs=costs).moves(said, real, "retain").any()
+    costs = Slower(also=1e-6)
+    moves = Following(THRESHOLD, costs=costs).moves(said, real, "retain")
+    assert moves.sum() == pytest.approx(1)
+    assert moves[0].min() > 0
+    assert not moves[1:].any()
+
+
 @pytest.mark.parametrize("kv", ["retain", "evict"])
 def test_gates_learn_which_tokens_run_and_not_how_many(made: Any, kv: Any) -> None:
     """What all gates have in common has no gradient; decisions and probabilities are those of `Gated`."""

@@ -541,6 +541,8 @@ class TestTime:
         assert [figures["compute"] for figures in history] == pytest.approx([share] * len(history), abs=1e-3)
         assert {figures["threshold"] for figures in history} == {0.0}
         assert find_router(tuned)[1].config.threshold == 0
+        learned = [p for name, p in tuned.named_parameters() if "lora_B" in name and p.requires_grad]
+        assert any(bool(p.any()) for p in learned), "LoRA learns, with nothing that gates could save"
         # Gates that learn may move the threshold as far as it goes: a layer that is left out does not come back.
         held = list(batches(rows, Collator(processor), 4))
         assert measured_share(tuned, held, TimeModel.of(model), "retain", -LIMIT) == pytest.approx(share, abs=1e-3)
