@@ -87,7 +87,7 @@ class TestConfig:
     @pytest.mark.parametrize(
         ("text", "message"),
         [
-            ("buget: 0.5", "unknown keys buget; known: budget, "),
+            ("buget: 0.5", "unknown keys buget; known: answer_tokens, budget, "),
             ("config: other.yaml", "unknown keys config"),
             ("budget: 1.5", "`budget`: got '1.5', expected a number in (0, 1]"),
             ("budget: half", "`budget`: got 'half', expected a number in (0, 1]"),
