@@ -91,7 +91,8 @@ def prepare(model: Any, plan: Plan, config: TrainConfig, start: Start | None = N
             if "lora_" in name:
                 parameter.requires_grad_(False)
     if config.latency is not None:
-        same = ((plan.bias == LEFT_OUT) | (plan.bias == LOGIT_LIMIT)) & (plan.weight == 0).all(-1)
+        constant = plan.bias.new_tensor([LEFT_OUT, -LOGIT_LIMIT, LOGIT_LIMIT])  # the second in plans of before
+        same = torch.isin(plan.bias, constant) & (plan.weight == 0).all(-1)
         for layer, fixed in zip(find_decoder(model)[2], same.all(-1).tolist(), strict=True):
             for name, parameter in layer.named_parameters():
                 if "layer_gate" in name and fixed:

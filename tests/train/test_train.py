@@ -219,9 +219,10 @@ class TestPreparation:
         assert all("layer_gate" in name for name in trained)
         assert torch.equal(gate_state(tuned)["bias"], plan_for(model).bias)
 
-    def test_gates_of_whole_layers_stay_as_a_plan_in_time_has_made_them(self, model: Any) -> None:
+    @pytest.mark.parametrize("closed", [LEFT_OUT, -LOGIT_LIMIT], ids=["now", "in plans of before"])
+    def test_gates_of_whole_layers_stay_as_a_plan_in_time_has_made_them(self, model: Any, closed: float) -> None:
         plan = plan_for(model)
-        plan.bias[0], plan.bias[1], plan.weight[:2] = LOGIT_LIMIT, LEFT_OUT, 0.0
+        plan.bias[0], plan.bias[1], plan.weight[:2] = LOGIT_LIMIT, closed, 0.0
         for latency, learn in ((None, LAYERS), (0.7, LAYERS - 2)):
             tuned = prepare(copy.deepcopy(model), plan, replace(CONFIG, latency=latency))
             gates = [name for name, p in tuned.named_parameters() if p.requires_grad and "layer_gate" in name]
