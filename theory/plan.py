@@ -60,6 +60,11 @@ class Plan:
         """The share of the dense layers' time for a prompt that it was made for, if it was not made for FLOPs."""
         return self.about.get("latency")
 
+    @property
+    def left_out(self) -> list[int]:
+        """The layers that no token runs."""
+        return (self.run_rate == 0).all(-1).nonzero().flatten().tolist()
+
 
 def points_text(decide_at: Sequence[int] | None) -> str:
     """Decision points in words.

@@ -62,19 +62,16 @@ class Start(NamedTuple):
                 raise CheckpointError(
                     f"{self.adapter.parent} has {name} {there}, the plan {here}: they must be the same."
                 )
-        out = (plan.run_rate == 0).all(-1)
-        if plan.latency is None or not out.any():
+        if plan.latency is None or not plan.left_out:
             raise InputError(
                 "`plan`: to go on from a run, expected one for a latency that leaves out layers for all tokens; this "
                 "one leaves out none. Make it by `skipit plan PROFILE --latency L`, with --answer-tokens."
             )
         used = plan.about.get(RECORD, {}).get("profiled")
-        begun = replace(
-            self.plan,
-            weight=torch.where(out[:, None, None], 0.0, self.plan.weight),
-            bias=torch.where(out[:, None], LEFT_OUT, self.plan.bias),
-            about={RECORD: also_used(self.plan.about, "profiled", used), "latency": plan.latency},
-        )
+        weight, bias = self.plan.weight.clone(), self.plan.bias.clone()
+        weight[plan.left_out], bias[plan.left_out] = 0.0, LEFT_OUT
+        about = {RECORD: also_used(self.plan.about, "profiled", used), "latency": plan.latency}
+        begun = replace(self.plan, weight=weight, bias=bias, about=about)
         return self._replace(plan=begun, settings={**self.settings, "latency": plan.latency, "more_budgets": ()})
 
 

@@ -43,7 +43,7 @@ class Case:
 
 @dataclass(frozen=True)
 class Spent:
-    """Seconds of a case in every repeat: of the prompt, and of one token after it where all tokens do the same."""
+    """Seconds of a case in every repeat: of the prompt, and of one token after it, of those that a step is made of."""
 
     prompt: list[float] = field(default_factory=list)
     step: list[float] = field(default_factory=list)
@@ -133,6 +133,13 @@ def _times(
     ids = torch.randint(VOCABULARY, (1, size), device=device)
     order = torch.rand(len(dense.layers), size, device=device).argsort(-1)  # type: ignore[arg-type]
     found: dict[Case | None, Spent] = {case: Spent() for case in (None, *cases)}
+    ends = (None, *(Case("evict", None, skipped) for skipped in (0, size)))
+
+    def timed(decoder: nn.Module, **inputs: Any) -> tuple[float, Any]:
+        before = now()
+        cache = decoder(**inputs, use_cache=True).past_key_values
+        return now() - before, cache
+
     begun = time.perf_counter()
     for repeat in count():
         for case in found:
@@ -140,17 +147,13 @@ def _times(
             options = {"mode": "dense"} if case is None else {"kv": case.kv, "route": case.route}
             decoder, run = dense if case is None else gated, order >= skipped
             with running(**options, policy=_Skipping(run=run)):
-                before = now()
-                cache = decoder(input_ids=ids, use_cache=True).past_key_values
-                spent = now() - before
+                spent, cache = timed(decoder, input_ids=ids)
             if repeat:  # the first warms up
                 found[case].prompt.append(spent)
-            if skipped not in (0, size):
+            if case not in ends:
                 continue
             with running(**options, policy=_Skipping(run=run[:, :1])):
-                before = now()
-                decoder(input_ids=ids[:, :1], past_key_values=cache, use_cache=True)
-                spent = now() - before
+                spent, _ = timed(decoder, input_ids=ids[:, :1], past_key_values=cache)
             if repeat:
                 found[case].step.append(spent)
         if repeat >= 2 and time.perf_counter() - begun > seconds:

@@ -118,7 +118,7 @@ def demo(
         for name, column in (("checkpoint", TRAINED), ("checkpoint-time", IN_TIME)):
             evaluation = {"dense": figures["dense"], "gated": figures[column], "held_out": held.to_json()}
             write_card(folder / name, {**evaluation, "made_by": made_by})
-        left_out = int((in_time.run_rate == 0).all(-1).sum())
+        left_out = len(in_time.left_out)
     print(_report(out, result, example, summary, f"{left_out} of {len(in_time.run_rate)} layers"))
     return summary
 

@@ -74,19 +74,15 @@ def test_where_only_a_layer_that_nobody_runs_saves_time_layers_are_left_out_leas
         assert found.about["expected_latency"] <= latency
 
 
-def left_out(plan: Plan) -> list[int]:
-    return (plan.run_rate == 0).all(-1).nonzero().flatten().tolist()
-
-
 def test_a_plan_for_an_answer_leaves_layers_out_of_which_a_prompt_saves_little() -> None:
     # Where time is FLOPs a prompt needs no layer left out; of an answer nothing else saves anything.
     prompt, answer = plan(0.9, EVEN), plan(0.9, EVEN, answer_tokens=40)
-    assert not left_out(prompt)
-    assert left_out(answer) == [3], "the layer that does least damage"
+    assert not prompt.left_out
+    assert answer.left_out == [3], "the layer that does least damage"
     about = answer.about
     assert about["answer"]["tokens"] == 40
     assert about["answer"]["latency"] == 0.9
-    entered = 4 - len(left_out(answer))
+    entered = 4 - len(answer.left_out)
     step = STEP.entered * entered + STEP.left_out * (4 - entered)
     # A prompt takes 1 ms in each of four layers, the answer 40 steps of 0.25 ms.
     taken = (4 * about["expected_latency"] + 40 * STEP.ms * step) / (4 + 4 * 40 * STEP.ms)
@@ -97,7 +93,7 @@ def test_a_plan_for_an_answer_leaves_layers_out_of_which_a_prompt_saves_little()
 
 
 def test_the_longer_the_answer_the_more_layers_are_left_out() -> None:
-    found = [left_out(plan(0.6, EVEN, tokens)) for tokens in (0, 4, 16, 64)]
+    found = [plan(0.6, EVEN, tokens).left_out for tokens in (0, 4, 16, 64)]
     assert [len(out) for out in found] == sorted(len(out) for out in found)
     assert len(found[-1]) > len(found[0])
     for shorter, longer in pairwise(found):

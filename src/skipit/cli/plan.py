@@ -93,9 +93,8 @@ def _plan_gates(arguments: argparse.Namespace) -> None:
 
 def _say_times(plan: "Plan") -> None:
     """What a plan for a latency is expected to take, and which layers it leaves out."""
-    answer, out = plan.about.get("answer"), (plan.run_rate == 0).all(-1).nonzero().flatten().tolist()
-    with_answer = ""
-    if answer:
+    out, with_answer = plan.left_out, ""
+    if answer := plan.about.get("answer"):
         with_answer = f", and {answer['expected_latency']:.0%} for it and {answer['tokens']} tokens after it"
     print(
         f"On this machine ({plan.about['measured_on']}) that is expected to take "

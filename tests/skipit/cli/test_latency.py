@@ -81,7 +81,8 @@ def test_a_plan_for_an_answer_trains_for_what_its_prompt_takes(measured: None, c
     answer = plan.about["answer"]
     assert (answer["tokens"], answer["latency"]) == (20, 0.6)
     assert f", and {answer['expected_latency']:.0%} for it and 20 tokens after it." in done.out
-    out = (plan.run_rate == 0).all(-1).nonzero().flatten().tolist()
+    out = plan.left_out
+    assert out
     assert f"Left out for all tokens: layers {', '.join(map(str, out))}." in done.out
     sizes = ("--steps", 2, "--batch-size", 2, "--calibration-samples", 8, "--out", tmp_path / "run")
     done = skipit("train", "reference", "reference", "--plan", tmp_path / "plan", *sizes)
